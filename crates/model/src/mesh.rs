@@ -1,0 +1,84 @@
+//! The `mesh` scope: defaults that hold where nothing nearer says otherwise.
+
+use crate::event::event_family;
+use crate::rejection::Rejection;
+use crate::security::Action;
+use serde::{Deserialize, Serialize};
+
+/// Bounds of the propagation bound, in milliseconds: below, a healthy mesh would always be late; above, the
+/// bound says nothing.
+const PROPAGATION_BOUND_MS: std::ops::RangeInclusive<u32> = 10..=3_600_000;
+
+event_family! {
+    /// What can happen in the `mesh` scope.
+    MeshEvent { MeshDefaultsSet = 1 }
+}
+
+/// These defaults hold from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeshDefaultsSet {
+    /// All of them.
+    pub defaults: MeshDefaults,
+}
+
+/// Defaults of the whole mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeshDefaults {
+    /// What happens to a connection that no rule and no policy's default decides.
+    pub security: Action,
+    /// How soon after its append a change shall be applied by every sidecar, in milliseconds.
+    pub propagation_bound_ms: u32,
+}
+
+impl Default for MeshDefaults {
+    /// Nobody may connect until a rule says so; one second to reach everybody.
+    fn default() -> Self {
+        Self { security: Action::Deny, propagation_bound_ms: 1_000 }
+    }
+}
+
+/// The defaults that someone wants.
+pub type MeshCommand = MeshDefaults;
+
+/// The defaults in force.
+pub type MeshState = MeshDefaults;
+
+/// Decides a command.
+pub fn decide(state: &MeshState, wanted: &MeshCommand) -> Result<Vec<MeshEvent>, Rejection> {
+    if !PROPAGATION_BOUND_MS.contains(&wanted.propagation_bound_ms) {
+        return Err(Rejection::invalid("propagation_bound", "from 10 ms to 1 h"));
+    }
+    if wanted == state { Ok(Vec::new()) } else { Ok(vec![MeshDefaultsSet { defaults: *wanted }.into()]) }
+}
+
+/// The state after an event.
+#[must_use]
+pub const fn apply(_state: MeshState, event: &MeshEvent) -> MeshState {
+    match event {
+        MeshEvent::MeshDefaultsSet(MeshDefaultsSet { defaults }) => *defaults,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_deny() {
+        assert_eq!(MeshDefaults::default().security, Action::Deny);
+    }
+
+    #[test]
+    fn a_bound_that_nobody_could_keep_is_refused() {
+        let wanted = MeshDefaults { propagation_bound_ms: 1, ..MeshDefaults::default() };
+        assert!(decide(&MeshDefaults::default(), &wanted).is_err());
+    }
+
+    #[test]
+    fn setting_what_holds_already_changes_nothing() {
+        let state = MeshDefaults::default();
+        assert_eq!(decide(&state, &state), Ok(vec![]));
+    }
+}
