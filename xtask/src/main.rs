@@ -1,0 +1,57 @@
+//! `cargo xtask`: the developer's and the newcomer's door.
+//!
+//! It builds quickly, since it is the first thing a newcomer waits for: nothing of Weft itself is linked in, only the
+//! private PostgreSQL. What belongs to a running mesh is in `weft`, which `up` builds and becomes.
+
+mod cargo;
+mod check;
+mod test;
+mod up;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use weft_pgserver::Binaries;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Weft's developer commands")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Build what is needed and run a whole mesh on this machine until Ctrl-C
+    Up(up::Up),
+    /// Run every test, on a real PostgreSQL
+    Test(test::Test),
+    /// Check format, lints, the layering of the crates, and the dependencies
+    Check(check::Check),
+}
+
+#[derive(Debug, Args)]
+struct Database {
+    /// Use this PostgreSQL (version 15 or newer) instead of a private one; the role must be a superuser
+    #[arg(long, env = "WEFT_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+/// The server programs of this machine, installed if need be.
+fn postgres() -> anyhow::Result<Binaries> {
+    Binaries::find_or_install(&mut say).context("there is no PostgreSQL to run on")
+}
+
+/// A line about what is going on. On stderr: stdout is for results, which others may read.
+fn say(line: &str) {
+    eprintln!("xtask: {line}");
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Cli::parse().command {
+        Task::Up(up) => up.run(),
+        Task::Test(test) => test.run(),
+        Task::Check(check) => check.run(),
+    }
+}
