@@ -38,9 +38,16 @@ struct Database {
     database_url: Option<String>,
 }
 
+impl Database {
+    /// The server to use, if one is named; an empty variable names none.
+    fn given(&self) -> Option<&str> {
+        self.database_url.as_deref().filter(|url| !url.is_empty())
+    }
+}
+
 /// The server programs of this machine, installed if need be.
 fn postgres() -> anyhow::Result<Binaries> {
-    Binaries::find_or_install(&mut say).context("there is no PostgreSQL to run on")
+    Binaries::find_or_install(&mut say).context("PostgreSQL cannot be provided")
 }
 
 /// A line about what is going on. On stderr: stdout is for results, which others may read.
@@ -48,10 +55,17 @@ fn say(line: &str) {
     eprintln!("xtask: {line}");
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let ended = match Cli::parse().command {
         Task::Up(up) => up.run(),
         Task::Test(test) => test.run(),
         Task::Check(check) => check.run(),
-    }
+    };
+    ended.unwrap_or_else(|error| {
+        say(&format!("{error}"));
+        for cause in error.chain().skip(1) {
+            eprintln!("  because {cause}");
+        }
+        ExitCode::FAILURE
+    })
 }

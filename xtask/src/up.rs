@@ -29,7 +29,7 @@ pub(crate) struct Up {
 
 impl Up {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        if self.database.database_url.is_none() {
+        if self.database.given().is_none() {
             let found = postgres()?;
             say(&format!("PostgreSQL {} in {}", found.major(), found.dir().display()));
         }
@@ -53,7 +53,7 @@ impl Up {
             weft.arg("up");
             weft
         };
-        if let Some(url) = &self.database.database_url {
+        if let Some(url) = self.database.given() {
             mesh.env("WEFT_DATABASE_URL", url);
         }
         // It takes this process over: the terminal, its signals and the exit status are its own.

@@ -132,7 +132,10 @@ fn matching(pattern: &str) -> Vec<PathBuf> {
     entries
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
-        .map(|entry| entry.path().join(after.trim_start_matches('/')))
+        .map(|entry| match after.strip_prefix('/') {
+            Some(below) => entry.path().join(below),
+            None => entry.path(),
+        })
         .collect()
 }
 
