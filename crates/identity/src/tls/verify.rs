@@ -1,0 +1,244 @@
+//! What is checked in a handshake, in this order: the leaf is signed by a trusted root and valid now; it follows the
+//! rules for leaves; it is of the own trust domain; it is an expected peer. The proof that the peer holds the leaf's
+//! key follows, by rustls.
+//!
+//! The mesh has no intermediate certificates: roots sign leaves, and say so (path length zero). Whatever a peer sends
+//! beside its leaf is therefore not looked at, and a chain of a thousand certificates costs nothing. The one exception
+//! is a joiner, who looks there for the root that it knows by fingerprint.
+
+use super::expected::ExpectedPeer;
+use super::fault::PeerRejection;
+use super::provider::{self, SIGNATURE_SCHEMES};
+use super::{ClientAuth, Source};
+use crate::certificate::{PeerIdentity, RootIdentity};
+use crate::fingerprint::Fingerprint;
+use crate::spiffe::SpiffeId;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::server::ParsedCertificate;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, RootCertStore, SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use std::sync::Arc;
+use weft_model::id::TrustDomain;
+
+/// Most certificates that a joiner looks through for its root: a leaf's presenter sends at most
+/// [`ROOTS_MAX`](crate::credential::ROOTS_MAX).
+const JOIN_CHAIN_MAX: usize = crate::credential::ROOTS_MAX;
+
+/// Checks that a leaf is signed by one of the roots and valid at `now`. Leaves are for clients and servers alike
+/// ([`PeerIdentity::from_certificate`] demands both usages), so one check serves both directions.
+pub(crate) fn chain(leaf: &CertificateDer<'_>, roots: &RootCertStore, now: UnixTime) -> Result<(), Error> {
+    let algorithms = provider::provider().signature_verification_algorithms;
+    let parsed = ParsedCertificate::try_from(leaf)?;
+    verify_server_cert_signed_by_trust_anchor(&parsed, roots, &[], now, algorithms.all)
+}
+
+/// Checks the names, once the chain is known to be good.
+fn identity(
+    leaf: &CertificateDer<'_>,
+    trust_domain: &TrustDomain,
+    expected: &ExpectedPeer,
+) -> Result<SpiffeId, PeerRejection> {
+    let id = PeerIdentity::from_certificate(leaf).map_err(PeerRejection::Certificate)?.id;
+    if id.trust_domain != *trust_domain {
+        return Err(PeerRejection::TrustDomain { expected: trust_domain.clone(), found: id });
+    }
+    if !expected.admits(&id) {
+        return Err(PeerRejection::Identity { expected: expected.to_string(), found: id });
+    }
+    Ok(id)
+}
+
+fn verify(
+    source: &Source,
+    expected: &ExpectedPeer,
+    leaf: &CertificateDer<'_>,
+    now: UnixTime,
+) -> Result<(), Error> {
+    let own = source.0.load();
+    chain(leaf, own.anchors(), now)?;
+    identity(leaf, &own.spiffe_id().trust_domain, expected)?;
+    Ok(())
+}
+
+fn verify_signature(
+    message: &[u8],
+    leaf: &CertificateDer<'_>,
+    signed: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, Error> {
+    let algorithms = provider::provider().signature_verification_algorithms;
+    rustls::crypto::verify_tls13_signature(message, leaf, signed, &algorithms)
+}
+
+/// TLS 1.2 is never negotiated; should it ever be, it ends here.
+fn refuse_tls12() -> Result<HandshakeSignatureValid, Error> {
+    Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
+}
+
+/// How a client checks a server.
+#[derive(Debug)]
+pub(super) struct ServerVerifier {
+    source: Arc<Source>,
+    expected: ExpectedPeer,
+}
+
+impl ServerVerifier {
+    pub(super) const fn new(source: Arc<Source>, expected: ExpectedPeer) -> Self {
+        Self { source, expected }
+    }
+}
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        verify(&self.source, &self.expected, leaf, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        refuse_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        SIGNATURE_SCHEMES.to_vec()
+    }
+}
+
+/// How a server checks its clients.
+#[derive(Debug)]
+pub(super) struct ClientVerifier {
+    source: Arc<Source>,
+    expected: ExpectedPeer,
+    auth: ClientAuth,
+}
+
+impl ClientVerifier {
+    pub(super) const fn new(source: Arc<Source>, expected: ExpectedPeer, auth: ClientAuth) -> Self {
+        Self { source, expected, auth }
+    }
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        self.auth == ClientAuth::Required
+    }
+
+    /// No hints: the roots change under way, and every client has one certificate to choose from.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        verify(&self.source, &self.expected, leaf, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        refuse_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        SIGNATURE_SCHEMES.to_vec()
+    }
+}
+
+/// How a joiner checks the controller, of which it knows the root's fingerprint only.
+#[derive(Debug)]
+pub(super) struct PinnedRootVerifier {
+    root: Fingerprint,
+}
+
+impl PinnedRootVerifier {
+    pub(super) const fn new(root: Fingerprint) -> Self {
+        Self { root }
+    }
+
+    fn find_root(&self, sent: &[CertificateDer<'_>]) -> Option<(RootIdentity, RootCertStore)> {
+        let mut sent = sent.iter().take(JOIN_CHAIN_MAX);
+        let root = sent.find(|certificate| Fingerprint::of_certificate(certificate) == self.root)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(root.clone().into_owned()).ok()?;
+        Some((RootIdentity::from_certificate(root)?, roots))
+    }
+}
+
+impl ServerCertVerifier for PinnedRootVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        sent: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let missing = PeerRejection::PinnedRootMissing { root: self.root };
+        let (root, roots) = self.find_root(sent).ok_or(missing)?;
+        chain(leaf, &roots, now)?;
+        identity(leaf, &root.trust_domain, &ExpectedPeer::Controller)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        refuse_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        SIGNATURE_SCHEMES.to_vec()
+    }
+}
