@@ -63,7 +63,7 @@ impl Binaries {
     ///
     /// # Errors
     ///
-    /// [`install::InstallError`] names the command to run by hand.
+    /// [`InstallError`](crate::InstallError) names the command to run by hand.
     pub fn find_or_install(say: crate::Say<'_>) -> Result<Self, install::InstallError> {
         Self::find().or_else(|absent| install::install(absent, say))
     }

@@ -129,7 +129,7 @@ pub struct Server {
 
 impl Cluster {
     /// Starts the server and waits until it accepts connections. A server that an earlier run left behind is stopped
-    /// first. Blocks for at most [`START_POLLS`] polls.
+    /// first. Blocks for two minutes at most.
     ///
     /// # Errors
     ///
