@@ -16,10 +16,12 @@ use crate::key::{KeyError, LeafKey};
 use crate::pem;
 use crate::public_key::PublicKey;
 use crate::spiffe::{self, SpiffeId, Subject};
+use crate::tls::verify;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SanType, SerialNumber,
 };
+use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use std::fmt;
 use std::time::Duration;
@@ -36,6 +38,10 @@ pub const LEAF_LIFETIME_MAX: Duration = Duration::from_secs(30 * 86_400);
 
 /// How far a certificate's start lies before its issue, so that a peer whose clock is behind by less accepts it.
 pub const BACKDATE: Duration = Duration::from_secs(300);
+
+/// How long after its end a leaf can still be renewed, for instances that lived through an outage of all controllers: a
+/// weekend and some hours to notice. Later than that, joining again is a person's decision.
+pub const EXPIRED_GRACE: Duration = Duration::from_secs(3 * 86_400);
 
 /// Life of a root: ten years of 365 days.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -87,6 +93,26 @@ pub enum IssueError {
     /// The certificate and its key cannot be put together.
     #[error("the issued certificate cannot be used")]
     Credential(#[source] CredentialError),
+}
+
+/// An expired leaf does not entitle to a new one.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum RecognizeError {
+    /// It is not a leaf of the mesh.
+    #[error("the certificate is not a leaf of the mesh")]
+    Leaf(#[source] PeerIdentityError),
+    /// The root did not sign it.
+    #[error("the certificate is not signed by the root")]
+    Untrusted(#[source] rustls::Error),
+    /// The signing request is for another key, so its sender need not be the leaf's holder.
+    #[error("the certificate signing request is not for the certificate's key")]
+    KeyMismatch,
+    /// It is not valid yet, or ended longer than [`EXPIRED_GRACE`] ago.
+    #[error("the certificate was valid until {}, too long ago to be renewed; join again with a new token", date(*not_after))]
+    TooLate {
+        /// The last second in which it was valid.
+        not_after: Timestamp,
+    },
 }
 
 /// A root certificate with its private key.
@@ -192,6 +218,34 @@ impl CertificateAuthority {
             params.signed_by(key.spki(), &self.issuer).map_err(IssueError::Crypto)?.der().clone();
         let identity = PeerIdentity::from_certificate(&certificate).map_err(IssueError::Unusable)?;
         Ok(IssuedLeaf { certificate, identity })
+    }
+
+    /// Who holds a leaf that has expired, if it ended at most [`EXPIRED_GRACE`] before `now`. In a handshake such a leaf
+    /// proves nothing; here its holder proves itself by a signing request for the same key. A request that was
+    /// overheard gains nobody anything: what is issued for it fits only the key of the one who made it. Whether the
+    /// holder still belongs to the mesh is the caller's to check.
+    ///
+    /// # Errors
+    ///
+    /// The leaf is not this authority's, has another key, or ended too long ago.
+    pub fn recognize_expired(
+        &self,
+        leaf: &CertificateDer<'_>,
+        key: &PublicKey,
+        now: Timestamp,
+    ) -> Result<PeerIdentity, RecognizeError> {
+        let identity = PeerIdentity::from_certificate(leaf).map_err(RecognizeError::Leaf)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(self.root.clone()).map_err(RecognizeError::Untrusted)?;
+        verify::chain_when_issued(leaf, &identity, &roots).map_err(RecognizeError::Untrusted)?;
+        if identity.public_key_sha256 != key.fingerprint() {
+            return Err(RecognizeError::KeyMismatch);
+        }
+        let (from, until) = (identity.not_before, identity.not_after.after(EXPIRED_GRACE));
+        if now < from || now > until {
+            return Err(RecognizeError::TooLate { not_after: identity.not_after });
+        }
+        Ok(identity)
     }
 
     /// Makes a key and a leaf for it in one step: for a controller's own identity, and for operators on its machine.

@@ -12,7 +12,7 @@ use crate::tls::verify;
 use crate::{ca, pem};
 use rustls::RootCertStore;
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::{CertificateDer, UnixTime};
+use rustls_pki_types::CertificateDer;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -97,10 +97,7 @@ impl Credential {
     ) -> Result<Self, CredentialError> {
         let identity = PeerIdentity::from_certificate(&leaf).map_err(CredentialError::Leaf)?;
         let anchors = anchors(&roots, &identity.id)?;
-        let issued = UnixTime::since_unix_epoch(Duration::from_millis(
-            u64::try_from(identity.not_before.0).unwrap_or_default(),
-        ));
-        verify::chain(&leaf, &anchors, issued).map_err(CredentialError::Untrusted)?;
+        verify::chain_when_issued(&leaf, &identity, &anchors).map_err(CredentialError::Untrusted)?;
 
         let mut presented = vec![leaf];
         if let Subject::Controller(_) = identity.id.subject {
@@ -138,6 +135,12 @@ impl Credential {
     pub fn leaf(&self) -> &CertificateDer<'static> {
         // The leaf comes first in what is presented, by construction.
         &self.certified.cert[0]
+    }
+
+    /// The private key: a renewal of an expired leaf is asked for with the same one.
+    #[must_use]
+    pub const fn key(&self) -> &LeafKey {
+        &self.key
     }
 
     /// The roots that the holder trusts.

@@ -10,6 +10,8 @@
 //!    records, and issues a leaf ([`ca::CertificateAuthority::issue_leaf`]).
 //! 4. The instance keeps key, leaf and roots as a [`credential::Credential`], and from then on speaks TLS through a
 //!    [`tls::TlsIdentity`], whose credential it replaces at [`credential::Credential::renew_at`].
+//!    If no controller was there before it expired, it is still recognized for a while
+//!    ([`ca::CertificateAuthority::recognize_expired`]).
 //!
 //! Invariants: names come from the controller, never from a request; a peer's name comes from its leaf, never from
 //! anything else it says; private keys are in no error, no `Debug` text and no file that others can read. Time is an

@@ -26,7 +26,7 @@ use crate::credential::Credential;
 use crate::fingerprint::Fingerprint;
 use crate::spiffe::SpiffeId;
 use arc_swap::ArcSwap;
-use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::client::{ResolvesClientCert, Resumption, WantsClientCert};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
@@ -34,7 +34,7 @@ use rustls::{ClientConfig, ConfigBuilder, ConfigSide, ServerConfig, SignatureSch
 use rustls_pki_types::CertificateDer;
 use std::fmt;
 use std::sync::Arc;
-use verify::{ClientVerifier, PinnedRootVerifier, ServerVerifier};
+use verify::{ClientVerifier, ServerVerifier};
 
 /// Whether a server insists on a certificate from its clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,13 +124,22 @@ impl TlsIdentity {
     /// first. The server name given to a connection is sent as SNI and proves nothing.
     #[must_use]
     pub fn client_config(&self, expected: ExpectedPeer, alpn: &[&[u8]]) -> Arc<ClientConfig> {
-        let verifier = Arc::new(ServerVerifier::new(self.source.clone(), expected));
+        let builder = self.client_builder(expected);
+        Arc::new(client(builder.with_client_cert_resolver(self.source.clone()), alpn))
+    }
+
+    /// As [`client_config`](Self::client_config), but presenting no certificate: how somebody whose leaf has expired
+    /// reaches a controller, to show that leaf inside and have it renewed
+    /// ([`CertificateAuthority::recognize_expired`](crate::ca::CertificateAuthority::recognize_expired)).
+    #[must_use]
+    pub fn anonymous_client_config(&self, expected: ExpectedPeer, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+        Arc::new(client(self.client_builder(expected).with_no_client_auth(), alpn))
+    }
+
+    fn client_builder(&self, expected: ExpectedPeer) -> ConfigBuilder<ClientConfig, WantsClientCert> {
+        let verifier = ServerVerifier::Member { source: self.source.clone(), expected };
         let builder = ClientConfig::builder_with_details(provider::provider(), self.clock.clone());
-        let config = only_tls13(builder)
-            .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_client_cert_resolver(self.source.clone());
-        Arc::new(client(config, alpn))
+        only_tls13(builder).dangerous().with_custom_certificate_verifier(Arc::new(verifier))
     }
 }
 
@@ -157,7 +166,7 @@ pub fn join_config_with_clock(
     let builder = ClientConfig::builder_with_details(provider::provider(), clock);
     let config = only_tls13(builder)
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(PinnedRootVerifier::new(root)))
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier::Joiner { root }))
         .with_no_client_auth();
     Arc::new(client(config, alpn))
 }

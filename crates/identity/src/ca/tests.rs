@@ -1,6 +1,6 @@
 use super::store::{CaStoreError, ROOT_CERTIFICATE_FILE, ROOT_KEY_FILE};
 use super::*;
-use crate::fixture::{API, CONTROLLER, NOW, authority, subject};
+use crate::fixture::{API, CONTROLLER, NOW, authority, credential, subject};
 use rcgen::PublicKeyData;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -91,6 +91,27 @@ fn a_clock_that_no_certificate_can_hold_is_an_error() {
         let made = CertificateAuthority::create(&"weft.test".parse().unwrap(), now);
         assert!(matches!(made, Err(IssueError::Clock { .. })), "{now:?}");
     }
+}
+
+#[test]
+fn the_holder_of_an_expired_leaf_is_recognized_for_a_while() {
+    let authority = authority();
+    let credential = credential(&authority, API);
+    let key = PublicKey::from_csr(&credential.key().csr_der().unwrap()).unwrap();
+    let (leaf, end) = (credential.leaf(), credential.expires_at());
+    let recognize = |leaf, key, now| authority.recognize_expired(leaf, key, now);
+
+    for now in [NOW, end.after(Duration::from_secs(1)), end.after(EXPIRED_GRACE)] {
+        assert_eq!(recognize(leaf, &key, now).unwrap().id.to_string(), API, "{now:?}");
+    }
+    for now in [end.after(EXPIRED_GRACE + Duration::from_secs(1)), Timestamp(NOW.0 - 301_000)] {
+        assert_eq!(recognize(leaf, &key, now), Err(RecognizeError::TooLate { not_after: end }), "{now:?}");
+    }
+    let other_key = requested(&CertificateParams::default());
+    assert_eq!(recognize(leaf, &other_key, end), Err(RecognizeError::KeyMismatch));
+    assert!(matches!(recognize(authority.root(), &key, end), Err(RecognizeError::Leaf(_))));
+    let strangers = self::authority().issue_leaf(&subject(API), &key, NOW, LEAF_LIFETIME).unwrap();
+    assert!(matches!(recognize(&strangers.certificate, &key, end), Err(RecognizeError::Untrusted(_))));
 }
 
 fn mode(path: &Path) -> u32 {

@@ -124,6 +124,29 @@ fn dates_fail_with_a_fault_of_their_own_on_both_sides() {
 }
 
 #[test]
+fn who_has_expired_still_reaches_a_controller_as_nobody() {
+    let authority = authority();
+    let clock = Clock::at(NOW);
+    let api = TlsIdentity::with_clock(credential(&authority, API), clock.clone());
+    let lifetime = LEAF_LIFETIME * 24;
+    let controller = authority.issue_credential(&subject(CONTROLLER), NOW, lifetime).unwrap();
+    let controller = TlsIdentity::with_clock(controller, clock.clone());
+    let server = controller.server_config(ClientAuth::Optional, ExpectedPeer::Any, ALPN);
+    clock.set(NOW.after(LEAF_LIFETIME * 2));
+
+    let done = handshake(&api.client_config(ExpectedPeer::Controller, ALPN), &server);
+    assert_eq!(HandshakeFault::of_rustls(&done.server.unwrap_err()), HandshakeFault::PeerExpired);
+    let done = handshake(&api.anonymous_client_config(ExpectedPeer::Controller, ALPN), &server);
+    assert_eq!(peer_identity(done.server.unwrap().peer_certificates()), Ok(None));
+    // It is still picky about whom it talks to.
+    let db = TlsIdentity::with_clock(credential(&authority, DB), Clock::at(NOW));
+    let impostor = db.server_config(ClientAuth::Optional, ExpectedPeer::Any, ALPN);
+    assert!(
+        handshake(&api.anonymous_client_config(ExpectedPeer::Controller, ALPN), &impostor).client.is_err()
+    );
+}
+
+#[test]
 fn the_next_handshake_uses_the_renewed_leaf() {
     let authority = authority();
     let (api, db) = (tls(credential(&authority, API)), tls(credential(&authority, DB)));
@@ -208,7 +231,7 @@ fn a_server_may_let_clients_come_without_a_certificate() {
 fn client_that_trusts(authority: &CertificateAuthority, identity: &TlsIdentity) -> Arc<ClientConfig> {
     let mut config = ClientConfig::clone(&identity.client_config(ExpectedPeer::Any, ALPN));
     let trusting = tls(credential(authority, API));
-    let verifier = ServerVerifier::new(trusting.source, ExpectedPeer::Any);
+    let verifier = ServerVerifier::Member { source: trusting.source, expected: ExpectedPeer::Any };
     config.dangerous().set_certificate_verifier(Arc::new(verifier));
     Arc::new(config)
 }

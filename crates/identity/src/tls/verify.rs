@@ -12,7 +12,6 @@ use super::provider::{self, SIGNATURE_SCHEMES};
 use super::{ClientAuth, Source};
 use crate::certificate::{PeerIdentity, RootIdentity};
 use crate::fingerprint::Fingerprint;
-use crate::spiffe::SpiffeId;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::server::ParsedCertificate;
@@ -22,6 +21,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use std::sync::Arc;
+use std::time::Duration;
 use weft_model::id::TrustDomain;
 
 /// Most certificates that a joiner looks through for its root: a leaf's presenter sends at most
@@ -36,12 +36,22 @@ pub(crate) fn chain(leaf: &CertificateDer<'_>, roots: &RootCertStore, now: UnixT
     verify_server_cert_signed_by_trust_anchor(&parsed, roots, &[], now, algorithms.all)
 }
 
+/// Checks that one of the roots signed a leaf at all, whether or not it is valid today.
+pub(crate) fn chain_when_issued(
+    leaf: &CertificateDer<'_>,
+    identity: &PeerIdentity,
+    roots: &RootCertStore,
+) -> Result<(), Error> {
+    let issued_ms = u64::try_from(identity.not_before.0).unwrap_or_default();
+    chain(leaf, roots, UnixTime::since_unix_epoch(Duration::from_millis(issued_ms)))
+}
+
 /// Checks the names, once the chain is known to be good.
 fn identity(
     leaf: &CertificateDer<'_>,
     trust_domain: &TrustDomain,
     expected: &ExpectedPeer,
-) -> Result<SpiffeId, PeerRejection> {
+) -> Result<(), PeerRejection> {
     let id = PeerIdentity::from_certificate(leaf).map_err(PeerRejection::Certificate)?.id;
     if id.trust_domain != *trust_domain {
         return Err(PeerRejection::TrustDomain { expected: trust_domain.clone(), found: id });
@@ -49,7 +59,7 @@ fn identity(
     if !expected.admits(&id) {
         return Err(PeerRejection::Identity { expected: expected.to_string(), found: id });
     }
-    Ok(id)
+    Ok(())
 }
 
 fn verify(
@@ -60,8 +70,26 @@ fn verify(
 ) -> Result<(), Error> {
     let own = source.0.load();
     chain(leaf, own.anchors(), now)?;
-    identity(leaf, &own.spiffe_id().trust_domain, expected)?;
-    Ok(())
+    Ok(identity(leaf, &own.spiffe_id().trust_domain, expected)?)
+}
+
+fn verify_pinned(
+    pin: Fingerprint,
+    leaf: &CertificateDer<'_>,
+    sent: &[CertificateDer<'_>],
+    now: UnixTime,
+) -> Result<(), Error> {
+    let (root, roots) = find_root(pin, sent).ok_or(PeerRejection::PinnedRootMissing { root: pin })?;
+    chain(leaf, &roots, now)?;
+    Ok(identity(leaf, &root.trust_domain, &ExpectedPeer::Controller)?)
+}
+
+fn find_root(pin: Fingerprint, sent: &[CertificateDer<'_>]) -> Option<(RootIdentity, RootCertStore)> {
+    let mut sent = sent.iter().take(JOIN_CHAIN_MAX);
+    let root = sent.find(|certificate| Fingerprint::of_certificate(certificate) == pin)?;
+    let mut roots = RootCertStore::empty();
+    roots.add(root.clone().into_owned()).ok()?;
+    Some((RootIdentity::from_certificate(root)?, roots))
 }
 
 fn verify_signature(
@@ -80,27 +108,34 @@ fn refuse_tls12() -> Result<HandshakeSignatureValid, Error> {
 
 /// How a client checks a server.
 #[derive(Debug)]
-pub(super) struct ServerVerifier {
-    source: Arc<Source>,
-    expected: ExpectedPeer,
-}
-
-impl ServerVerifier {
-    pub(super) const fn new(source: Arc<Source>, expected: ExpectedPeer) -> Self {
-        Self { source, expected }
-    }
+pub(super) enum ServerVerifier {
+    /// By the roots of its credential.
+    Member {
+        /// Where the credential is.
+        source: Arc<Source>,
+        /// Whom it wants to reach.
+        expected: ExpectedPeer,
+    },
+    /// A joiner: by the fingerprint of the controller's root, which is all that it knows.
+    Joiner {
+        /// The fingerprint in its join token.
+        root: Fingerprint,
+    },
 }
 
 impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
+        sent: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify(&self.source, &self.expected, leaf, now)?;
+        match self {
+            Self::Member { source, expected } => verify(source, expected, leaf, now)?,
+            Self::Joiner { root } => verify_pinned(*root, leaf, sent, now)?,
+        }
         Ok(ServerCertVerified::assertion())
     }
 
@@ -159,65 +194,6 @@ impl ClientCertVerifier for ClientVerifier {
     ) -> Result<ClientCertVerified, Error> {
         verify(&self.source, &self.expected, leaf, now)?;
         Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        refuse_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_signature(message, leaf, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        SIGNATURE_SCHEMES.to_vec()
-    }
-}
-
-/// How a joiner checks the controller, of which it knows the root's fingerprint only.
-#[derive(Debug)]
-pub(super) struct PinnedRootVerifier {
-    root: Fingerprint,
-}
-
-impl PinnedRootVerifier {
-    pub(super) const fn new(root: Fingerprint) -> Self {
-        Self { root }
-    }
-
-    fn find_root(&self, sent: &[CertificateDer<'_>]) -> Option<(RootIdentity, RootCertStore)> {
-        let mut sent = sent.iter().take(JOIN_CHAIN_MAX);
-        let root = sent.find(|certificate| Fingerprint::of_certificate(certificate) == self.root)?;
-        let mut roots = RootCertStore::empty();
-        roots.add(root.clone().into_owned()).ok()?;
-        Some((RootIdentity::from_certificate(root)?, roots))
-    }
-}
-
-impl ServerCertVerifier for PinnedRootVerifier {
-    fn verify_server_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        sent: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        let missing = PeerRejection::PinnedRootMissing { root: self.root };
-        let (root, roots) = self.find_root(sent).ok_or(missing)?;
-        chain(leaf, &roots, now)?;
-        identity(leaf, &root.trust_domain, &ExpectedPeer::Controller)?;
-        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
