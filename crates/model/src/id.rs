@@ -154,6 +154,14 @@ pub struct InstanceId {
     pub instance: Name,
 }
 
+impl InstanceId {
+    /// The smallest id that an instance of `service` can have, to start a range over its instances.
+    #[must_use]
+    pub fn first_of(service: &ServiceName) -> Self {
+        Self { service: service.clone(), instance: Name("a".into()) }
+    }
+}
+
 impl FromStr for InstanceId {
     type Err = IdError;
 

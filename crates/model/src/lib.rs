@@ -33,4 +33,4 @@ pub use reason::CloseReason;
 pub use rejection::Rejection;
 pub use scope::{Scope, SecurityScope, TokenId, TrafficScope};
 pub use time::Timestamp;
-pub use version::{ConfigVersion, Epoch, ExpectedVersion, Position, Version};
+pub use version::{ConfigVersion, Epoch, ExpectedVersion, Position, ScopeVersion, Version};

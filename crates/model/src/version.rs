@@ -84,6 +84,15 @@ impl FromStr for ConfigVersion {
     }
 }
 
+/// Where a scope stood when something was taken from it: its version, and the event that made it so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ScopeVersion {
+    /// The scope's version; zero if it has no event.
+    pub version: Version,
+    /// The position of the event with that version.
+    pub position: Position,
+}
+
 /// A text is not `<epoch>.<position>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a config version is written <epoch>.<position>, for example 1.42")]

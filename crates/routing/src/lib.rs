@@ -1,0 +1,32 @@
+//! What follows from the events.
+//!
+//! [`RoutingState`] folds facts, scope by scope. [`Projection`] keeps, beside it, what sidecars get: **shards** (one
+//! service's endpoints, one service's inbound policy, the trust bundle), each encoded once in canonical bytes and
+//! hashed, and **manifests**, the lists of shards that the sidecars of one interest class run. [`Snapshot`] is the
+//! other end: a manifest and its shards, decoded and checked, as a sidecar holds it. [`verdict`] is the one
+//! evaluator; the sidecar asks it for every connection and [`why`] asks it for people.
+//!
+//! Invariants kept here: I2 (the same facts give the same bytes, however they were batched), I3 (a snapshot is
+//! whole or refused), I8 (one verdict). Pure: no I/O, no clock, no randomness. Called by the projector, the API and the
+//! sidecar. Read `tests/golden/` to see it work.
+
+mod address;
+pub mod decide;
+pub mod hash;
+pub mod interest;
+pub mod manifest;
+pub mod projection;
+pub mod shard;
+pub mod snapshot;
+pub mod state;
+pub mod verdict;
+pub mod why;
+mod wire;
+
+pub use hash::Hash;
+pub use interest::InterestClass;
+pub use manifest::Manifest;
+pub use projection::{Changes, Projection};
+pub use shard::{EndpointsShard, InboundShard, ShardKey, TrustShard};
+pub use snapshot::Snapshot;
+pub use state::RoutingState;

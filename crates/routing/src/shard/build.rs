@@ -1,0 +1,86 @@
+//! Routing state to shards.
+
+use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, ShardKey, TrustShard};
+use crate::state::RoutingState;
+use std::net::SocketAddr;
+use weft_model::membership::MembershipState;
+use weft_model::service::ServicePort;
+use weft_model::{InstanceId, SecurityScope, ServiceName, TrafficScope};
+
+/// The canonical bytes of a shard, or none if the state has nothing for it.
+pub(crate) fn build(state: &RoutingState, key: &ShardKey) -> Option<Vec<u8>> {
+    match key {
+        ShardKey::Endpoints(service) => endpoints(state, service).map(|shard| shard.encode()),
+        ShardKey::Inbound(service) => inbound(state, service).map(|shard| shard.encode()),
+        ShardKey::Trust => trust(state).map(|shard| shard.encode()),
+    }
+}
+
+/// A deleted service leaves an empty shard: who still names it learns that it is gone, and never runs an older
+/// version because a shard vanished.
+fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsShard> {
+    let declared = state.service(service)?.state.is_some();
+    let resolved = |scope: &TrafficScope| {
+        let entry = state.traffic_policy(scope)?;
+        entry.state.map(|policy| ResolvedTraffic { policy, source: entry.source })
+    };
+    let wide = TrafficScope { source: None, destination: service.clone() };
+    let narrow = state.traffic().filter(|(scope, _)| scope.destination == *service);
+    Some(EndpointsShard {
+        service: service.clone(),
+        address: state.address(service),
+        ports: ports(state, service),
+        endpoints: if declared { service_endpoints(state, service) } else { Vec::new() },
+        traffic: resolved(&wide),
+        overrides: narrow.filter_map(|(scope, _)| Some((scope.source.clone()?, resolved(scope)?))).collect(),
+    })
+}
+
+fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoint> {
+    let endpoint = |(id, entry): (&InstanceId, &crate::state::Entry<MembershipState>)| {
+        let registration = entry.state.registration()?;
+        let seen = state.effective_health(id);
+        Some(Endpoint {
+            instance: id.instance.clone(),
+            address: SocketAddr::new(registration.address, registration.port.number()),
+            draining: matches!(entry.state, MembershipState::Draining(_)),
+            health: seen.health,
+            position: entry.source.position.max(seen.position),
+        })
+    };
+    state.instances_of(service).filter_map(endpoint).collect()
+}
+
+fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {
+    state.service(service)?;
+    let nearest_first = [
+        SecurityScope::Service(service.clone()),
+        SecurityScope::Namespace(service.namespace.clone()),
+        SecurityScope::Mesh,
+    ];
+    let layer = |scope: SecurityScope| {
+        let entry = state.security_policy(&scope)?;
+        let policy = entry.state.clone()?;
+        Some(PolicyLayer { scope, source: entry.source, policy })
+    };
+    Some(InboundShard {
+        service: service.clone(),
+        ports: ports(state, service),
+        layers: nearest_first.into_iter().filter_map(layer).collect(),
+        mesh_default: state.mesh().state.security,
+        mesh_source: state.mesh_security_source(),
+    })
+}
+
+fn trust(state: &RoutingState) -> Option<TrustShard> {
+    let roots = &state.ca().state;
+    Some(TrustShard {
+        trust_domain: roots.first()?.trust_domain.clone(),
+        roots_pem: roots.iter().map(|root| root.certificate_pem.clone()).collect(),
+    })
+}
+
+fn ports(state: &RoutingState, service: &ServiceName) -> Vec<ServicePort> {
+    let declared = state.service(service).and_then(|entry| entry.state.as_ref());
+    declared.map(|declared| declared.ports.clone()).unwrap_or_default()
+}

@@ -1,0 +1,167 @@
+//! Canonical bytes to shards. The bytes come over the network or from a disk: everything is checked, and what is not
+//! understood is refused, because a rule that is ignored is a hole.
+
+use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, TrustShard};
+use crate::wire;
+use prost::Message;
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+use weft_model::health::Health;
+use weft_model::security::{Action, Mode, Rule, SecurityPolicy, Sources};
+use weft_model::service::ServicePort;
+use weft_model::traffic::{Balance, ConnectPolicy, TrafficPolicy};
+use weft_model::{Port, Position, ScopeVersion, Version};
+
+/// Bytes are not the shard that they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ShardError {
+    /// They are not the expected protobuf.
+    #[error("shard is not readable")]
+    Encoding(#[from] prost::DecodeError),
+    /// A field has a value that it cannot have.
+    #[error("shard has a malformed {0}")]
+    Field(&'static str),
+}
+
+impl EndpointsShard {
+    /// Reads canonical bytes back.
+    ///
+    /// # Errors
+    /// If they are not what [`EndpointsShard::encode`] makes.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ShardError> {
+        let shard = wire::Endpoints::decode(bytes)?;
+        let mut service_wide = None;
+        let mut overrides = BTreeMap::new();
+        for traffic in &shard.traffic {
+            let resolved = resolved_traffic(traffic)?;
+            if traffic.source.is_empty() {
+                service_wide = Some(resolved);
+            } else {
+                overrides.insert(parse(&traffic.source, "traffic source")?, resolved);
+            }
+        }
+        Ok(Self {
+            service: parse(&shard.service, "service")?,
+            address: (shard.address != 0).then(|| Ipv4Addr::from(shard.address)),
+            ports: shard.ports.iter().map(service_port).collect::<Result<_, _>>()?,
+            endpoints: shard.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
+            traffic: service_wide,
+            overrides,
+        })
+    }
+}
+
+impl InboundShard {
+    /// Reads canonical bytes back.
+    ///
+    /// # Errors
+    /// If they are not what [`InboundShard::encode`] makes.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ShardError> {
+        let shard = wire::Inbound::decode(bytes)?;
+        let mesh = shard.mesh_default.ok_or(ShardError::Field("mesh default"))?;
+        Ok(Self {
+            service: parse(&shard.service, "service")?,
+            ports: shard.ports.iter().map(service_port).collect::<Result<_, _>>()?,
+            layers: shard.layers.iter().map(layer).collect::<Result<_, _>>()?,
+            mesh_default: if mesh.allow { Action::Allow } else { Action::Deny },
+            mesh_source: source(mesh.version, mesh.position),
+        })
+    }
+}
+
+impl TrustShard {
+    /// Reads canonical bytes back.
+    ///
+    /// # Errors
+    /// If they are not what [`TrustShard::encode`] makes.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ShardError> {
+        let shard = wire::Trust::decode(bytes)?;
+        Ok(Self { trust_domain: parse(&shard.trust_domain, "trust domain")?, roots_pem: shard.roots_pem })
+    }
+}
+
+fn parse<T: FromStr>(text: &str, field: &'static str) -> Result<T, ShardError> {
+    text.parse().map_err(|_| ShardError::Field(field))
+}
+
+fn port(number: u32) -> Result<Port, ShardError> {
+    u16::try_from(number).ok().and_then(Port::new).ok_or(ShardError::Field("port"))
+}
+
+const fn source(version: u64, position: u64) -> ScopeVersion {
+    ScopeVersion { version: Version(version), position: Position(position) }
+}
+
+fn service_port(shard: &wire::ServicePort) -> Result<ServicePort, ShardError> {
+    Ok(ServicePort { name: parse(&shard.name, "port name")?, port: port(shard.port)? })
+}
+
+fn endpoint(shard: &wire::Endpoint) -> Result<Endpoint, ShardError> {
+    let health = match wire::Health::try_from(shard.health) {
+        Ok(wire::Health::Unknown) => Health::Unknown,
+        Ok(wire::Health::Healthy) => Health::Healthy,
+        Ok(wire::Health::Unhealthy) => Health::Unhealthy,
+        Err(_) => return Err(ShardError::Field("health")),
+    };
+    Ok(Endpoint {
+        instance: parse(&shard.instance, "instance")?,
+        address: parse(&shard.address, "address")?,
+        draining: shard.draining,
+        health,
+        position: Position(shard.position),
+    })
+}
+
+fn resolved_traffic(shard: &wire::Traffic) -> Result<ResolvedTraffic, ShardError> {
+    let balance = match wire::Balance::try_from(shard.balance) {
+        Ok(wire::Balance::LeastConnections) => Balance::LeastConnections,
+        Ok(wire::Balance::RoundRobin) => Balance::RoundRobin,
+        Ok(wire::Balance::Random) => Balance::Random,
+        Err(_) => return Err(ShardError::Field("balance")),
+    };
+    let retries = u8::try_from(shard.connect_retries).map_err(|_| ShardError::Field("retries"))?;
+    let connect = ConnectPolicy { timeout_ms: shard.connect_timeout_ms, retries };
+    Ok(ResolvedTraffic {
+        policy: TrafficPolicy { balance, connect },
+        source: source(shard.version, shard.position),
+    })
+}
+
+fn layer(shard: &wire::Layer) -> Result<PolicyLayer, ShardError> {
+    let default = match wire::Action::try_from(shard.default) {
+        Ok(wire::Action::Unset) => None,
+        Ok(wire::Action::Allow) => Some(Action::Allow),
+        Ok(wire::Action::Deny) => Some(Action::Deny),
+        Err(_) => return Err(ShardError::Field("default")),
+    };
+    Ok(PolicyLayer {
+        scope: parse(&shard.scope, "policy scope")?,
+        source: source(shard.version, shard.position),
+        policy: SecurityPolicy {
+            default,
+            mode: if shard.audit { Mode::Audit } else { Mode::Enforce },
+            rules: shard.rules.iter().map(rule).collect::<Result<_, _>>()?,
+        },
+    })
+}
+
+fn rule(shard: &wire::Rule) -> Result<Rule, ShardError> {
+    let action = match wire::Action::try_from(shard.action) {
+        Ok(wire::Action::Allow) => Action::Allow,
+        Ok(wire::Action::Deny) => Action::Deny,
+        Ok(wire::Action::Unset) | Err(_) => return Err(ShardError::Field("action")),
+    };
+    let services = shard.services.iter().map(|name| parse(name, "rule source"));
+    let namespaces = shard.namespaces.iter().map(|name| parse(name, "rule source"));
+    Ok(Rule {
+        name: parse(&shard.name, "rule name")?,
+        action,
+        from: Sources {
+            any: shard.any,
+            services: services.collect::<Result<_, _>>()?,
+            namespaces: namespaces.collect::<Result<_, _>>()?,
+        },
+        ports: shard.ports.iter().map(|number| port(*number)).collect::<Result<_, _>>()?,
+    })
+}

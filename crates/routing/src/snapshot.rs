@@ -1,0 +1,133 @@
+//! Snapshots: a manifest and every shard that it lists, decoded and checked. What a sidecar runs.
+
+use crate::hash::Hash;
+use crate::manifest::{Manifest, ManifestError};
+use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey, TrustShard};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use weft_model::{ConfigVersion, ServiceName};
+
+/// Longest canonical form of one shard. A service of 100,000 endpoints has about 8 MiB.
+pub const SHARD_BYTES_MAX: usize = 16 << 20;
+
+/// A whole configuration at one version: either all of it holds, or none (I3).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The version.
+    pub version: ConfigVersion,
+    /// The manifest's hash; equal hashes, equal content.
+    pub manifest_hash: Hash,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The services that may be connected to.
+    pub endpoints: BTreeMap<ServiceName, EndpointsShard>,
+    /// Who may connect here.
+    pub inbound: InboundShard,
+    /// Whom to believe.
+    pub trust: TrustShard,
+    /// Every shard's canonical bytes, to build the next snapshot from and to keep on disk.
+    pub shards: BTreeMap<Hash, Arc<[u8]>>,
+}
+
+/// Bytes do not make a whole snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The manifest's bytes do not have the announced hash.
+    #[error("manifest does not have the announced hash")]
+    ManifestHash,
+    /// The manifest does not decode.
+    #[error("manifest is malformed")]
+    Manifest(#[from] ManifestError),
+    /// The version is older than an event in the manifest.
+    #[error("snapshot claims version {claimed}, but holds an event of position {held}")]
+    Version {
+        /// What it claims.
+        claimed: ConfigVersion,
+        /// The newest position in it.
+        held: u64,
+    },
+    /// A listed shard is not there.
+    #[error("shard {0} is missing")]
+    Missing(ShardKey),
+    /// A shard's bytes do not decode.
+    #[error("shard {key} is malformed")]
+    Shard {
+        /// Which.
+        key: ShardKey,
+        /// Why.
+        #[source]
+        source: ShardError,
+    },
+    /// A shard says that it is another one.
+    #[error("shard {0} holds another one's content")]
+    Misplaced(ShardKey),
+    /// The manifest lists no inbound policy, more than one, or no trust bundle.
+    #[error("snapshot has no {0}")]
+    Incomplete(&'static str),
+}
+
+impl Snapshot {
+    /// Puts a snapshot together. `shards` may hold more than the manifest lists; what it lists is looked up by hash, and
+    /// only bytes that have that hash are taken.
+    ///
+    /// # Errors
+    /// If anything is missing, malformed, or not what the manifest says.
+    pub fn assemble(
+        version: ConfigVersion,
+        manifest_hash: Hash,
+        manifest_bytes: &[u8],
+        shards: &BTreeMap<Hash, Arc<[u8]>>,
+    ) -> Result<Self, SnapshotError> {
+        if Hash::of(manifest_bytes) != manifest_hash {
+            return Err(SnapshotError::ManifestHash);
+        }
+        let manifest = Manifest::decode(manifest_bytes)?;
+        if manifest.position() > version.position {
+            return Err(SnapshotError::Version { claimed: version, held: manifest.position().0 });
+        }
+        let mut endpoints = BTreeMap::new();
+        let mut inbound = None;
+        let mut trust = None;
+        let mut kept = BTreeMap::new();
+        for (key, entry) in &manifest.entries {
+            let bytes = shards
+                .get(&entry.hash)
+                .filter(|bytes| Hash::of(bytes) == entry.hash)
+                .ok_or_else(|| SnapshotError::Missing(key.clone()))?;
+            let malformed = |source| SnapshotError::Shard { key: key.clone(), source };
+            let misplaced = || SnapshotError::Misplaced(key.clone());
+            match key {
+                ShardKey::Endpoints(service) => {
+                    let shard = EndpointsShard::decode(bytes).map_err(malformed)?;
+                    if shard.service != *service {
+                        return Err(misplaced());
+                    }
+                    endpoints.insert(service.clone(), shard);
+                }
+                ShardKey::Inbound(service) => {
+                    let shard = InboundShard::decode(bytes).map_err(malformed)?;
+                    if shard.service != *service || inbound.replace(shard).is_some() {
+                        return Err(misplaced());
+                    }
+                }
+                ShardKey::Trust => trust = Some(TrustShard::decode(bytes).map_err(malformed)?),
+            }
+            kept.insert(entry.hash, Arc::clone(bytes));
+        }
+        Ok(Self {
+            version,
+            manifest_hash,
+            manifest,
+            endpoints,
+            inbound: inbound.ok_or(SnapshotError::Incomplete("inbound policy"))?,
+            trust: trust.ok_or(SnapshotError::Incomplete("trust bundle"))?,
+            shards: kept,
+        })
+    }
+
+    /// The manifest's canonical bytes.
+    #[must_use]
+    pub fn manifest_bytes(&self) -> Vec<u8> {
+        self.manifest.encode().0
+    }
+}
