@@ -1,0 +1,114 @@
+//! An open log: the owner of the tasks behind an [`Appender`] and its [`Reader`]s.
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_postgres::Config;
+use tokio_util::sync::CancellationToken;
+use weft_model::version::Position;
+
+use crate::append::{AppendTask, Appender, Unusable, Writer};
+use crate::notify;
+use crate::read::Reader;
+use crate::session::StoreError;
+use crate::settings::SettingsError;
+
+/// How to open a log.
+#[derive(Clone, Debug)]
+pub struct LogConfig {
+    /// Where the database is; of several hosts, the one that accepts writes is used. TLS to the database is not
+    /// supported: use a unix socket, a loopback address or a trusted network. Never logged with its password.
+    pub connect: Config,
+    /// Accept a server that may lose acknowledged events in a crash. For throw-away data only.
+    pub allow_unsafe_settings: bool,
+}
+
+impl LogConfig {
+    /// A log in the given database, on a server that loses nothing.
+    #[must_use]
+    pub const fn new(connect: Config) -> Self {
+        Self { connect, allow_unsafe_settings: false }
+    }
+}
+
+/// Why a log cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The server cannot be reached, or failed.
+    #[error("cannot open the event log")]
+    Store(#[source] StoreError),
+    /// The server must not hold the log as it is configured.
+    #[error("the server is not fit to hold the event log")]
+    Unfit(#[source] SettingsError),
+    /// The database has no event log yet; call [`migrate`](crate::migrate).
+    #[error("the database has no event log; migrate it first")]
+    NotMigrated,
+}
+
+impl From<Unusable> for OpenError {
+    fn from(unusable: Unusable) -> Self {
+        match unusable {
+            Unusable::Store(error) => Self::Store(error),
+            Unusable::Unfit(error) => Self::Unfit(error),
+            Unusable::NotMigrated => Self::NotMigrated,
+        }
+    }
+}
+
+/// A log that is open for appending and reading. Any number of processes may have the same one open.
+///
+/// End it with [`shutdown`](Self::shutdown); dropping it abandons what is queued.
+#[derive(Debug)]
+pub struct EventLog {
+    appender: Appender,
+    reader: Reader,
+    committed: watch::Receiver<Position>,
+    closing: CancellationToken,
+    tasks: JoinSet<()>,
+}
+
+impl EventLog {
+    /// Connects, checks the server's settings, and opens an epoch if the database has another life than when the log
+    /// was last open.
+    ///
+    /// # Errors
+    /// See [`OpenError`]. Nothing is retried: whoever opens the log knows how long to wait for it.
+    pub async fn open(config: LogConfig) -> Result<Self, OpenError> {
+        let connect = config.connect.clone();
+        let writer = Writer::open(config).await?;
+        let wake = watch::Sender::new(writer.position());
+        let reader = Reader::with_wake(connect.clone(), wake.clone());
+        let (committed, announced) = watch::channel(writer.position());
+        let (appender, queue) = Appender::channel();
+        let closing = CancellationToken::new();
+
+        let mut tasks = JoinSet::new();
+        tasks.spawn(notify::announce(connect, announced.clone(), closing.clone()));
+        tasks.spawn(AppendTask { writer, queue, committed, wake, closing: closing.clone() }.run());
+        Ok(Self { appender, reader, committed: announced, closing, tasks })
+    }
+
+    /// A handle to append with.
+    #[must_use]
+    pub fn appender(&self) -> Appender {
+        self.appender.clone()
+    }
+
+    /// A handle to read with; it outlives the log. Its tails wake as soon as this process commits.
+    #[must_use]
+    pub fn reader(&self) -> Reader {
+        self.reader.clone()
+    }
+
+    /// Follows the last position that this process knows to be durable, from its own appends.
+    #[must_use]
+    pub fn committed(&self) -> watch::Receiver<Position> {
+        self.committed.clone()
+    }
+
+    /// Refuses further appends, answers those that are queued, and ends the log's tasks.
+    pub async fn shutdown(mut self) {
+        self.closing.cancel();
+        while self.tasks.join_next().await.is_some() {}
+    }
+}

@@ -1,0 +1,91 @@
+//! Hints between processes that share a log: "there are events up to here".
+//!
+//! Sent on connections of their own, outside the append transaction, because a transaction that notifies takes a lock
+//! of the whole database server at commit. Everybody who may connect may also send hints, so they are never believed
+//! beyond being a reason to look.
+
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tokio_postgres::{Config, Notification};
+use tokio_util::sync::CancellationToken;
+use weft_model::version::Position;
+
+use crate::append::Chain;
+use crate::session::{Access, Session, StoreError};
+
+/// The channel of `LISTEN` and `NOTIFY`.
+const CHANNEL: &str = "weft_log";
+/// Pause between two hints: appends in between share one.
+const COALESCE: Duration = Duration::from_millis(5);
+/// Pause before a lost connection is made again; polling carries on meanwhile.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+/// Tells other processes what this one committed, until `closing`.
+pub(crate) async fn announce(
+    config: Config,
+    mut committed: watch::Receiver<Position>,
+    closing: CancellationToken,
+) {
+    let work = async {
+        let mut session = None;
+        while committed.changed().await.is_ok() {
+            let position = *committed.borrow_and_update();
+            match send(&config, session.take(), position).await {
+                Ok(alive) => {
+                    session = Some(alive);
+                    sleep(COALESCE).await;
+                }
+                Err(error) => {
+                    tracing::debug!(error = %Chain(&error), "hint not sent; other nodes find the events by polling");
+                    sleep(RECONNECT).await;
+                }
+            }
+        }
+    };
+    closing.run_until_cancelled(work).await;
+}
+
+async fn send(config: &Config, session: Option<Session>, position: Position) -> Result<Session, StoreError> {
+    let session = match session {
+        Some(session) if !session.client.is_closed() => session,
+        _ => Session::open(config, Access::ReadWrite).await?,
+    };
+    let sent = session.client.query("select pg_notify($1, $2)", &[&CHANNEL, &position.to_string()]).await;
+    sent.map_err(StoreError::while_doing("notify readers"))?;
+    Ok(session)
+}
+
+/// Passes other processes' hints on to `wake`, for as long as it is polled.
+pub(crate) async fn listen(config: Config, wake: watch::Sender<Position>) {
+    loop {
+        if let Err(error) = listen_once(&config, &wake).await {
+            tracing::debug!(error = %Chain(&error), "hints not heard; new events are found by polling");
+        }
+        sleep(RECONNECT).await;
+    }
+}
+
+async fn listen_once(config: &Config, wake: &watch::Sender<Position>) -> Result<(), StoreError> {
+    let heard = wake.clone();
+    let mut session =
+        Session::open_with(config, Access::ReadOnly, move |notification| hear(notification, &heard)).await?;
+    let listening = session.client.batch_execute(&format!("listen {CHANNEL}")).await;
+    listening.map_err(StoreError::while_doing("listen for hints"))?;
+    // What was committed while nobody listened is news too.
+    wake.send_modify(|_| ());
+    session.closed().await;
+    Ok(())
+}
+
+/// Our own appends come back as hints; they are not news.
+fn hear(notification: &Notification, wake: &watch::Sender<Position>) {
+    let Ok(position) = notification.payload().parse().map(Position) else { return };
+    wake.send_if_modified(|known| {
+        let news = notification.channel() == CHANNEL && position > *known;
+        if news {
+            *known = position;
+        }
+        news
+    });
+}

@@ -1,0 +1,12 @@
+//! The event log against a real PostgreSQL server, a database per test.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a helper of tests fails the test that called it")]
+
+mod append;
+mod concurrency;
+mod epochs;
+mod failures;
+mod reading;
+mod schema;
+mod support;
+mod verification;

@@ -1,0 +1,109 @@
+//! What the migrations promise to people who use SQL, and to those who try to change history.
+
+use tokio_postgres::error::SqlState;
+use weft_testkit::TestDatabase;
+
+use crate::support::{config, migrated, one, open};
+
+#[tokio::test]
+async fn migrating_twice_and_at_once_is_harmless() {
+    let databases = [TestDatabase::create().await, TestDatabase::create().await];
+    let runs = databases.iter().flat_map(|database| (0..4).map(|_| config(database)));
+    let runs: tokio::task::JoinSet<_> =
+        runs.map(|config| async move { weft_eventlog::migrate(&config).await }).collect();
+    for result in runs.join_all().await {
+        result.unwrap();
+    }
+    open(&databases[0]).await.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_unknown_migration_means_a_newer_weft() {
+    let database = migrated().await;
+    let client = database.connect().await;
+    let row = "insert into _sqlx_migrations values (999999, 'later', now(), true, ''::bytea, 0)";
+    client.execute(row, &[]).await.unwrap();
+    let error = weft_eventlog::migrate(&config(&database)).await.unwrap_err();
+    assert!(matches!(error, weft_eventlog::MigrateError::Newer { version: 999_999 }), "{error:?}");
+}
+
+#[tokio::test]
+async fn nobody_changes_history_not_even_a_superuser() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    log.appender().append(one("s")).await.unwrap();
+    let client = database.connect().await;
+    for replica in ["origin", "replica"] {
+        client.batch_execute(&format!("set session_replication_role = {replica}")).await.unwrap();
+        for statement in [
+            "update weft.event set payload = '{}'",
+            "delete from weft.event",
+            "truncate weft.event",
+            "update weft.log_epoch set epoch = 9",
+            "delete from weft.log_epoch",
+            "truncate weft.log_epoch",
+            "update weft.command_outcome set epoch = 9",
+            "delete from weft.command_outcome",
+            "truncate weft.command_outcome",
+        ] {
+            let error = client.batch_execute(statement).await.unwrap_err();
+            assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
+            assert!(error.as_db_error().unwrap().message().contains("append-only"), "{statement}");
+        }
+    }
+    assert_eq!(log.reader().head().await.unwrap().position.0, 1);
+}
+
+#[tokio::test]
+async fn the_reader_role_reads_and_does_nothing_else() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    log.appender().append(one("s")).await.unwrap();
+    let client = database.connect().await;
+    client.batch_execute("set role weft_reader").await.unwrap();
+    for table in ["audit.events", "weft.event", "weft.log_epoch", "weft.command_outcome"] {
+        let count: i64 =
+            client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
+        assert_eq!(count, 1, "{table}");
+    }
+    let position: i64 = client.query_one("select audit.position_at(now())", &[]).await.unwrap().get(0);
+    assert_eq!(position, 1);
+    for statement in [
+        "insert into weft.event select * from weft.event",
+        "delete from weft.event",
+        "insert into weft.command_outcome select * from weft.command_outcome",
+        "create table weft.mine (id int)",
+    ] {
+        let error = client.batch_execute(statement).await.unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
+    }
+}
+
+#[tokio::test]
+async fn every_column_that_people_see_says_what_it_means() {
+    let database = migrated().await;
+    let sql = "select n.nspname || '.' || c.relname || '.' || a.attname from pg_attribute a \
+               join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace \
+               where n.nspname in ('weft', 'audit') and c.relkind in ('r', 'v') and a.attnum > 0 \
+               and not a.attisdropped and col_description(c.oid, a.attnum) is null";
+    let silent: Vec<String> =
+        database.connect().await.query(sql, &[]).await.unwrap().iter().map(|r| r.get(0)).collect();
+    assert_eq!(silent, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn the_audit_view_shows_who_did_what_and_why() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    let mut request = one("mesh");
+    request.reason = Some("because".into());
+    log.appender().append(request.clone()).await.unwrap();
+    let event = log.reader().read(weft_model::version::Position(0), 1).await.unwrap().remove(0);
+    let sql = "select scope, actor, reason, payload->>'n', hash, command_id, (extract(epoch from recorded_at) * 1e6)::bigint \
+               from audit.events where position = 1";
+    let row = database.connect().await.query_one(sql, &[]).await.unwrap();
+    let texts: Vec<String> = (0..5).map(|column| row.get(column)).collect();
+    assert_eq!(texts, ["mesh", &request.actor, "because", "0", &event.hash.to_string()]);
+    assert_eq!(row.get::<_, uuid::Uuid>(5), request.command_id);
+    assert_eq!(row.get::<_, i64>(6), event.recorded_at.0);
+}
