@@ -35,6 +35,9 @@ pub enum ManifestError {
     /// A key, hash or the order of entries is wrong, or there are too many.
     #[error("manifest entry {0} is malformed")]
     Entry(usize),
+    /// It holds more than this version understands, or is not in canonical form.
+    #[error("manifest holds something that this version does not understand")]
+    NotUnderstood,
 }
 
 impl Manifest {
@@ -70,7 +73,11 @@ impl Manifest {
             }
             entries.insert(key, ManifestEntry { hash, position: Position(entry.position) });
         }
-        Ok(Self { entries })
+        let manifest = Self { entries };
+        if manifest.encode().0 != bytes {
+            return Err(ManifestError::NotUnderstood);
+        }
+        Ok(manifest)
     }
 
     /// The last event that touched anything in it.

@@ -50,6 +50,8 @@ pub struct Class {
 pub struct Wanted<'a> {
     /// The snapshot's version.
     pub version: ConfigVersion,
+    /// The event that put the sidecar into its class.
+    pub since: Position,
     /// Its class.
     pub class: &'a InterestClass,
     /// The class's manifest.
@@ -122,7 +124,7 @@ impl Projection {
         let Sidecar { class, since } = self.sidecars.get(instance)?;
         let manifest = self.classes.get(class)?;
         let version = ConfigVersion::new(self.state.version().epoch, manifest.position.max(*since));
-        Some(Wanted { version, class, manifest })
+        Some(Wanted { version, since: *since, class, manifest })
     }
 
     /// Takes in the next events. Shards and manifests are built once for the whole batch.

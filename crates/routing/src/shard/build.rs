@@ -1,11 +1,12 @@
 //! Routing state to shards.
 
 use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, ShardKey, TrustShard};
-use crate::state::RoutingState;
+use crate::state::{Entry, RoutingState};
 use std::net::SocketAddr;
 use weft_model::membership::MembershipState;
+use weft_model::security::Action;
 use weft_model::service::ServicePort;
-use weft_model::{InstanceId, SecurityScope, ServiceName, TrafficScope};
+use weft_model::{InstanceId, ScopeVersion, SecurityScope, ServiceName, TrafficScope};
 
 /// The canonical bytes of a shard, or none if the state has nothing for it.
 pub(crate) fn build(state: &RoutingState, key: &ShardKey) -> Option<Vec<u8>> {
@@ -37,7 +38,7 @@ fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsSha
 }
 
 fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoint> {
-    let endpoint = |(id, entry): (&InstanceId, &crate::state::Entry<MembershipState>)| {
+    let endpoint = |(id, entry): (&InstanceId, &Entry<MembershipState>)| {
         let registration = entry.state.registration()?;
         let seen = state.effective_health(id);
         Some(Endpoint {
@@ -52,7 +53,16 @@ fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoin
 }
 
 fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {
-    state.service(service)?;
+    if state.service(service)?.state.is_none() {
+        // Policies that cover a deleted service do not touch its shard, so it must not show them.
+        return Some(InboundShard {
+            service: service.clone(),
+            ports: Vec::new(),
+            layers: Vec::new(),
+            mesh_default: Action::Deny,
+            mesh_source: ScopeVersion::default(),
+        });
+    }
     let nearest_first = [
         SecurityScope::Service(service.clone()),
         SecurityScope::Namespace(service.namespace.clone()),

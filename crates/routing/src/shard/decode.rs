@@ -1,5 +1,7 @@
 //! Canonical bytes to shards. The bytes come over the network or from a disk: everything is checked, and what is not
-//! understood is refused, because a rule that is ignored is a hole.
+//! understood is refused, because a rule that is ignored is a hole. So a shard is taken only if encoding it again gives
+//! the same bytes: a field that a newer controller added and set makes an older sidecar refuse it, aloud, and keep what it
+//! has.
 
 use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, TrustShard};
 use crate::wire;
@@ -22,6 +24,13 @@ pub enum ShardError {
     /// A field has a value that it cannot have.
     #[error("shard has a malformed {0}")]
     Field(&'static str),
+    /// It holds more than this version understands, or is not in canonical form.
+    #[error("shard holds something that this version does not understand")]
+    NotUnderstood,
+}
+
+fn understood<T>(shard: T, canonical: &[u8], bytes: &[u8]) -> Result<T, ShardError> {
+    if canonical == bytes { Ok(shard) } else { Err(ShardError::NotUnderstood) }
 }
 
 impl EndpointsShard {
@@ -41,14 +50,16 @@ impl EndpointsShard {
                 overrides.insert(parse(&traffic.source, "traffic source")?, resolved);
             }
         }
-        Ok(Self {
+        let decoded = Self {
             service: parse(&shard.service, "service")?,
             address: (shard.address != 0).then(|| Ipv4Addr::from(shard.address)),
             ports: shard.ports.iter().map(service_port).collect::<Result<_, _>>()?,
             endpoints: shard.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
             traffic: service_wide,
             overrides,
-        })
+        };
+        let canonical = decoded.encode();
+        understood(decoded, &canonical, bytes)
     }
 }
 
@@ -60,13 +71,15 @@ impl InboundShard {
     pub fn decode(bytes: &[u8]) -> Result<Self, ShardError> {
         let shard = wire::Inbound::decode(bytes)?;
         let mesh = shard.mesh_default.ok_or(ShardError::Field("mesh default"))?;
-        Ok(Self {
+        let decoded = Self {
             service: parse(&shard.service, "service")?,
             ports: shard.ports.iter().map(service_port).collect::<Result<_, _>>()?,
             layers: shard.layers.iter().map(layer).collect::<Result<_, _>>()?,
             mesh_default: if mesh.allow { Action::Allow } else { Action::Deny },
             mesh_source: source(mesh.version, mesh.position),
-        })
+        };
+        let canonical = decoded.encode();
+        understood(decoded, &canonical, bytes)
     }
 }
 
@@ -77,7 +90,10 @@ impl TrustShard {
     /// If they are not what [`TrustShard::encode`] makes.
     pub fn decode(bytes: &[u8]) -> Result<Self, ShardError> {
         let shard = wire::Trust::decode(bytes)?;
-        Ok(Self { trust_domain: parse(&shard.trust_domain, "trust domain")?, roots_pem: shard.roots_pem })
+        let trust_domain = parse(&shard.trust_domain, "trust domain")?;
+        let decoded = Self { trust_domain, roots_pem: shard.roots_pem };
+        let canonical = decoded.encode();
+        understood(decoded, &canonical, bytes)
     }
 }
 

@@ -1,0 +1,18 @@
+//! How everything that is not a controller talks to one: sidecars, the command line, the local mesh.
+//!
+//! [`channel`] gives a gRPC channel over mTLS that connects when it is first used, again when it broke, and to the next
+//! controller when one does not answer. [`CallError`] says what a failed call means. [`retry`] repeats a call while
+//! nobody answers; commands carry an id ([`command`]), so a repeat after a lost answer gets the first outcome and
+//! changes nothing twice.
+//!
+//! Who the caller is and whom it believes are in the TLS configuration, made by `weft-identity`.
+
+mod address;
+mod channel;
+mod error;
+mod retry;
+
+pub use address::{AddressError, ControllerAddress};
+pub use channel::{ALPN, channel};
+pub use error::CallError;
+pub use retry::{command, retry};

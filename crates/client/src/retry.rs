@@ -1,0 +1,85 @@
+//! Repeating calls that nobody answered.
+
+use crate::error::CallError;
+use backon::{ExponentialBuilder, Retryable};
+use std::time::Duration;
+use tonic::{Response, Status};
+use uuid::Uuid;
+use weft_proto::v1::CommandMeta;
+
+/// Waits between attempts, with jitter: 50 ms doubling to 1 s, in all at most about four seconds. A controller that
+/// restarts is back within that; one that is gone shall not keep a person waiting longer.
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+const RETRIES_MAX: usize = 6;
+
+/// A new command's id and reason. Keep it for all repeats of the command.
+#[must_use]
+pub fn command(reason: impl Into<String>) -> CommandMeta {
+    CommandMeta { command_id: Uuid::now_v7().to_string(), reason: reason.into() }
+}
+
+/// Calls until somebody answers, within a bound. The call must be safe to repeat: a read, or a command that keeps its
+/// id.
+///
+/// # Errors
+/// The last failure.
+pub async fn retry<T, F, Fut>(call: F) -> Result<T, CallError>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result<Response<T>, Status>>,
+{
+    let waits = ExponentialBuilder::default()
+        .with_min_delay(FIRST_WAIT)
+        .with_max_delay(LONGEST_WAIT)
+        .with_max_times(RETRIES_MAX)
+        .with_jitter();
+    let mut call = call;
+    let attempt = || {
+        let answer = call();
+        async { answer.await.map(Response::into_inner).map_err(CallError::from) }
+    };
+    attempt
+        .retry(waits)
+        .when(CallError::is_transient)
+        .notify(|error, wait| tracing::debug!(%error, ?wait, "no answer, calling again"))
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_what_may_pass_is_repeated_and_not_for_ever() {
+        let mut calls = 0;
+        let result: Result<(), _> = retry(|| {
+            calls += 1;
+            async { Err(Status::unavailable("away")) }
+        })
+        .await;
+        assert!(matches!(result, Err(CallError::Unreachable(_))));
+        assert_eq!(calls, RETRIES_MAX + 1);
+
+        let mut calls = 0;
+        let result: Result<(), _> = retry(|| {
+            calls += 1;
+            async { Err(Status::permission_denied("no")) }
+        })
+        .await;
+        assert!(matches!(result, Err(CallError::Denied(_))));
+        assert_eq!(calls, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_is_taken() {
+        let mut calls = 0;
+        let result = retry(|| {
+            calls += 1;
+            let answer = if calls < 3 { Err(Status::unavailable("away")) } else { Ok(Response::new(calls)) };
+            async { answer }
+        })
+        .await;
+        assert_eq!(result.unwrap(), 3);
+    }
+}

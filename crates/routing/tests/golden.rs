@@ -1,0 +1,282 @@
+//! Scenarios: commands in, what sidecars get out. Each `golden/*.txt` is a script; what it shows must equal the
+//! `*.out` file beside it, which is reviewed like code. To accept a changed outcome, run the test with
+//! `WEFT_ACCEPT_GOLDEN=1` and read the diff.
+//!
+//! Every line of a script is one batch (`+` joins commands into one), decided and folded like in production. `show`
+//! and `why` lines print.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a broken script fails the test, naming its line")]
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use weft_model::health::{Health, HealthReported};
+use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
+use weft_model::mesh::MeshDefaults;
+use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
+use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::{Command, Epoch, Fact, InstanceId, Port, ServiceName, Timestamp, Version, ca};
+use weft_routing::decide::decide;
+use weft_routing::why::explain;
+use weft_routing::{EndpointsShard, InboundShard, Projection, ShardKey, Snapshot};
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "how a person accepts a changed outcome")]
+fn scenarios() {
+    let accept = std::env::var("WEFT_ACCEPT_GOLDEN").is_ok();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut scripts: Vec<_> = fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "txt"))
+        .collect();
+    scripts.sort();
+    assert!(!scripts.is_empty());
+    for script in scripts {
+        let shown = run(&fs::read_to_string(&script).unwrap());
+        let expected = script.with_extension("out");
+        if accept {
+            fs::write(&expected, &shown).unwrap();
+        }
+        let wanted = fs::read_to_string(&expected).unwrap_or_default();
+        assert!(shown == wanted, "{} shows\n{shown}\nnot\n{wanted}", script.display());
+    }
+}
+
+fn run(script: &str) -> String {
+    let mut mesh = Mesh::default();
+    for (number, line) in script.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            ["show", "endpoints", service] => mesh.show_endpoints(&service.parse().unwrap()),
+            ["show", "inbound", service] => mesh.show_inbound(&service.parse().unwrap()),
+            ["show", "sidecar", instance] => mesh.show_sidecar(&instance.parse().unwrap()),
+            ["why", source, destination, port] => {
+                mesh.why(&source.parse().unwrap(), &destination.parse().unwrap(), port.parse().unwrap());
+            }
+            _ => {
+                let commands = line.split(" + ").map(|text| {
+                    command(text).unwrap_or_else(|| panic!("line {}: {text:?} is not a command", number + 1))
+                });
+                mesh.execute(line, &commands.collect::<Vec<_>>());
+            }
+        }
+    }
+    mesh.shown
+}
+
+#[derive(Default)]
+struct Mesh {
+    projection: Projection,
+    shown: String,
+}
+
+impl Mesh {
+    fn execute(&mut self, line: &str, batch: &[Command]) {
+        let now = Timestamp(1_000);
+        let decisions = match decide(self.projection.state(), batch, now) {
+            Ok(decisions) => decisions,
+            Err(refused) => {
+                writeln!(self.shown, "refused: {line}\n    {refused}").unwrap();
+                return;
+            }
+        };
+        let mut position = self.projection.version().position;
+        let mut facts = Vec::new();
+        for decision in decisions {
+            for (index, event) in decision.events.into_iter().enumerate() {
+                position = position.next();
+                facts.push(Fact {
+                    epoch: Epoch(1),
+                    position,
+                    version: Version(decision.seen.0 + 1 + index as u64),
+                    at: now,
+                    actor: "golden".into(),
+                    scope: decision.scope.clone(),
+                    event,
+                });
+            }
+        }
+        self.projection.apply(&facts).unwrap();
+        assert_eq!(self.projection.recompute(), self.projection, "after {line}");
+    }
+
+    fn shard<T>(&self, key: &ShardKey, decode: impl Fn(&[u8]) -> T) -> Option<T> {
+        self.projection.shards().get(key).map(|shard| decode(&shard.bytes))
+    }
+
+    fn show_endpoints(&mut self, service: &ServiceName) {
+        let key = ShardKey::Endpoints(service.clone());
+        let Some(shard) = self.shard(&key, |bytes| EndpointsShard::decode(bytes).unwrap()) else {
+            writeln!(self.shown, "{key}: none").unwrap();
+            return;
+        };
+        let position = self.projection.shards()[&key].position;
+        let address = shard.address.map_or("gone".into(), |address| address.to_string());
+        writeln!(self.shown, "{key} at {position}: {address}").unwrap();
+        for endpoint in &shard.endpoints {
+            let state = if endpoint.draining { "draining" } else { "ready" };
+            let (health, eligible) = (endpoint.health.as_str(), endpoint.eligible());
+            let (name, address, position) = (&endpoint.instance, endpoint.address, endpoint.position);
+            writeln!(self.shown, "    {name} {address} {state} {health} eligible={eligible} by {position}")
+                .unwrap();
+        }
+        let sources = shard.overrides.iter().map(|(source, resolved)| (source.to_string(), resolved));
+        for (source, resolved) in shard.traffic.iter().map(|wide| ("*".into(), wide)).chain(sources) {
+            let TrafficPolicy { balance, connect } = resolved.policy;
+            let (ms, retries, by) = (connect.timeout_ms, connect.retries, resolved.source.position);
+            writeln!(self.shown, "    from {source}: {} {ms}ms retries={retries} by {by}", balance.as_str())
+                .unwrap();
+        }
+    }
+
+    fn show_inbound(&mut self, service: &ServiceName) {
+        let key = ShardKey::Inbound(service.clone());
+        let Some(shard) = self.shard(&key, |bytes| InboundShard::decode(bytes).unwrap()) else {
+            writeln!(self.shown, "{key}: none").unwrap();
+            return;
+        };
+        let position = self.projection.shards()[&key].position;
+        writeln!(self.shown, "{key} at {position}: else {}", shard.mesh_default.as_str()).unwrap();
+        for layer in &shard.layers {
+            let default = layer.policy.default.map_or("unset", Action::as_str);
+            let (scope, mode) = (&layer.scope, layer.policy.mode.as_str());
+            let by = layer.source;
+            writeln!(self.shown, "    {scope} v{} by {} {mode} default={default}", by.version, by.position)
+                .unwrap();
+            for rule in &layer.policy.rules {
+                writeln!(self.shown, "        {} {}", rule.action.as_str(), rule.name).unwrap();
+            }
+        }
+    }
+
+    fn show_sidecar(&mut self, instance: &InstanceId) {
+        let Some(wanted) = self.projection.wanted(instance) else {
+            writeln!(self.shown, "{instance}: takes no part").unwrap();
+            return;
+        };
+        writeln!(self.shown, "{instance} wants {} of class {}", wanted.version, wanted.class).unwrap();
+        for (key, entry) in &wanted.manifest.manifest.entries {
+            writeln!(self.shown, "    {key} at {}", entry.position).unwrap();
+        }
+        let shards: BTreeMap<_, _> =
+            self.projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+        let (hash, bytes) = (wanted.manifest.hash, &wanted.manifest.bytes);
+        let error = Snapshot::assemble(wanted.version, hash, bytes, &shards).err();
+        writeln!(self.shown, "    {}", error.map_or("whole".into(), |error| format!("not usable: {error}")))
+            .unwrap();
+    }
+
+    fn why(&mut self, source: &ServiceName, destination: &ServiceName, port: Port) {
+        let explanation = explain(&self.projection, source, destination, port).unwrap();
+        writeln!(self.shown, "{}", explanation.summary).unwrap();
+        for step in explanation.steps {
+            let mark = if step.refusal.is_some() { "no " } else { "yes" };
+            writeln!(self.shown, "    {mark} {} {}", step.question, step.answer).unwrap();
+        }
+    }
+}
+
+/// Reads one command of a script.
+fn command(text: &str) -> Option<Command> {
+    let words: Vec<_> = text.split_whitespace().collect();
+    Some(match words[..] {
+        ["root", domain] => Command::Ca(ca::RootAdded {
+            trust_domain: domain.parse().ok()?,
+            certificate_pem: format!("root of {domain}"),
+            sha256: domain.into(),
+        }),
+        ["declare", service, ref ports @ ..] => {
+            let (address, ports) = match ports {
+                [rest @ .., address] if address.parse::<std::net::Ipv4Addr>().is_ok() => {
+                    (address.parse().ok(), rest)
+                }
+                rest => (None, rest),
+            };
+            let ports = ports.iter().map(|port| {
+                let (name, port) = port.split_once(':')?;
+                Some(ServicePort { name: name.parse().ok()?, port: port.parse().ok()? })
+            });
+            let declared = ServiceDeclared { ports: ports.collect::<Option<_>>()?, address };
+            Command::Service(service.parse().ok()?, ServiceCommand::Declare(declared))
+        }
+        ["delete-service", service] => Command::Service(service.parse().ok()?, ServiceCommand::Delete),
+        ["register", instance, address, ref upstreams @ ..] => {
+            let address: std::net::SocketAddr = address.parse().ok()?;
+            let upstreams = if upstreams == ["*"] {
+                Upstreams::All
+            } else {
+                Upstreams::Only(upstreams.iter().map(|name| name.parse().ok()).collect::<Option<_>>()?)
+            };
+            let registration = InstanceRegistered {
+                address: address.ip(),
+                port: Port::new(address.port())?,
+                upstreams,
+                metadata: BTreeMap::new(),
+            };
+            Command::Membership(instance.parse().ok()?, MembershipCommand::Register(registration))
+        }
+        ["drain", instance] => Command::Membership(instance.parse().ok()?, MembershipCommand::Drain),
+        ["deregister", instance] => {
+            Command::Membership(instance.parse().ok()?, MembershipCommand::Deregister)
+        }
+        ["health", instance, health, revision] => {
+            let health = if health == "healthy" { Health::Healthy } else { Health::Unhealthy };
+            let report = HealthReported { health, revision: revision.parse().ok()?, detail: String::new() };
+            Command::Health(instance.parse().ok()?, report)
+        }
+        ["traffic", scope, balance, timeout_ms, retries] => {
+            let balance = match balance {
+                "round_robin" => Balance::RoundRobin,
+                "random" => Balance::Random,
+                _ => Balance::LeastConnections,
+            };
+            let connect =
+                ConnectPolicy { timeout_ms: timeout_ms.parse().ok()?, retries: retries.parse().ok()? };
+            Command::Traffic(scope.parse().ok()?, TrafficCommand::Put(TrafficPolicy { balance, connect }))
+        }
+        ["delete-traffic", scope] => Command::Traffic(scope.parse().ok()?, TrafficCommand::Delete),
+        ["security", scope, default, mode, ref rules @ ..] => {
+            let policy = SecurityPolicy {
+                default: action(default),
+                mode: if mode == "audit" { Mode::Audit } else { Mode::Enforce },
+                rules: rules.iter().map(|text| rule(text)).collect::<Option<_>>()?,
+            };
+            Command::Security(scope.parse().ok()?, SecurityCommand::Put(policy))
+        }
+        ["delete-security", scope] => Command::Security(scope.parse().ok()?, SecurityCommand::Delete),
+        ["mesh", security] => {
+            Command::Mesh(MeshDefaults { security: action(security)?, ..MeshDefaults::default() })
+        }
+        _ => return None,
+    })
+}
+
+fn action(word: &str) -> Option<Action> {
+    match word {
+        "allow" => Some(Action::Allow),
+        "deny" => Some(Action::Deny),
+        _ => None,
+    }
+}
+
+/// Reads `allow:name:source[:port]`, where the source is a service, a namespace, or `*`.
+fn rule(text: &str) -> Option<Rule> {
+    let mut parts = text.split(':');
+    let action = action(parts.next()?)?;
+    let name = parts.next()?.parse().ok()?;
+    let from = match parts.next()? {
+        "*" => Sources { any: true, ..Sources::default() },
+        source if source.contains('/') => {
+            Sources { services: [source.parse().ok()?].into(), ..Sources::default() }
+        }
+        source => Sources { namespaces: [source.parse().ok()?].into(), ..Sources::default() },
+    };
+    let ports = parts.map(|port| port.parse().ok()).collect::<Option<_>>()?;
+    Some(Rule { name, action, from, ports })
+}

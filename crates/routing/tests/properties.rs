@@ -1,0 +1,401 @@
+//! What must hold for every history: random commands are decided and folded, in random batches.
+#![expect(clippy::unwrap_used, reason = "a value that was just encoded or decided")]
+
+use proptest::prelude::*;
+use proptest::sample::select;
+use proptest::test_runner::FileFailurePersistence;
+use std::collections::BTreeMap;
+use weft_model::health::{Health, HealthReported};
+use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
+use weft_model::mesh::MeshDefaults;
+use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
+use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::{
+    Command, ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Namespace, Port, Scope, SecurityScope,
+    ServiceName, Timestamp, TrafficScope, Version, ca,
+};
+use weft_routing::decide::decide;
+use weft_routing::verdict::authorize;
+use weft_routing::{EndpointsShard, InboundShard, Projection, RoutingState, ShardKey, Snapshot};
+
+/// Few names, so that commands meet each other.
+const SERVICES: [&str; 4] = ["a/api", "a/db", "b/db", "b/web"];
+const PORTS: [u16; 3] = [80, 443, 5432];
+
+proptest! {
+    #![proptest_config(config())]
+
+    /// I2: however events are batched, the same log gives the same bytes; and what was kept up to date
+    /// incrementally equals what is built from the state alone.
+    #[test]
+    fn incremental_equals_full(commands in commands(), cuts in prop::collection::vec(1..9_usize, 1..80)) {
+        let facts = history(&commands);
+        let mut whole = Projection::default();
+        whole.apply(&facts).unwrap();
+        let mut single = Projection::default();
+        for fact in &facts {
+            single.apply([fact]).unwrap();
+        }
+        let mut batched = Projection::default();
+        let mut rest = facts.as_slice();
+        for cut in cuts.iter().cycle() {
+            let (batch, later) = rest.split_at(rest.len().min(*cut));
+            batched.apply(batch).unwrap();
+            if later.is_empty() {
+                break;
+            }
+            rest = later;
+        }
+        prop_assert_eq!(&whole, &single);
+        prop_assert_eq!(&whole, &batched);
+        prop_assert_eq!(&whole, &whole.recompute());
+    }
+
+    /// I4: no event makes a sidecar's version fall, while it takes part.
+    #[test]
+    fn versions_only_rise(commands in commands()) {
+        let mut projection = Projection::default();
+        let mut seen: BTreeMap<InstanceId, (ConfigVersion, weft_routing::Hash)> = BTreeMap::new();
+        for fact in history(&commands) {
+            projection.apply([&fact]).unwrap();
+            seen.retain(|instance, _| projection.wanted(instance).is_some());
+            for instance in projection.sidecars() {
+                let wanted = projection.wanted(instance).unwrap();
+                let now = (wanted.version, wanted.manifest.hash);
+                if let Some(before) = seen.insert(instance.clone(), now) {
+                    prop_assert!(now.0 >= before.0, "{instance} fell from {} to {}", before.0, now.0);
+                    prop_assert!(now.0 > before.0 || now.1 == before.1, "{instance} changed at {}", now.0);
+                }
+            }
+        }
+    }
+
+    /// I3: what the projection offers a sidecar makes a whole snapshot, which shows exactly the state.
+    #[test]
+    fn snapshots_show_the_state(commands in commands()) {
+        let mut projection = Projection::default();
+        projection.apply(&history(&commands)).unwrap();
+        let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+        for instance in projection.sidecars() {
+            let wanted = projection.wanted(instance).unwrap();
+            let class = wanted.manifest;
+            let snapshot = Snapshot::assemble(wanted.version, class.hash, &class.bytes, &shards).unwrap();
+            prop_assert_eq!(&snapshot.inbound.service, &instance.service);
+            prop_assert_eq!(snapshot.manifest_bytes(), class.bytes.to_vec());
+            for (service, shard) in &snapshot.endpoints {
+                check_endpoints(projection.state(), service, shard)?;
+            }
+        }
+    }
+
+    /// I8: the evaluator agrees with a naive reading of the rules, straight from the state.
+    #[test]
+    fn verdicts_follow_the_rules(commands in commands()) {
+        let mut projection = Projection::default();
+        projection.apply(&history(&commands)).unwrap();
+        for (key, shard) in projection.shards() {
+            let ShardKey::Inbound(service) = key else { continue };
+            let inbound = InboundShard::decode(&shard.bytes).unwrap();
+            prop_assert_eq!(&inbound.encode()[..], &shard.bytes[..]);
+            for source in SERVICES {
+                for port in PORTS {
+                    let (source, port) = (source.parse().unwrap(), Port::new(port).unwrap());
+                    let verdict = authorize(&inbound, &source, port);
+                    let enforced = oracle(projection.state(), service, &source, port, false);
+                    let with_audit = oracle(projection.state(), service, &source, port, true);
+                    let declared = projection.state().is_declared(service);
+                    prop_assert_eq!(verdict.permitted(), declared && enforced);
+                    prop_assert_eq!(verdict.would_refuse.is_some(), declared && enforced && !with_audit);
+                }
+            }
+        }
+    }
+
+    /// Stored events are read back as they were.
+    #[test]
+    fn events_round_trip(commands in commands()) {
+        for fact in history(&commands) {
+            let payload = fact.event.payload().unwrap();
+            let event = Event::decode(&fact.scope, fact.event.type_name(), fact.event.schema(), &payload).unwrap();
+            prop_assert_eq!(event, fact.event);
+            let scope: Scope = fact.scope.to_string().parse().unwrap();
+            prop_assert_eq!(scope, fact.scope);
+        }
+    }
+
+    /// Whatever a peer or a disk hands over is read or refused, never more.
+    #[test]
+    fn hostile_bytes_are_refused(commands in commands(), at in any::<prop::sample::Index>(), flip in 1..=255_u8) {
+        let mut projection = Projection::default();
+        projection.apply(&history(&commands)).unwrap();
+        let Some(instance) = projection.sidecars().next() else { return Ok(()) };
+        let wanted = projection.wanted(instance).unwrap();
+        let class = wanted.manifest;
+        let shards: BTreeMap<_, _> =
+            projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+
+        let mut manifest = class.bytes.to_vec();
+        let place = at.index(manifest.len());
+        manifest[place] ^= flip;
+        prop_assert!(Snapshot::assemble(wanted.version, class.hash, &manifest, &shards).is_err());
+        // With a matching hash, a changed manifest names other shards or none: it must not get through either,
+        // unless only a position changed.
+        let rehashed = weft_routing::Hash::of(&manifest);
+        if let Ok(snapshot) = Snapshot::assemble(wanted.version, rehashed, &manifest, &shards) {
+            let hashes = |entries: &BTreeMap<_, weft_routing::manifest::ManifestEntry>| -> Vec<_> {
+                entries.values().map(|entry| entry.hash).collect()
+            };
+            prop_assert_eq!(hashes(&snapshot.manifest.entries), hashes(&class.manifest.entries));
+        }
+        for (key, entry) in &class.manifest.entries {
+            let mut bytes = shards[&entry.hash].to_vec();
+            if bytes.is_empty() {
+                continue;
+            }
+            let place = at.index(bytes.len());
+            bytes[place] ^= flip;
+            for decoded in [EndpointsShard::decode(&bytes).map(|it| it.encode()), InboundShard::decode(&bytes).map(|it| it.encode())] {
+                prop_assert!(decoded.is_err() || decoded.is_ok_and(|canonical| canonical == bytes));
+            }
+            let mut damaged = shards.clone();
+            damaged.insert(entry.hash, bytes.into());
+            let result = Snapshot::assemble(wanted.version, class.hash, &class.bytes, &damaged);
+            prop_assert!(result.is_err(), "{key} was damaged and taken");
+        }
+    }
+}
+
+/// Cases that once failed are kept beside this file and tried first.
+fn config() -> ProptestConfig {
+    let found = "tests/properties.regressions.txt";
+    ProptestConfig {
+        cases: 128,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(found))),
+        ..ProptestConfig::default()
+    }
+}
+
+#[test]
+fn a_log_that_is_out_of_order_is_refused_and_nothing_changes() {
+    let commands = [Command::Service("a/api".parse().unwrap(), declare(&[80])), root()];
+    let facts = history(&commands);
+    let mut state = RoutingState::default();
+    assert!(state.apply(&facts[1]).is_err(), "a gap");
+    assert_eq!(state, RoutingState::default());
+    state.apply(&facts[0]).unwrap();
+    let before = state.clone();
+    assert!(state.apply(&facts[0]).is_err(), "a repeat");
+    assert!(state.apply(&Fact { epoch: Epoch(0), ..facts[1].clone() }).is_err(), "an older epoch");
+    assert!(state.apply(&Fact { version: Version(2), ..facts[1].clone() }).is_err(), "a gap in the scope");
+    assert!(state.apply(&Fact { scope: Scope::Mesh, ..facts[1].clone() }).is_err(), "another scope's event");
+    assert_eq!(state, before);
+}
+
+/// Decides the commands one after the other; those that a rule refuses leave no event.
+fn history(commands: &[Command]) -> Vec<Fact> {
+    let mut state = RoutingState::default();
+    let mut facts = Vec::new();
+    for (tick, command) in commands.iter().enumerate() {
+        let now = Timestamp(i64::try_from(tick).unwrap());
+        let Ok(decisions) = decide(&state, std::slice::from_ref(command), now) else { continue };
+        for decision in decisions {
+            for event in decision.events {
+                let version = state.source(&decision.scope).version.next();
+                let position = state.version().position.next();
+                let scope = decision.scope.clone();
+                let actor = format!("actor-{tick}");
+                let fact = Fact { epoch: Epoch(1), position, version, at: now, actor, scope, event };
+                state.apply(&fact).unwrap();
+                facts.push(fact);
+            }
+        }
+    }
+    facts
+}
+
+/// The rules of verdicts, read naively.
+fn oracle(
+    state: &RoutingState,
+    service: &ServiceName,
+    source: &ServiceName,
+    port: Port,
+    audit: bool,
+) -> bool {
+    let policies: Vec<&SecurityPolicy> = [
+        SecurityScope::Service(service.clone()),
+        SecurityScope::Namespace(service.namespace.clone()),
+        SecurityScope::Mesh,
+    ]
+    .iter()
+    .filter_map(|scope| state.security_policy(scope)?.state.as_ref())
+    .filter(|policy| audit || policy.mode == Mode::Enforce)
+    .collect();
+    let matches = |action| {
+        policies.iter().flat_map(|policy| &policy.rules).any(|rule| {
+            let from = &rule.from;
+            let who =
+                from.any || from.services.contains(source) || from.namespaces.contains(&source.namespace);
+            rule.action == action && who && (rule.ports.is_empty() || rule.ports.contains(&port))
+        })
+    };
+    if matches(Action::Deny) {
+        return false;
+    }
+    if matches(Action::Allow) {
+        return true;
+    }
+    let default = policies.iter().find_map(|policy| policy.default).unwrap_or(state.mesh().state.security);
+    default == Action::Allow
+}
+
+fn check_endpoints(
+    state: &RoutingState,
+    service: &ServiceName,
+    shard: &EndpointsShard,
+) -> Result<(), TestCaseError> {
+    prop_assert_eq!(shard.address, state.address(service));
+    let eligible: Vec<_> = shard.eligible().map(|endpoint| endpoint.instance.clone()).collect();
+    let expected: Vec<_> = state
+        .instances()
+        .filter(|(id, _)| id.service == *service && state.is_declared(service))
+        .filter(|(id, entry)| entry.state.as_str() == "ready" && state.health_seen(id) == Health::Healthy)
+        .map(|(id, _)| id.instance.clone())
+        .collect();
+    prop_assert_eq!(eligible, expected);
+    Ok(())
+}
+
+fn root() -> Command {
+    Command::Ca(ca::RootAdded {
+        trust_domain: "weft.local".parse().unwrap(),
+        certificate_pem: "root".into(),
+        sha256: "aa".into(),
+    })
+}
+
+fn declare(ports: &[u16]) -> ServiceCommand {
+    let port = |number: &u16| ServicePort {
+        name: format!("p{number}").parse().unwrap(),
+        port: Port::new(*number).unwrap(),
+    };
+    ServiceCommand::Declare(ServiceDeclared { ports: ports.iter().map(port).collect(), address: None })
+}
+
+fn commands() -> impl Strategy<Value = Vec<Command>> {
+    prop::collection::vec(command(), 1..120).prop_map(|mut commands| {
+        // Half of all histories would hold no snapshot without a root.
+        commands.insert(0, root());
+        for service in SERVICES {
+            commands.insert(1, Command::Service(service.parse().unwrap(), declare(&[80, 5432])));
+        }
+        commands
+    })
+}
+
+fn service() -> impl Strategy<Value = ServiceName> {
+    select(&SERVICES[..]).prop_map(|name| name.parse().unwrap())
+}
+
+fn instance() -> impl Strategy<Value = InstanceId> {
+    (service(), select(&["x", "y", "z"][..]))
+        .prop_map(|(service, name)| InstanceId { service, instance: name.parse().unwrap() })
+}
+
+fn port() -> impl Strategy<Value = Port> {
+    select(&PORTS[..]).prop_map(|port| Port::new(port).unwrap())
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    select(&[Action::Allow, Action::Deny][..])
+}
+
+fn registration() -> impl Strategy<Value = InstanceRegistered> {
+    let upstreams = prop_oneof![
+        Just(Upstreams::All),
+        prop::collection::btree_set(service(), 0..3).prop_map(Upstreams::Only)
+    ];
+    (upstreams, port()).prop_map(|(upstreams, port)| InstanceRegistered {
+        address: "127.0.0.1".parse().unwrap(),
+        port,
+        upstreams,
+        metadata: BTreeMap::new(),
+    })
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    let from = prop_oneof![
+        Just(Sources { any: true, ..Sources::default() }),
+        prop::collection::btree_set(service(), 1..3)
+            .prop_map(|services| Sources { services, ..Sources::default() }),
+        select(&["a", "b"][..]).prop_map(|namespace| Sources {
+            namespaces: [namespace.parse::<Namespace>().unwrap()].into(),
+            ..Sources::default()
+        }),
+    ];
+    (action(), from, prop::collection::btree_set(port(), 0..2)).prop_map(|(action, from, ports)| Rule {
+        name: "r".parse().unwrap(),
+        action,
+        from,
+        ports,
+    })
+}
+
+fn security_policy() -> impl Strategy<Value = SecurityPolicy> {
+    let mode = prop_oneof![3 => Just(Mode::Enforce), 1 => Just(Mode::Audit)];
+    (prop::option::of(action()), mode, prop::collection::vec(rule(), 0..4)).prop_map(
+        |(default, mode, rules)| {
+            let named = rules
+                .into_iter()
+                .enumerate()
+                .map(|(index, rule)| Rule { name: format!("r{index}").parse::<Name>().unwrap(), ..rule });
+            SecurityPolicy { default, mode, rules: named.collect() }
+        },
+    )
+}
+
+fn security_scope() -> impl Strategy<Value = SecurityScope> {
+    prop_oneof![
+        Just(SecurityScope::Mesh),
+        select(&["a", "b"][..]).prop_map(|namespace| SecurityScope::Namespace(namespace.parse().unwrap())),
+        service().prop_map(SecurityScope::Service),
+    ]
+}
+
+fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
+    let balance = select(&[Balance::LeastConnections, Balance::RoundRobin, Balance::Random][..]);
+    (balance, 1..5_000_u32, 0..4_u8).prop_map(|(balance, timeout_ms, retries)| TrafficPolicy {
+        balance,
+        connect: ConnectPolicy { timeout_ms, retries },
+    })
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let membership = prop_oneof![
+        4 => registration().prop_map(MembershipCommand::Register),
+        1 => Just(MembershipCommand::Drain),
+        2 => Just(MembershipCommand::Deregister),
+    ];
+    let health = (select(&[Health::Healthy, Health::Unhealthy][..]), 1..40_u64)
+        .prop_map(|(health, revision)| HealthReported { health, revision, detail: String::new() });
+    let service_command = prop_oneof![
+        3 => prop::collection::btree_set(select(&PORTS[..]), 1..3)
+            .prop_map(|ports| declare(&ports.into_iter().collect::<Vec<_>>())),
+        1 => Just(ServiceCommand::Delete),
+    ];
+    let traffic_scope = (prop::option::of(service()), service())
+        .prop_map(|(source, destination)| TrafficScope { source, destination });
+    let traffic =
+        prop_oneof![3 => traffic_policy().prop_map(TrafficCommand::Put), 1 => Just(TrafficCommand::Delete)];
+    let security = prop_oneof![3 => security_policy().prop_map(SecurityCommand::Put), 1 => Just(SecurityCommand::Delete)];
+    prop_oneof![
+        6 => (instance(), membership).prop_map(|(id, command)| Command::Membership(id, command)),
+        6 => (instance(), health).prop_map(|(id, report)| Command::Health(id, report)),
+        2 => (service(), service_command).prop_map(|(name, command)| Command::Service(name, command)),
+        2 => (traffic_scope, traffic).prop_map(|(scope, command)| Command::Traffic(scope, command)),
+        3 => (security_scope(), security).prop_map(|(scope, command)| Command::Security(scope, command)),
+        1 => (action(), 10..2_000_u32).prop_map(|(security, bound)| {
+            Command::Mesh(MeshDefaults { security, propagation_bound_ms: bound })
+        }),
+    ]
+}
