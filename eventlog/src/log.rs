@@ -112,3 +112,15 @@ impl EventLog {
         while self.tasks.join_next().await.is_some() {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_never_printed() {
+        let connect: Config = "postgres://weft:hunter2@localhost/weft".parse().unwrap();
+        let printed = format!("{:?} {:?}", LogConfig::new(connect.clone()), Reader::new(connect));
+        assert!(printed.contains("localhost") && !printed.contains("hunter2"), "{printed}");
+    }
+}

@@ -96,7 +96,7 @@ impl Reader {
         rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_head)
     }
 
-    /// Events after a position, in order: at most `limit`, [`PAGE_EVENTS_MAX`], or about [`PAGE_BYTES_MAX`] bytes of
+    /// Events after a position, in order: at most `limit` (but at least one), [`PAGE_EVENTS_MAX`], or about [`PAGE_BYTES_MAX`] bytes of
     /// them, whichever is least. Only an empty answer means that there are no more.
     ///
     /// # Errors
@@ -112,7 +112,7 @@ impl Reader {
         to: Position,
         limit: usize,
     ) -> Result<Vec<RecordedEvent>, StoreError> {
-        let bounds = (signed(after.0), signed(to.0), signed(limit.min(PAGE_EVENTS_MAX) as u64));
+        let bounds = (signed(after.0), signed(to.0), signed(limit.clamp(1, PAGE_EVENTS_MAX) as u64));
         let params: [&(dyn ToSql + Sync); 3] = [&bounds.0, &bounds.1, &bounds.2];
         let rows = self.shared.pool.rows(Query::Range, &params, PAGE_BYTES_MAX).await?;
         rows.iter().map(rows::decode_event).collect()
@@ -128,7 +128,7 @@ impl Reader {
         after: Version,
         limit: usize,
     ) -> Result<Vec<RecordedEvent>, StoreError> {
-        let (after, limit) = (signed(after.0), signed(limit.min(PAGE_EVENTS_MAX) as u64));
+        let (after, limit) = (signed(after.0), signed(limit.clamp(1, PAGE_EVENTS_MAX) as u64));
         let rows = self.shared.pool.rows(Query::Scope, &[&scope, &after, &limit], PAGE_BYTES_MAX).await?;
         rows.iter().map(rows::decode_event).collect()
     }

@@ -14,7 +14,7 @@ pub enum SettingsError {
     /// A setting allows acknowledged events to be lost in a crash.
     #[error(
         "PostgreSQL's {setting} is off, so a crash could lose events that were acknowledged; \
-         as a superuser run `{fix}`, or allow unsafe settings explicitly"
+         run `{fix}`, or allow unsafe settings explicitly"
     )]
     Unsafe {
         /// Name of the setting.
@@ -40,11 +40,7 @@ pub enum SettingsError {
 const DURABLE: [(&str, &str); 3] = [
     ("fsync", "alter system set fsync = on; select pg_reload_conf()"),
     ("full_page_writes", "alter system set full_page_writes = on; select pg_reload_conf()"),
-    (
-        "synchronous_commit",
-        "alter system set synchronous_commit = on; select pg_reload_conf(); \
-         reset it for the database and the role too",
-    ),
+    ("synchronous_commit", "alter role current_user set synchronous_commit = on"),
 ];
 
 /// What the server said about itself.

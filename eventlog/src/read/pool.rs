@@ -97,7 +97,7 @@ impl Pool {
         let _permit = self.permits.acquire().await.map_err(|_| StoreError::Unanswered)?;
         if let Some(mut connection) = self.take_idle() {
             let result = connection.rows(query, params, bytes_max).await;
-            if !connection.session.client.is_closed() {
+            if !result.as_ref().is_err_and(is_about_the_connection) {
                 self.give_back(connection);
                 return result;
             }
@@ -120,6 +120,11 @@ impl Pool {
     fn give_back(&self, connection: Connection) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
     }
+}
+
+/// The server or the network ended the connection; the query itself was not refused.
+fn is_about_the_connection(error: &StoreError) -> bool {
+    error.sql_state().is_none_or(|state| matches!(state.code().get(..2), Some("57" | "08")))
 }
 
 impl Connection {

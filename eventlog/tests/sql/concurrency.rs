@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use tokio::task::JoinSet;
-use weft_eventlog::{AppendError, verify};
+use weft_eventlog::{AppendError, EVENTS_PER_REQUEST_MAX, verify};
 use weft_model::version::{Position, Version};
 
 use crate::support::{
-    append_surely, assert_gapless, exact, kill_backends, migrated, one, open, part, read_all, request, surely,
+    Any, append_surely, assert_gapless, exact, kill_backends, migrated, one, open, part, read_all, request,
+    surely,
 };
 
 const LOGS: usize = 3;
@@ -28,8 +29,7 @@ async fn many_writers_make_one_gapless_chain_and_a_poller_sees_each_event_once()
         writers.spawn(async move {
             for n in 0..APPENDS {
                 let scope = format!("s/{}", (writer + n) % 5);
-                let wide =
-                    vec![part(&scope, crate::support::Any, 2), part(&format!("w/{writer}"), exact_of(n), 1)];
+                let wide = vec![part(&scope, Any, 2), part(&format!("w/{writer}"), exact_of(n), 1)];
                 let wanted = if n % 2 == 0 { request(wide) } else { one(&scope) };
                 appender.append(wanted).await.unwrap();
             }
@@ -136,4 +136,21 @@ async fn killed_connections_lose_and_double_nothing() {
     commands.sort();
     assert_eq!(counted.into_keys().collect::<Vec<_>>(), commands);
     verify(&logs[0].reader(), |_| ()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_writer_that_was_left_far_behind_still_knows_every_scope() {
+    let database = migrated().await;
+    let (idle, busy) = (open(&database).await, open(&database).await);
+    idle.appender().append(request(vec![part("a", Any, 1), part("b", Any, 2)])).await.unwrap();
+    // A little behind, then more than a writer cares to catch up with.
+    busy.appender().append(request(vec![part("a", exact(1), 3)])).await.unwrap();
+    idle.appender().append(request(vec![part("a", exact(4), 1), part("b", exact(2), 0)])).await.unwrap();
+    busy.appender().append(request(vec![part("a", exact(5), EVENTS_PER_REQUEST_MAX)])).await.unwrap();
+    busy.appender().append(request(vec![part("c", Any, 5)])).await.unwrap();
+    let last = 5 + EVENTS_PER_REQUEST_MAX as u64;
+    let parts = vec![part("a", exact(last), 1), part("b", exact(2), 1), part("c", exact(5), 1)];
+    idle.appender().append(request(parts)).await.unwrap();
+    assert_gapless(&read_all(&idle.reader()).await);
+    verify(&idle.reader(), |_| ()).await.unwrap();
 }

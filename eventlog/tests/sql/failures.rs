@@ -11,7 +11,7 @@ use weft_model::version::Position;
 use weft_testkit::TestDatabase;
 
 use crate::support::{
-    append_surely, config, kill_backends, migrated, one, open, positions, read_all, tamper,
+    append_surely, assert_gapless, config, kill_backends, migrated, one, open, positions, read_all, tamper,
 };
 
 /// The commit reaches the server, its answer never reaches the client.
@@ -145,4 +145,43 @@ async fn a_log_whose_past_was_exchanged_takes_no_more() {
     tamper(&database, "update weft.event set hash = sha256('x') where position = 1").await;
     let refused = log.appender().append(one("s")).await;
     assert!(matches!(refused, Err(AppendError::Rewound { seen: Position(1), .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn what_the_database_refuses_fails_alone() {
+    let database = migrated().await;
+    let rule = "alter table weft.event add constraint no_mallory check (actor <> 'mallory')";
+    database.connect().await.batch_execute(rule).await.unwrap();
+    let log = open(&database).await;
+    let appends: JoinSet<_> = (0..40)
+        .map(|n| {
+            let appender = log.appender();
+            let mut command = one(&format!("s/{}", n % 3));
+            if n == 17 {
+                command.actor = "mallory".into();
+            }
+            async move { (command.actor == "mallory", appender.append(command).await) }
+        })
+        .collect();
+    for (culprit, answer) in appends.join_all().await {
+        match answer {
+            Ok(_) => assert!(!culprit),
+            Err(AppendError::Store(error)) => assert!(culprit, "{error:?}"),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    let events = read_all(&log.reader()).await;
+    assert_eq!(events.len(), 39);
+    assert_gapless(&events);
+}
+
+#[tokio::test]
+async fn a_writer_without_its_table_says_so_and_recovers() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    let admin = database.connect().await;
+    admin.batch_execute("alter table weft.event rename to hidden").await.unwrap();
+    assert!(matches!(log.appender().append(one("s")).await, Err(AppendError::Store(_))));
+    admin.batch_execute("alter table weft.hidden rename to event").await.unwrap();
+    assert_eq!(positions(&log.appender().append(one("s")).await.unwrap()), (1, 1));
 }
