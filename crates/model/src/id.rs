@@ -105,6 +105,13 @@ label! {
     Name, "name"
 }
 
+impl Name {
+    /// The smallest name that there is.
+    fn first() -> Self {
+        Self("a".into())
+    }
+}
+
 /// A service: what a client wants to reach. Written `<namespace>/<name>`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceName {
@@ -115,6 +122,12 @@ pub struct ServiceName {
 }
 
 impl ServiceName {
+    /// The smallest name that a service of `namespace` can have, to start a range over its services.
+    #[must_use]
+    pub fn first_of(namespace: &Namespace) -> Self {
+        Self { namespace: namespace.clone(), name: Name::first() }
+    }
+
     /// Reads `<namespace>/<name>`, or a bare `<name>` in the default namespace, as people type it.
     pub fn parse_lenient(s: &str) -> Result<Self, IdError> {
         if s.contains('/') { s.parse() } else { format!("{DEFAULT_NAMESPACE}/{s}").parse() }
@@ -158,7 +171,7 @@ impl InstanceId {
     /// The smallest id that an instance of `service` can have, to start a range over its instances.
     #[must_use]
     pub fn first_of(service: &ServiceName) -> Self {
-        Self { service: service.clone(), instance: Name("a".into()) }
+        Self { service: service.clone(), instance: Name::first() }
     }
 }
 

@@ -31,10 +31,10 @@ pub enum Scope {
 /// What a traffic policy is about.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TrafficScope {
+    /// The service that is connected to. First, so that all policies for one destination sort together.
+    pub destination: ServiceName,
     /// If set, only connections from this service; such a policy replaces the service-wide one for them.
     pub source: Option<ServiceName>,
-    /// The service that is connected to.
-    pub destination: ServiceName,
 }
 
 /// What a security policy protects.
@@ -46,18 +46,6 @@ pub enum SecurityScope {
     Namespace(Namespace),
     /// One service.
     Service(ServiceName),
-}
-
-impl SecurityScope {
-    /// Whether the policy of this scope applies to connections into `service`.
-    #[must_use]
-    pub fn covers(&self, service: &ServiceName) -> bool {
-        match self {
-            Self::Mesh => true,
-            Self::Namespace(namespace) => *namespace == service.namespace,
-            Self::Service(name) => name == service,
-        }
-    }
 }
 
 /// The public half of a join token's name: 32 lowercase hex digits. It is not secret.
@@ -255,12 +243,5 @@ mod tests {
         for bad in ["", "db", "ca/x", "service/db", "membership/default/db", "token/xyz", "traffic/a->b"] {
             assert!(bad.parse::<Scope>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_namespace_policy_covers_its_services_only() {
-        let scope: SecurityScope = "shop".parse().unwrap();
-        assert!(scope.covers(&"shop/db".parse().unwrap()));
-        assert!(!scope.covers(&"default/db".parse().unwrap()));
     }
 }

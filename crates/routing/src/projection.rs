@@ -241,7 +241,10 @@ impl Projection {
         match key {
             ShardKey::Trust => self.classes.keys().cloned().collect(),
             ShardKey::Inbound(service) => {
-                self.classes.keys().filter(|class| class.service == *service).cloned().collect()
+                // Classes sort by service, and those that name all services first.
+                let first = InterestClass { service: service.clone(), upstreams: Upstreams::All };
+                let own = self.classes.range(first..).map(|(class, _)| class);
+                own.take_while(|class| class.service == *service).cloned().collect()
             }
             ShardKey::Endpoints(service) => {
                 let named = self.interested.get(service).into_iter().flatten();

@@ -225,6 +225,15 @@ impl RoutingState {
         self.traffic.iter()
     }
 
+    /// The traffic scopes with this destination, the service-wide one first.
+    pub(crate) fn traffic_to<'a>(
+        &'a self,
+        destination: &'a ServiceName,
+    ) -> impl Iterator<Item = (&'a TrafficScope, &'a Entry<TrafficState>)> {
+        let first = TrafficScope { destination: destination.clone(), source: None };
+        self.traffic.range(first..).take_while(move |(scope, _)| scope.destination == *destination)
+    }
+
     /// One traffic scope.
     #[must_use]
     pub fn traffic_policy(&self, scope: &TrafficScope) -> Option<&Entry<TrafficState>> {
@@ -304,8 +313,7 @@ impl RoutingState {
                 fold(self.security.entry(scope.clone()).or_default(), fact, |state| {
                     security::apply(state, event)
                 });
-                let covered = self.services().map(|(service, _)| service).filter(|name| scope.covers(name));
-                Touched::shards(covered.cloned().map(ShardKey::Inbound))
+                Touched::shards(self.covered(scope).cloned().map(ShardKey::Inbound))
             }
             (Event::Identity(event), Scope::Identity(instance)) => {
                 fold(self.identities.entry(instance.clone()).or_default(), fact, |state| {
@@ -344,6 +352,23 @@ impl RoutingState {
                 _,
             ) => return Err(FoldError::Family { position: fact.position, scope: fact.scope.clone() }),
         })
+    }
+
+    /// The services that a security scope covers.
+    fn covered<'a>(&'a self, scope: &'a SecurityScope) -> Box<dyn Iterator<Item = &'a ServiceName> + 'a> {
+        match scope {
+            SecurityScope::Mesh => Box::new(self.services().map(|(service, _)| service)),
+            SecurityScope::Namespace(namespace) => Box::new(
+                self.services
+                    .range(ServiceName::first_of(namespace)..)
+                    .take_while(move |(service, _)| service.namespace == *namespace)
+                    .filter(|(_, entry)| entry.state.is_some())
+                    .map(|(service, _)| service),
+            ),
+            SecurityScope::Service(service) => {
+                Box::new(self.is_declared(service).then_some(service).into_iter())
+            }
+        }
     }
 
     fn apply_service(&mut self, fact: &Fact, service: &ServiceName, event: &ServiceEvent) -> Touched {

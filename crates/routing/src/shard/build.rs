@@ -26,7 +26,7 @@ fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsSha
         entry.state.map(|policy| ResolvedTraffic { policy, source: entry.source })
     };
     let wide = TrafficScope { source: None, destination: service.clone() };
-    let narrow = state.traffic().filter(|(scope, _)| scope.destination == *service);
+    let narrow = state.traffic_to(service);
     Some(EndpointsShard {
         service: service.clone(),
         address: state.address(service),
