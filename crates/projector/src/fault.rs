@@ -1,0 +1,45 @@
+//! Why a fold ends for good.
+
+use weft_model::{ConfigVersion, Position};
+use weft_routing::state::FoldError;
+
+use crate::decode::Undecodable;
+
+/// The log cannot be followed any further. Nothing is skipped: the projection stays as it is, and an operator has to
+/// look.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// An event cannot be read by this version of Weft.
+    #[error(
+        "the log holds an event that this version of weft cannot read; run the version that wrote it, or a newer one"
+    )]
+    Undecodable(#[from] Undecodable),
+    /// Events do not follow each other.
+    #[error("the log is not in order; run `weft verify`")]
+    Fold(#[source] FoldError),
+    /// The log is shorter than what was projected from it, and does not say that it began a new epoch.
+    #[error(
+        "LOG_REWOUND: events up to {projected} were projected, and the log now ends at {head}; restore the lost events"
+    )]
+    Rewound {
+        /// The checkpoint.
+        projected: ConfigVersion,
+        /// The log's last event.
+        head: Position,
+    },
+}
+
+/// Prints an error and its sources, for the one line where it is handled.
+pub struct Chain<'a>(pub &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}

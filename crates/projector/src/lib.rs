@@ -1,0 +1,33 @@
+//! Follows the log: folds events, stores what follows from them, and publishes it to the sidecars' side.
+//!
+//! Every controller runs one [`Projector`]. It tails the log and folds it into its [`View`] up to the head, whoever
+//! writes: commands are decided against that. One of the projectors leads. It writes what each batch changed (shards,
+//! manifests, status rows) together with its checkpoint in one transaction; only what a checkpoint covers is published,
+//! by leader and followers alike. The module [`projector`] argues why a leader that lost its lease does no harm.
+//!
+//! Deliberately absent: what an event means (`weft-model`, `weft-routing`), gRPC (`weft-api`), appending.
+//!
+//! Invariants: an event that cannot be read stops the fold ([`Fault`]), it is never skipped; rows and checkpoint
+//! change together or not at all ([`Store::commit`]); what was published is part of the projection for good.
+//!
+//! Called by the controller (run), the API ([`View`], [`Store`]) and the command line ([`fold_to`], [`verify_rows`]).
+//! Read `tests/` for takeover, fencing and tampering.
+
+mod decode;
+mod fault;
+mod fold;
+pub mod projector;
+pub mod published;
+pub mod rows;
+mod store;
+mod verify;
+mod view;
+
+pub use decode::{Undecodable, UndecodableEvent, decode};
+pub use fault::{Chain, Fault};
+pub use fold::{FoldProgress, FoldToError, fold_to};
+pub use projector::Projector;
+pub use published::{Published, PublishedShard};
+pub use store::{Ack, Commit, LeaderStatus, Lease, SidecarStatus, Store, StoreError};
+pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
+pub use view::{Role, View};

@@ -1,0 +1,326 @@
+//! The projector's task: tail, fold, and, while it leads, write.
+//!
+//! **Who writes.** The lease decides who *tries*; the condition on (term, position) inside the writing transaction
+//! decides who *succeeds*. Taking the lease raises the term and stores it beside the checkpoint in one transaction, so
+//! from then on every transaction of an earlier term changes no row and is rolled back. Suppose a leader is paused
+//! (a stopped process, a stalled machine), loses its lease, and wakes:
+//! - It has not yet sent its transaction: the condition fails, it writes nothing and steps down.
+//! - Its transaction was under way: it holds the checkpoint's row locked, so the new leader's term waits for it, and the
+//!   new leader starts from what it wrote. Or the new term came first, and then the condition fails.
+//! - It had committed but not published: then what it publishes late is covered by a checkpoint that exists. The new
+//!   leader goes on from that checkpoint, so it is a prefix of what the new leader publishes, not a fork of it.
+//!
+//! **What is published.** Both leader and follower publish a batch only when the checkpoint covers it: the leader when
+//! its own transaction is done, a follower when it reads so. A batch that failed to be written stays pending. Because
+//! the fold is a function of the log (I2), the pending batches of two controllers hold the same content, and it does
+//! not matter which of them writes.
+//!
+//! **A commit without an answer** may or may not have taken place. The leader then steps down, takes the lease anew
+//! (a new term) and goes on from the checkpoint that it finds.
+//!
+//! **Beginning to lead** compares all stored rows with the fold and writes the differences in the first transaction, so
+//! rows and code converge whatever an older version, a crash or a person left there. Folding starts at the first event.
+
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use weft_eventlog::{Reader, RecordedEvent, Tail};
+use weft_model::{Fact, Position};
+
+use crate::decode::{Undecodable, decode};
+use crate::fault::{Chain, Fault};
+use crate::published::Delta;
+use crate::rows::RowChanges;
+use crate::store::{Commit, Lease, Store, StoreError};
+use crate::view::{Pending, Role, View};
+
+/// How long a lease lasts: a leader that dies is replaced after at most so long, and a stall of a second or two (a
+/// checkpoint of the database, a collection of garbage in a hypervisor) changes nothing.
+pub const LEASE_TTL: Duration = Duration::from_secs(5);
+/// The lease is prolonged three times before it would end, and as often tried for by others.
+const LEASE_EVERY: Duration = Duration::from_millis(1_600);
+/// How often a follower with something to publish looks whether it is covered.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
+/// Pause after the log could not be read.
+const READ_RETRY: Duration = Duration::from_millis(200);
+/// How long giving the lease back may take at shutdown.
+const RELEASE_MAX: Duration = Duration::from_secs(2);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Projector {
+    reader: Reader,
+    store: Store,
+    view: View,
+    name: String,
+    id: Uuid,
+    pending: Pending,
+    leading: Option<Leading>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Leading {
+    term: i64,
+    /// Where this leader left the checkpoint.
+    checkpoint: Position,
+    /// When the lease ends unless it is renewed, reckoned from before it was asked for.
+    until: Instant,
+}
+
+impl Projector {
+    /// A projector of the controller called `name`; `id` tells it from another process of that name.
+    #[must_use]
+    pub fn new(reader: Reader, store: Store, view: View, name: impl Into<String>, id: Uuid) -> Self {
+        let pending = Pending::default();
+        Self { reader, store, view, name: name.into(), id, pending, leading: None }
+    }
+
+    /// Follows the log until `drain`, then gives the lease back.
+    ///
+    /// # Errors
+    /// A [`Fault`], which the view keeps as well: this process cannot follow the log any further.
+    pub async fn run(mut self, drain: CancellationToken) -> Result<(), Arc<Fault>> {
+        let result = tokio::select! {
+            biased;
+            () = drain.cancelled() => Ok(()),
+            Err(fault) = self.follow() => Err(fault),
+        };
+        self.step_down().await;
+        result.map_err(|fault| {
+            tracing::error!(error = %Chain(&fault), "the projector stopped: nothing new is published by this controller");
+            self.view.stop(fault)
+        })
+    }
+
+    async fn follow(&mut self) -> Result<std::convert::Infallible, Fault> {
+        let mut tail = self.reader.tail(Position::ZERO);
+        self.catch_up(&mut tail).await?;
+        let mut lease = interval(LEASE_EVERY);
+        lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look = interval(CHECKPOINT_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let waits_for_checkpoint = self.leading.is_none() && !self.pending.is_empty();
+            tokio::select! {
+                biased;
+                _ = lease.tick() => self.keep_lease().await?,
+                // Before the log, which may never be quiet.
+                _ = look.tick(), if waits_for_checkpoint => self.look_at_checkpoint().await,
+                page = tail.next() => {
+                    self.take_in(page).await?;
+                    self.write().await;
+                }
+            }
+        }
+    }
+
+    /// Folds what is there already. Before that, this projector must not lead: it would find every row wrong.
+    async fn catch_up(&mut self, tail: &mut Tail) -> Result<(), Fault> {
+        let head = loop {
+            match self.reader.head().await {
+                Ok(head) => break head.position,
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "the log cannot be read yet");
+                    sleep(READ_RETRY).await;
+                }
+            }
+        };
+        let started = Instant::now();
+        while tail.position() < head {
+            let page = tail.next().await;
+            self.take_in(page).await?;
+        }
+        tracing::info!(position = %head, took = ?started.elapsed(), "folded the log");
+        Ok(())
+    }
+
+    /// Folds a page. What is wrong with it is a fault; that it could not be read is not.
+    async fn take_in(
+        &mut self,
+        page: Result<Vec<RecordedEvent>, weft_eventlog::StoreError>,
+    ) -> Result<(), Fault> {
+        let page = match page {
+            Ok(page) => page,
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "the log cannot be read, trying again");
+                sleep(READ_RETRY).await;
+                return Ok(());
+            }
+        };
+        let facts: Vec<Fact> = page.iter().map(decode).collect::<Result<_, Undecodable>>()?;
+        let delta = self.view.fold(&facts)?;
+        metrics::counter!("weft_projector_events_folded_total").increment(facts.len() as u64);
+        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+        metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
+        self.pending.push(delta);
+        Ok(())
+    }
+
+    /// Writes and publishes what is pending, if this projector leads.
+    async fn write(&mut self) {
+        let Some(leading) = self.leading else { return };
+        let Some(delta) = self.pending.merged() else { return };
+        if Instant::now() >= leading.until {
+            // Not needed for safety, the term is; but somebody else is likely to be at it.
+            tracing::warn!(term = leading.term, "the projector's lease ran out");
+            return self.follow_others();
+        }
+        self.commit(leading, &delta).await;
+    }
+
+    async fn commit(&mut self, leading: Leading, delta: &Delta) {
+        let Leading { term, checkpoint, .. } = leading;
+        let started = Instant::now();
+        match self.store.commit(term, checkpoint, delta.version, &delta.rows).await {
+            Ok(Commit::Done) => {
+                let position = delta.version.position;
+                metrics::histogram!("weft_projector_commit_seconds").record(started.elapsed().as_secs_f64());
+                self.leading = Some(Leading { checkpoint: position, ..leading });
+                self.publish(position);
+            }
+            Ok(Commit::Fenced) => {
+                tracing::warn!(term, "another controller leads: nothing was written, nothing is published");
+                metrics::counter!("weft_projector_fenced_total").increment(1);
+                self.follow_others();
+            }
+            Err(error) => {
+                tracing::warn!(term, error = %Chain(&error), "the projection could not be written");
+                self.follow_others();
+            }
+        }
+    }
+
+    fn publish(&mut self, checkpoint: Position) {
+        self.view.publish(&mut self.pending, checkpoint);
+        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+        metrics::gauge!("weft_projector_published_position").set(checkpoint.0 as f64);
+    }
+
+    fn follow_others(&mut self) {
+        self.leading = None;
+        self.view.set_role(Role::Follower);
+        metrics::gauge!("weft_projector_leads").set(0.0);
+    }
+
+    async fn look_at_checkpoint(&mut self) {
+        match self.store.checkpoint().await {
+            Ok(checkpoint) => self.publish(checkpoint.position),
+            Err(error) => tracing::debug!(error = %Chain(&error), "the checkpoint cannot be read"),
+        }
+    }
+
+    /// Prolongs the lease, or tries to get it. That the database cannot be asked changes nothing yet.
+    async fn keep_lease(&mut self) -> Result<(), Fault> {
+        let result = match self.leading {
+            Some(leading) => self.renew(leading).await.map_err(LeaseError::Store),
+            None => self.try_to_lead().await,
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(LeaseError::Fault(fault)) => Err(fault),
+            Err(LeaseError::Store(error)) => {
+                tracing::warn!(error = %Chain(&error), "the projector's lease cannot be looked after");
+                Ok(())
+            }
+        }
+    }
+
+    async fn renew(&mut self, leading: Leading) -> Result<(), StoreError> {
+        let until = Instant::now() + LEASE_TTL;
+        if self.store.renew(self.id, leading.term, LEASE_TTL).await? {
+            self.leading = Some(Leading { until, ..leading });
+        } else {
+            tracing::warn!(term = leading.term, "another controller took the projector's lease");
+            self.follow_others();
+        }
+        Ok(())
+    }
+
+    async fn try_to_lead(&mut self) -> Result<(), LeaseError> {
+        let checkpoint = self.store.checkpoint().await?;
+        let folded = self.view.read(weft_routing::Projection::version);
+        if checkpoint.position > folded.position {
+            let head = self.reader.head().await.map_err(LeaseError::from)?;
+            if head.position >= checkpoint.position {
+                return Ok(());
+            }
+            if head.epoch <= checkpoint.epoch {
+                return Err(Fault::Rewound { projected: checkpoint, head: head.position }.into());
+            }
+            tracing::error!(
+                projected = %checkpoint, head = %head.position, epoch = %head.epoch,
+                "LOG_REWOUND: the log lost events and began a new epoch; its rows are brought back to it"
+            );
+        }
+        let until = Instant::now() + LEASE_TTL;
+        let Some(lease) = self.store.acquire(&self.name, self.id, LEASE_TTL).await? else {
+            self.look_at_checkpoint().await;
+            return Ok(());
+        };
+        self.begin_to_lead(lease, until).await
+    }
+
+    /// Brings the rows to the fold, and leads from there.
+    async fn begin_to_lead(&mut self, lease: Lease, until: Instant) -> Result<(), LeaseError> {
+        let (checkpoint, stored) = match self.store.rows().await {
+            Ok(read) => read,
+            Err(StoreError::Row { table, key }) => {
+                tracing::warn!(table, key, "a row that no projector writes; all rows are written anew");
+                (lease.checkpoint, RowChanges::default())
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (version, rows) =
+            self.view.read(|projection| (projection.version(), RowChanges::all(projection)));
+        let changes = rows.since(&stored);
+        if checkpoint == version && !changes.is_empty() {
+            tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
+        }
+        let delta = Delta { version, rows: changes, ..Delta::default() };
+        self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, until });
+        self.view.set_role(Role::Leader { term: lease.term });
+        metrics::gauge!("weft_projector_leads").set(1.0);
+        tracing::info!(term = lease.term, from = %checkpoint, to = %version, rows = delta.rows.len(), "leading the projection");
+        if let Some(leading) = self.leading {
+            self.commit(leading, &delta).await;
+        }
+        Ok(())
+    }
+
+    async fn step_down(&mut self) {
+        let Some(leading) = self.leading else { return };
+        let released = self.store.release(self.id, leading.term);
+        match tokio::time::timeout(RELEASE_MAX, released).await {
+            Ok(Ok(())) => tracing::info!(term = leading.term, "gave the projector's lease back"),
+            Ok(Err(error)) => tracing::warn!(error = %Chain(&error), "the projector's lease ends by itself"),
+            Err(_) => tracing::warn!("the projector's lease ends by itself: the database does not answer"),
+        }
+        self.follow_others();
+    }
+}
+
+/// Why the lease could not be looked after.
+enum LeaseError {
+    Store(StoreError),
+    Fault(Fault),
+}
+
+impl From<StoreError> for LeaseError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Fault> for LeaseError {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl From<weft_eventlog::StoreError> for LeaseError {
+    fn from(error: weft_eventlog::StoreError) -> Self {
+        Self::Store(StoreError::Log(error))
+    }
+}

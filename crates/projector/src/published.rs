@@ -1,0 +1,221 @@
+//! What sidecars may be told: the projection as of a checkpoint that a projector has committed.
+//!
+//! The fold runs ahead of the checkpoint, because commands are decided against its head. So what each batch changed is
+//! kept as a [`Delta`] until the checkpoint covers it, and only then becomes part of [`Published`]. Bytes are shared
+//! with the projection; nothing is copied but keys.
+//!
+//! Called by the view. Read by Subscribe and Pull of the API.
+
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, OnceLock};
+use weft_model::{ConfigVersion, InstanceId, Position, Scope};
+use weft_routing::projection::BuiltShard;
+use weft_routing::{Changes, Hash, InterestClass, Manifest, Projection, ShardKey};
+
+use crate::rows::RowChanges;
+
+/// Former manifests that are remembered per class, to answer a pull with a difference. A sidecar that is further behind
+/// than so many changes gets everything, which is then not much more.
+pub const MANIFESTS_REMEMBERED: usize = 32;
+
+/// Compression of shards: the default level; higher ones cost several times the time for a few percent.
+const ZSTD_LEVEL: i32 = 3;
+
+/// What a batch of events changed, ready to be stored and published.
+#[derive(Clone, Debug, Default)]
+pub struct Delta {
+    /// The last event of the batch.
+    pub version: ConfigVersion,
+    /// The rows to be written.
+    pub rows: RowChanges,
+    pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
+    pub(crate) classes: BTreeMap<InterestClass, Option<PublishedClass>>,
+    pub(crate) sidecars: BTreeMap<InstanceId, Option<PublishedSidecar>>,
+}
+
+impl Delta {
+    /// What a batch changed: `changes` as the projection reported them, `scopes` as its events named them.
+    #[must_use]
+    pub fn new<'a>(
+        projection: &Projection,
+        changes: &Changes,
+        scopes: impl IntoIterator<Item = &'a Scope>,
+    ) -> Self {
+        let built = |key: &ShardKey| Some((key.clone(), projection.shards().get(key)?.clone()));
+        let class = |class: &InterestClass| {
+            (class.clone(), projection.classes().get(class).map(PublishedClass::from))
+        };
+        let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
+        Self {
+            version: projection.version(),
+            rows: RowChanges::new(projection, changes, scopes),
+            shards: changes.shards.iter().filter_map(built).collect(),
+            classes: changes.classes.iter().map(class).collect(),
+            sidecars: changes.sidecars.iter().map(sidecar).collect(),
+        }
+    }
+
+    /// Takes in the delta that follows.
+    pub fn merge(&mut self, next: Self) {
+        self.version = next.version;
+        self.rows.merge(next.rows);
+        self.shards.extend(next.shards);
+        self.classes.extend(next.classes);
+        self.sidecars.extend(next.sidecars);
+    }
+}
+
+/// A manifest as it is handed out.
+#[derive(Clone, Debug)]
+pub struct PublishedClass {
+    /// The manifest.
+    pub manifest: Arc<Manifest>,
+    /// Its canonical bytes.
+    pub bytes: Bytes,
+    /// Their hash.
+    pub hash: Hash,
+    /// The last event that touched anything in it.
+    pub position: Position,
+    /// Former manifests, the newest last.
+    former: VecDeque<(Hash, Arc<Manifest>)>,
+}
+
+impl From<&weft_routing::projection::Class> for PublishedClass {
+    fn from(class: &weft_routing::projection::Class) -> Self {
+        Self {
+            manifest: Arc::clone(&class.manifest),
+            bytes: Bytes::copy_from_slice(&class.bytes),
+            hash: class.hash,
+            position: class.position,
+            former: VecDeque::new(),
+        }
+    }
+}
+
+impl PublishedClass {
+    /// The manifest with this hash, if it is the newest or one that is still remembered.
+    #[must_use]
+    pub fn manifest_with(&self, hash: Hash) -> Option<&Arc<Manifest>> {
+        if hash == self.hash {
+            return Some(&self.manifest);
+        }
+        self.former.iter().rev().find(|(former, _)| *former == hash).map(|(_, manifest)| manifest)
+    }
+
+    fn succeed(&mut self, before: &mut Self) {
+        self.former = std::mem::take(&mut before.former);
+        if before.hash != self.hash {
+            self.former.push_back((before.hash, Arc::clone(&before.manifest)));
+        }
+        while self.former.len() > MANIFESTS_REMEMBERED {
+            self.former.pop_front();
+        }
+    }
+}
+
+/// Which class a sidecar is in, and since which event.
+#[derive(Clone, Debug)]
+pub(crate) struct PublishedSidecar {
+    class: InterestClass,
+    since: Position,
+}
+
+impl PublishedSidecar {
+    fn of(projection: &Projection, instance: &InstanceId) -> Option<Self> {
+        let wanted = projection.wanted(instance)?;
+        Some(Self { class: wanted.class.clone(), since: wanted.since })
+    }
+}
+
+/// A shard and its compressed bytes, which are made when first asked for and then shared by everybody.
+#[derive(Clone, Debug)]
+pub struct PublishedShard {
+    /// The shard.
+    pub built: BuiltShard,
+    compressed: Arc<OnceLock<Bytes>>,
+}
+
+impl PublishedShard {
+    /// The canonical bytes, zstd-compressed.
+    ///
+    /// # Errors
+    /// If the compressor fails, which it does for want of memory only.
+    pub fn compressed(&self) -> io::Result<Bytes> {
+        if let Some(bytes) = self.compressed.get() {
+            return Ok(bytes.clone());
+        }
+        let bytes = Bytes::from(zstd::bulk::compress(&self.built.bytes, ZSTD_LEVEL)?);
+        Ok(self.compressed.get_or_init(|| bytes).clone())
+    }
+}
+
+/// What one sidecar is to run.
+#[derive(Clone, Debug)]
+pub struct WantedSnapshot<'a> {
+    /// The snapshot's version.
+    pub version: ConfigVersion,
+    /// The manifest of its class.
+    pub class: &'a PublishedClass,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Published {
+    version: ConfigVersion,
+    shards: BTreeMap<ShardKey, PublishedShard>,
+    classes: BTreeMap<InterestClass, PublishedClass>,
+    sidecars: BTreeMap<InstanceId, PublishedSidecar>,
+}
+
+impl Published {
+    /// The last event that is part of it.
+    #[must_use]
+    pub const fn version(&self) -> ConfigVersion {
+        self.version
+    }
+
+    /// A shard of some manifest in force.
+    #[must_use]
+    pub fn shard(&self, key: &ShardKey) -> Option<&PublishedShard> {
+        self.shards.get(key)
+    }
+
+    /// What a sidecar is to run; none if it does not take part.
+    #[must_use]
+    pub fn wanted(&self, instance: &InstanceId) -> Option<WantedSnapshot<'_>> {
+        let PublishedSidecar { class, since } = self.sidecars.get(instance)?;
+        let class = self.classes.get(class)?;
+        let version = ConfigVersion::new(self.version.epoch, class.position.max(*since));
+        Some(WantedSnapshot { version, class })
+    }
+
+    pub(crate) fn apply(&mut self, delta: Delta) {
+        self.version = delta.version;
+        for (key, built) in delta.shards {
+            match self.shards.get_mut(&key) {
+                // Only its position moved: the compressed bytes stay good.
+                Some(shard) if shard.built.hash == built.hash => shard.built = built,
+                Some(_) | None => {
+                    self.shards.insert(key, PublishedShard { built, compressed: Arc::default() });
+                }
+            }
+        }
+        for (key, class) in delta.classes {
+            let before = self.classes.remove(&key);
+            if let Some(mut class) = class {
+                if let Some(mut before) = before {
+                    class.succeed(&mut before);
+                }
+                self.classes.insert(key, class);
+            }
+        }
+        for (instance, sidecar) in delta.sidecars {
+            match sidecar {
+                Some(sidecar) => self.sidecars.insert(instance, sidecar),
+                None => self.sidecars.remove(&instance),
+            };
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The projection's tables: lease, checkpoint, rows, acknowledgements. All SQL of this crate is here and below.
+//!
+//! Invariant: rows change only in [`Store::commit`], and only if the checkpoint still has the writer's term and the
+//! position that the writer started from. So of two that think they lead, at most one writes, and a writer that lost
+//! track of what it wrote (a commit without an answer) is refused rather than believed.
+
+mod acks;
+mod read;
+mod write;
+
+pub use acks::{Ack, SidecarStatus};
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{PgPool, Row};
+use std::time::Duration;
+use uuid::Uuid;
+use weft_model::{ConfigVersion, Epoch, Position};
+
+use crate::rows::RowChanges;
+
+/// Name of the checkpoint's row and of the lease's.
+const PROJECTION: &str = "mesh";
+const LEASE: &str = "projector";
+
+/// Connections that projector, acknowledgements and status queries share: each of them is short and one at a time.
+const CONNECTIONS_MAX: u32 = 4;
+/// How long an operation waits for one of them.
+const ACQUIRE_MAX: Duration = Duration::from_secs(5);
+/// A statement that takes longer than a lease lasts is given up by the server, so that a stuck writer ends.
+const STATEMENT_MS_MAX: &str = "5000";
+
+/// The projection's tables cannot be used now. Repeating is safe.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database failed, or cannot be reached.
+    #[error("the database failed to {doing}")]
+    Database {
+        /// What was to be done.
+        doing: &'static str,
+        /// What went wrong.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// A row holds what no projector writes.
+    #[error("{table} holds a row that no projector writes: {key}")]
+    Row {
+        /// The table.
+        table: &'static str,
+        /// The row's key.
+        key: String,
+    },
+    /// The log itself could not be asked.
+    #[error("the log could not be asked")]
+    Log(#[source] weft_eventlog::StoreError),
+    /// The URL is not one of a database.
+    #[error("the database URL is malformed")]
+    Url(#[source] sqlx::Error),
+}
+
+fn failed(doing: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
+    move |source| StoreError::Database { doing, source }
+}
+
+/// A lease that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Its term; the next one has a higher.
+    pub term: i64,
+    /// The checkpoint that its holder goes on from.
+    pub checkpoint: ConfigVersion,
+}
+
+/// Whether a transaction of the projector took place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commit {
+    /// It did.
+    Done,
+    /// Somebody else leads, or the checkpoint is not where it was thought to be. Nothing was written.
+    Fenced,
+}
+
+/// Who projects, as the database knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeaderStatus {
+    /// Name of the lease's holder; empty if nobody holds it.
+    pub holder: String,
+    /// The lease's term.
+    pub term: u64,
+    /// The checkpoint.
+    pub checkpoint: ConfigVersion,
+}
+
+/// The projection's tables in one database. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: PgPool,
+}
+
+impl Store {
+    /// The tables in the database at `url`. Connects when first used.
+    ///
+    /// # Errors
+    /// If the URL is malformed.
+    pub fn new(url: &str) -> Result<Self, StoreError> {
+        let options: PgConnectOptions = url.parse().map_err(StoreError::Url)?;
+        let options =
+            options.application_name("weft-projector").options([("statement_timeout", STATEMENT_MS_MAX)]);
+        let pool = PgPoolOptions::new().max_connections(CONNECTIONS_MAX).acquire_timeout(ACQUIRE_MAX);
+        Ok(Self { pool: pool.connect_lazy_with(options) })
+    }
+
+    /// Ends the connections.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Takes the lease if it is free, past its time, or already this holder's. None if somebody else has it.
+    ///
+    /// From then on, no writer of an earlier term succeeds.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn acquire(
+        &self,
+        holder: &str,
+        holder_id: Uuid,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, StoreError> {
+        const TAKE: &str = "insert into weft.lease as lease (name, term, holder, holder_id, expires_at) \
+             values ($1, 1, $2, $3, clock_timestamp() + make_interval(secs => $4)) \
+             on conflict (name) do update set term = lease.term + 1, holder = excluded.holder, \
+             holder_id = excluded.holder_id, expires_at = excluded.expires_at \
+             where lease.expires_at < clock_timestamp() or lease.holder_id = excluded.holder_id \
+             returning term";
+        const CHECKPOINT: &str = "insert into weft.projection as projection (name, term, epoch, position, updated_at) \
+             values ($1, $2, 0, 0, clock_timestamp()) \
+             on conflict (name) do update set term = excluded.term where projection.term < excluded.term \
+             returning epoch, position";
+        let failed = failed("take the projector's lease");
+        let mut transaction = self.pool.begin().await.map_err(&failed)?;
+        let taken = sqlx::query(TAKE).bind(LEASE).bind(holder).bind(holder_id).bind(ttl.as_secs_f64());
+        let Some(row) = taken.fetch_optional(&mut *transaction).await.map_err(&failed)? else {
+            return Ok(None);
+        };
+        let term: i64 = row.get(0);
+        let checkpoint = sqlx::query(CHECKPOINT).bind(PROJECTION).bind(term);
+        // No row: the checkpoint has a later term than the lease, so the lease's table was reset. Not ours to guess.
+        let Some(row) = checkpoint.fetch_optional(&mut *transaction).await.map_err(&failed)? else {
+            return Ok(None);
+        };
+        transaction.commit().await.map_err(&failed)?;
+        Ok(Some(Lease { term, checkpoint: version(row.get(0), row.get(1)) }))
+    }
+
+    /// Prolongs the lease. False if it is not this term's any more.
+    ///
+    /// # Errors
+    /// If the database fails; whether the lease was prolonged may be unknown.
+    pub async fn renew(&self, holder_id: Uuid, term: i64, ttl: Duration) -> Result<bool, StoreError> {
+        const SQL: &str = "update weft.lease set expires_at = clock_timestamp() + make_interval(secs => $4) \
+                           where name = $1 and holder_id = $2 and term = $3";
+        let renewed = sqlx::query(SQL).bind(LEASE).bind(holder_id).bind(term).bind(ttl.as_secs_f64());
+        let done = renewed.execute(&self.pool).await.map_err(failed("renew the projector's lease"))?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    /// Gives the lease back, so that another controller need not wait until it ends.
+    ///
+    /// # Errors
+    /// If the database fails; the lease then ends by itself.
+    pub async fn release(&self, holder_id: Uuid, term: i64) -> Result<(), StoreError> {
+        const SQL: &str = "update weft.lease set expires_at = '-infinity' \
+                           where name = $1 and holder_id = $2 and term = $3";
+        let released = sqlx::query(SQL).bind(LEASE).bind(holder_id).bind(term).execute(&self.pool).await;
+        released.map(|_| ()).map_err(failed("release the projector's lease"))
+    }
+
+    /// How far the log is projected.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn checkpoint(&self) -> Result<ConfigVersion, StoreError> {
+        const SQL: &str = "select epoch, position from weft.projection where name = $1";
+        let row = sqlx::query(SQL).bind(PROJECTION).fetch_optional(&self.pool).await;
+        let row = row.map_err(failed("read the checkpoint"))?;
+        Ok(row.map(|row| version(row.get(0), row.get(1))).unwrap_or_default())
+    }
+
+    /// Who projects.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn leader(&self) -> Result<LeaderStatus, StoreError> {
+        const SQL: &str = "select case when lease.expires_at > clock_timestamp() then lease.holder else '' end, \
+                           lease.term, coalesce(projection.epoch, 0), coalesce(projection.position, 0) \
+                           from weft.lease as lease left join weft.projection as projection on projection.name = $2 \
+                           where lease.name = $1";
+        let row = sqlx::query(SQL).bind(LEASE).bind(PROJECTION).fetch_optional(&self.pool).await;
+        let row = row.map_err(failed("read the projector's lease"))?;
+        Ok(row
+            .map(|row| LeaderStatus {
+                holder: row.get(0),
+                term: row.get::<i64, _>(1).cast_unsigned(),
+                checkpoint: version(row.get(2), row.get(3)),
+            })
+            .unwrap_or_default())
+    }
+
+    /// Moves the checkpoint from `old` to `new` and writes the rows that change, in one transaction.
+    ///
+    /// # Errors
+    /// If the database fails. Whether the transaction took place may be unknown: take the lease anew and compare.
+    pub async fn commit(
+        &self,
+        term: i64,
+        old: Position,
+        new: ConfigVersion,
+        rows: &RowChanges,
+    ) -> Result<Commit, StoreError> {
+        const FENCE: &str = "update weft.projection set epoch = $4, position = $5, updated_at = clock_timestamp() \
+                             where name = $1 and term = $2 and position = $3";
+        let failed = failed("write the projection");
+        let mut transaction = self.pool.begin().await.map_err(&failed)?;
+        // First, because it also locks the checkpoint: whoever takes the lease now waits for this transaction.
+        let fence = sqlx::query(FENCE)
+            .bind(PROJECTION)
+            .bind(term)
+            .bind(old.0.cast_signed())
+            .bind(new.epoch.0.cast_signed())
+            .bind(new.position.0.cast_signed());
+        if fence.execute(&mut *transaction).await.map_err(&failed)?.rows_affected() == 0 {
+            return Ok(Commit::Fenced);
+        }
+        write::rows(&mut transaction, rows).await.map_err(&failed)?;
+        transaction.commit().await.map_err(&failed)?;
+        Ok(Commit::Done)
+    }
+
+    /// Every stored row, with the checkpoint that they belong to, from one moment.
+    ///
+    /// # Errors
+    /// If the database fails, or a row is not one that a projector writes.
+    pub async fn rows(&self) -> Result<(ConfigVersion, RowChanges), StoreError> {
+        let mut transaction = self.pool.begin().await.map_err(failed("read the projection"))?;
+        read::all(&mut transaction).await
+    }
+}
+
+fn version(epoch: i64, position: i64) -> ConfigVersion {
+    ConfigVersion::new(Epoch(epoch.cast_unsigned()), Position(position.cast_unsigned()))
+}

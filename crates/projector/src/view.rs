@@ -1,0 +1,179 @@
+//! The mesh in memory, shared by everything in a controller: the fold of the log to its head, which commands are
+//! decided against, and beside it what has been published.
+//!
+//! Fed by the projector's task only. Readers take the lock for as long as one look takes; nobody awaits under it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+use tokio::sync::watch;
+use weft_model::{ConfigVersion, Fact, Position};
+use weft_routing::Projection;
+
+use crate::fault::Fault;
+use crate::published::{Delta, Published};
+
+/// Batches that wait for the checkpoint one by one. When more wait, the newest are merged, so that memory stays within
+/// what the mesh itself takes; they are then published together.
+const PENDING_MAX: usize = 64;
+
+/// What this controller's projector does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It only folds; another one writes, or nobody does.
+    Follower,
+    /// It writes.
+    Leader {
+        /// The term of its lease.
+        term: i64,
+    },
+}
+
+/// See the module's documentation. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct View {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    projection: RwLock<Projection>,
+    published: RwLock<Published>,
+    folded: watch::Sender<ConfigVersion>,
+    publication: watch::Sender<ConfigVersion>,
+    fault: watch::Sender<Option<Arc<Fault>>>,
+    role: watch::Sender<Role>,
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl View {
+    /// An empty mesh, nothing folded.
+    #[must_use]
+    pub fn new() -> Self {
+        let shared = Shared {
+            projection: RwLock::default(),
+            published: RwLock::default(),
+            folded: watch::Sender::new(ConfigVersion::default()),
+            publication: watch::Sender::new(ConfigVersion::default()),
+            fault: watch::Sender::new(None),
+            role: watch::Sender::new(Role::Follower),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Looks at the fold's head.
+    pub fn read<R>(&self, look: impl FnOnce(&Projection) -> R) -> R {
+        look(&self.shared.projection.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Looks at what has been published.
+    pub fn published<R>(&self, look: impl FnOnce(&Published) -> R) -> R {
+        look(&self.shared.published.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Follows the last event that was folded.
+    #[must_use]
+    pub fn folded(&self) -> watch::Receiver<ConfigVersion> {
+        self.shared.folded.subscribe()
+    }
+
+    /// Follows the last event that was published. Only the newest value counts; those between are skipped.
+    #[must_use]
+    pub fn publications(&self) -> watch::Receiver<ConfigVersion> {
+        self.shared.publication.subscribe()
+    }
+
+    /// Why the fold stopped; none while it runs.
+    #[must_use]
+    pub fn fault(&self) -> Option<Arc<Fault>> {
+        self.shared.fault.borrow().clone()
+    }
+
+    /// What the projector does now, and changes of it.
+    #[must_use]
+    pub fn role(&self) -> watch::Receiver<Role> {
+        self.shared.role.subscribe()
+    }
+
+    /// Waits until an event is folded. False if it was not within `limit`, or the fold has stopped.
+    pub async fn wait_folded(&self, position: Position, limit: Duration) -> bool {
+        let mut folded = self.folded();
+        let mut fault = self.shared.fault.subscribe();
+        tokio::select! {
+            reached = folded.wait_for(|version| version.position >= position) => reached.is_ok(),
+            _ = fault.wait_for(Option::is_some) => false,
+            () = tokio::time::sleep(limit) => false,
+        }
+    }
+
+    pub(crate) fn stop(&self, fault: Fault) -> Arc<Fault> {
+        let fault = Arc::new(fault);
+        self.shared.fault.send_replace(Some(Arc::clone(&fault)));
+        fault
+    }
+
+    pub(crate) fn set_role(&self, role: Role) {
+        self.shared.role.send_if_modified(|current| std::mem::replace(current, role) != role);
+    }
+
+    /// Folds the next events and says what they change.
+    pub(crate) fn fold(&self, facts: &[Fact]) -> Result<Delta, Fault> {
+        let delta = {
+            let mut projection = self.shared.projection.write().unwrap_or_else(PoisonError::into_inner);
+            let changes = projection.apply(facts).map_err(Fault::Fold)?;
+            let scopes: BTreeSet<_> = facts.iter().map(|fact| &fact.scope).collect();
+            Delta::new(&projection, &changes, scopes)
+        };
+        self.shared.folded.send_replace(delta.version);
+        Ok(delta)
+    }
+
+    /// Publishes everything in `pending` that the checkpoint covers.
+    pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: Position) {
+        let ready = pending.take_until(checkpoint);
+        let Some(version) = ready.last().map(|delta| delta.version) else { return };
+        {
+            let mut published = self.shared.published.write().unwrap_or_else(PoisonError::into_inner);
+            ready.into_iter().for_each(|delta| published.apply(delta));
+        }
+        self.shared.publication.send_replace(version);
+    }
+}
+
+/// Folded, and not yet known to be committed.
+#[derive(Debug, Default)]
+pub(crate) struct Pending(VecDeque<Delta>);
+
+impl Pending {
+    pub(crate) fn push(&mut self, delta: Delta) {
+        let full = self.0.len() >= PENDING_MAX;
+        match self.0.back_mut() {
+            Some(last) if full => last.merge(delta),
+            Some(_) | None => self.0.push_back(delta),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of it in one, to be written at once; it stays pending.
+    pub(crate) fn merged(&self) -> Option<Delta> {
+        let mut all = self.0.iter().cloned();
+        let first = all.next()?;
+        Some(all.fold(first, |mut merged, next| {
+            merged.merge(next);
+            merged
+        }))
+    }
+
+    fn take_until(&mut self, checkpoint: Position) -> Vec<Delta> {
+        let ready = self.0.iter().take_while(|delta| delta.version.position <= checkpoint).count();
+        self.0.drain(..ready).collect()
+    }
+}
