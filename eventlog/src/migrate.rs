@@ -63,7 +63,9 @@ async fn connect(config: &Config) -> Result<PgPool, sqlx::Error> {
 }
 
 fn candidates(config: &Config) -> Vec<PgConnectOptions> {
-    let mut base = PgConnectOptions::new_without_pgpass();
+    // The table of applied migrations is named without a schema. A login called "weft" would otherwise look for it in
+    // schema "weft" as soon as that exists, find none, and apply everything again.
+    let mut base = PgConnectOptions::new_without_pgpass().options([("search_path", "public")]);
     if let Some(user) = config.get_user() {
         base = base.username(user);
     }

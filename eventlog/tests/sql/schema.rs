@@ -18,10 +18,20 @@ async fn migrating_twice_and_at_once_is_harmless() {
 }
 
 #[tokio::test]
+async fn applied_migrations_are_found_again_whatever_the_search_path() {
+    let database = TestDatabase::create().await;
+    for path in ["public", "weft, public", "nowhere"] {
+        let alter = format!("alter database {} set search_path = {path}", database.name());
+        database.connect().await.batch_execute(&alter).await.unwrap();
+        weft_eventlog::migrate(&config(&database)).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn an_unknown_migration_means_a_newer_weft() {
     let database = migrated().await;
     let client = database.connect().await;
-    let row = "insert into _sqlx_migrations values (999999, 'later', now(), true, ''::bytea, 0)";
+    let row = "insert into public._sqlx_migrations values (999999, 'later', now(), true, ''::bytea, 0)";
     client.execute(row, &[]).await.unwrap();
     let error = weft_eventlog::migrate(&config(&database)).await.unwrap_err();
     assert!(matches!(error, weft_eventlog::MigrateError::Newer { version: 999_999 }), "{error:?}");
