@@ -1,0 +1,263 @@
+//! The sidecar as a whole: what is bound first, what is started in which order, and how it stops. Read [`Proxy::run`].
+
+use crate::admin;
+use crate::config::Config;
+use crate::discovery::join::{self, JoinError};
+use crate::discovery::subscribe::{Subscriber, chain};
+use crate::discovery::{Session, disk};
+use crate::drain;
+use crate::health;
+use crate::listeners::{self, Bound, Loopback};
+use crate::metrics;
+use crate::outbound::Target;
+use crate::records::{self, Writer};
+use crate::shared::Shared;
+use crate::socket::ListenError;
+use crate::status::Status;
+use crate::worker::{self, Listener, Purpose, Thread};
+use metrics_exporter_prometheus::PrometheusHandle;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::interval;
+use tokio_util::sync::CancellationToken;
+use weft_identity::tls::TlsIdentity;
+use weft_model::{Port, ServiceName};
+
+/// How often what histograms have gathered is summed up, so that it stays small if nobody scrapes.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// The sidecar cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be listened on.
+    #[error("{flag} cannot be used")]
+    Listen {
+        /// The flag that gives the address.
+        flag: &'static str,
+        /// Why.
+        #[source]
+        source: ListenError,
+    },
+    /// The connection log cannot be opened.
+    #[error("--connection-log cannot be written")]
+    ConnectionLog(#[source] io::Error),
+    /// The system gives no threads or sockets.
+    #[error("the system refuses a thread or a socket")]
+    System(#[source] io::Error),
+    /// It cannot become who it is to be.
+    #[error("no identity")]
+    Join(#[from] JoinError),
+}
+
+/// A sidecar with its addresses bound, not yet serving.
+pub struct Proxy {
+    config: Arc<Config>,
+    shared: Arc<Shared>,
+    status: Arc<Status>,
+    metrics: PrometheusHandle,
+    inbound: Bound,
+    outbound: Vec<(Bound, Target)>,
+    admin: TcpListener,
+    admin_address: SocketAddr,
+    writer: Writer,
+}
+
+impl Proxy {
+    /// Binds every fixed address and opens the connection log. `metrics` is what [`crate::metrics::install`] gave.
+    ///
+    /// # Errors
+    /// If an address is used, or the log cannot be opened. Nothing is left behind.
+    #[expect(clippy::unused_async, reason = "needs a runtime to run in, and says so by being async")]
+    pub async fn bind(config: Config, metrics: PrometheusHandle) -> Result<Self, StartError> {
+        let failed = |flag| move |source| StartError::Listen { flag, source };
+        let inbound = listeners::bind(config.inbound_listen, Purpose::Inbound, config.threads)
+            .map_err(failed("--inbound-listen"))?;
+        let mut outbound = Vec::new();
+        for upstream in &config.upstreams {
+            let Some(address) = upstream.listen else { continue };
+            let target = Target { service: upstream.service.clone(), port: upstream.port };
+            let purpose = Purpose::Outbound(Arc::new(target.clone()));
+            let bound = listeners::bind(address, purpose, config.threads).map_err(failed("--upstream"))?;
+            outbound.push((bound, target));
+        }
+        let admin = crate::socket::listen(config.admin_listen, NonZeroUsize::MIN)
+            .map_err(failed("--admin-listen"))?
+            .pop()
+            .ok_or_else(|| StartError::System(io::ErrorKind::AddrNotAvailable.into()))?;
+        let admin = TcpListener::from_std(admin).map_err(StartError::System)?;
+        let admin_address = admin.local_addr().map_err(StartError::System)?;
+        let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
+        let shared = Shared::new(config.instance.clone(), config.apps.clone(), records);
+        let status = Arc::new(Status::default());
+        status
+            .set_listeners(outbound.iter().map(|(bound, target)| (bound.address, target.clone())).collect());
+        let config = Arc::new(config);
+        Ok(Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer })
+    }
+
+    /// Where other sidecars connect to.
+    #[must_use]
+    pub const fn inbound_addr(&self) -> SocketAddr {
+        self.inbound.address
+    }
+
+    /// Where the admin pages are.
+    #[must_use]
+    pub const fn admin_addr(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The explicit local addresses, by what they lead to.
+    #[must_use]
+    pub fn outbound_addrs(&self) -> BTreeMap<(ServiceName, Port), SocketAddr> {
+        let entry =
+            |(bound, target): &(Bound, Target)| ((target.service.clone(), target.port), bound.address);
+        self.outbound.iter().map(entry).collect()
+    }
+
+    /// Serves until `stop`, then drains. Returns when nothing is left.
+    ///
+    /// # Errors
+    /// If the sidecar gets no identity and waiting does not help, or the system gives it no threads.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), StartError> {
+        let Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer } = self;
+        let advertised = config.advertise.unwrap_or(inbound.address);
+        tracing::info!(instance = %config.instance, inbound = %inbound.address, admin = %admin_address, "starting");
+
+        // The data path: it accepts from here on, and refuses until there is an identity and a snapshot.
+        let halt = CancellationToken::new();
+        let threads = start_threads(&config, &shared, &halt).map_err(StartError::System)?;
+        let senders: Vec<_> = threads.iter().map(|thread| thread.listeners.clone()).collect();
+        let (stop_inbound, stop_outbound) = (CancellationToken::new(), CancellationToken::new());
+        listeners::hand_over(inbound, &senders, &stop_inbound).await;
+        for (bound, _) in outbound {
+            listeners::hand_over(bound, &senders, &stop_outbound).await;
+        }
+
+        // What is asked about it.
+        let mut tasks = JoinSet::new();
+        let pages = admin::Pages {
+            shared: Arc::clone(&shared),
+            status: Arc::clone(&status),
+            metrics: metrics.clone(),
+        };
+        tasks.spawn(serve_admin(admin, pages));
+        tasks.spawn(keep_metrics_small(metrics));
+
+        // What it runs by: who it is, what it ran last, what it is to run.
+        let (sessions, session) = watch::channel(None);
+        let control = Control { config, shared, status, advertised, sessions, senders };
+        let joined = tokio::select! {
+            joined = control.start(&mut tasks, &stop_outbound) => joined,
+            () = stop.cancelled() => Ok(()),
+        };
+        if joined.is_ok() {
+            stop.cancelled().await;
+        }
+
+        // And out again.
+        drain::drain(&control.shared, &session, &stop_inbound, &stop_outbound, control.config.drain_deadline)
+            .await;
+        tasks.shutdown().await;
+        drop(control);
+        halt.cancel();
+        for thread in threads {
+            thread.join().await;
+        }
+        writer.finish().await;
+        joined
+    }
+}
+
+/// What the control tasks need.
+struct Control {
+    config: Arc<Config>,
+    shared: Arc<Shared>,
+    status: Arc<Status>,
+    advertised: SocketAddr,
+    sessions: watch::Sender<Option<Session>>,
+    senders: Vec<mpsc::Sender<Listener>>,
+}
+
+impl Control {
+    /// Gets an identity, takes the last snapshot from the disk, and starts everything that follows the controller.
+    async fn start(
+        &self,
+        tasks: &mut JoinSet<()>,
+        stop_outbound: &CancellationToken,
+    ) -> Result<(), StartError> {
+        let credential = join::obtain(&self.config, &mut rand::make_rng::<rand::rngs::SmallRng>()).await?;
+        let identity = TlsIdentity::new(credential);
+        self.shared.tls.set(identity.clone());
+        self.load_snapshot(&identity);
+
+        let (config, sessions) = (Arc::clone(&self.config), self.sessions.subscribe());
+        let renewed = identity.clone();
+        tasks.spawn(async move {
+            let mut rng = rand::make_rng::<rand::rngs::SmallRng>();
+            join::keep_fresh(&config, &renewed, &sessions, &mut rng).await;
+        });
+        if self.config.loopback_addresses {
+            let loopback = Loopback {
+                upstreams: (!self.config.all_upstreams).then(|| self.config.upstreams.clone()),
+                threads: self.senders.clone(),
+                count: self.config.threads,
+                status: Arc::clone(&self.status),
+            };
+            tasks.spawn(loopback.run(self.shared.subscribe(), stop_outbound.clone()));
+        }
+        tasks.spawn(health::run(Arc::clone(&self.shared), self.config.probe, self.sessions.subscribe()));
+        let subscriber = Subscriber {
+            config: Arc::clone(&self.config),
+            advertised: self.advertised,
+            shared: Arc::clone(&self.shared),
+            status: Arc::clone(&self.status),
+            identity,
+            sessions: self.sessions.clone(),
+            rng: rand::make_rng(),
+        };
+        tasks.spawn(subscriber.run());
+        Ok(())
+    }
+
+    /// The last good snapshot. One that cannot be read is not used, and nothing passes until a controller sends one.
+    fn load_snapshot(&self, identity: &TlsIdentity) {
+        match disk::load(&self.config.state_dir, &self.config.instance) {
+            Ok(Some(snapshot)) => {
+                tracing::info!(version = %snapshot.version, "serving the snapshot from the disk");
+                metrics::config("applied", snapshot.version);
+                join::trust(identity, &snapshot.trust, &self.config.state_dir);
+                self.shared.install(Arc::new(snapshot));
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(error = chain(&error), "nothing passes until a controller sends a snapshot");
+            }
+        }
+    }
+}
+
+fn start_threads(config: &Config, shared: &Arc<Shared>, halt: &CancellationToken) -> io::Result<Vec<Thread>> {
+    (0..config.threads.get()).map(|index| worker::start(index, Arc::clone(shared), halt.clone())).collect()
+}
+
+async fn serve_admin(listener: TcpListener, pages: admin::Pages) {
+    if let Err(error) = axum::serve(listener, admin::router(pages)).await {
+        tracing::error!(%error, "the admin pages are gone");
+    }
+}
+
+async fn keep_metrics_small(metrics: PrometheusHandle) {
+    let mut ticks = interval(METRICS_UPKEEP);
+    loop {
+        ticks.tick().await;
+        metrics.run_upkeep();
+    }
+}

@@ -1,0 +1,16 @@
+//! The one place that reads the wall clock. Durations are measured with `tokio::time::Instant` instead.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+use weft_model::Timestamp;
+
+/// Now, by this machine's clock.
+#[expect(clippy::disallowed_methods, reason = "everything else takes its time from here")]
+pub(crate) fn now() -> Timestamp {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// A time as records show it: RFC 3339 in UTC.
+pub(crate) fn rfc3339(time: Timestamp) -> String {
+    jiff::Timestamp::from_millisecond(time.0).map(|time| time.to_string()).unwrap_or_default()
+}

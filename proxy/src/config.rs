@@ -1,0 +1,403 @@
+//! What the sidecar is told at its start: flags and their environment variables, parsed once into plain values.
+//! Nothing else reads the environment. Every mistake is an error that names the flag.
+
+use clap::{Args as ClapArgs, Parser, ValueEnum};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+use weft_client::ControllerAddress;
+use weft_identity::token::JoinToken;
+use weft_model::{InstanceId, Port, ServiceName};
+
+/// Most data-plane threads; more than any machine that a sidecar shares with its app gives it.
+const THREADS_MAX: usize = 256;
+
+/// Join tokens are 153 bytes; what is far larger is another file.
+const TOKEN_FILE_BYTES_MAX: u64 = 4096;
+
+/// The command line of `weft-proxy`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "weft-proxy",
+    version,
+    about = "The Weft sidecar: forwards TCP over mTLS for one workload instance"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    args: Args,
+    /// How the sidecar's own log, on stderr, is written
+    #[arg(long, env = "WEFT_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+#[derive(Debug, ClapArgs)]
+struct Args {
+    /// A controller's address; may be given several times
+    #[arg(
+        long = "controller",
+        env = "WEFT_CONTROLLER",
+        value_name = "HOST:PORT",
+        required = true,
+        value_delimiter = ','
+    )]
+    controllers: Vec<ControllerAddress>,
+    /// Which instance this sidecar stands before
+    #[arg(long, env = "WEFT_INSTANCE", value_name = "NS/SERVICE/INSTANCE")]
+    instance: InstanceId,
+    /// A file with the join token; needed only until there is an identity in the state directory
+    #[arg(long, env = "WEFT_JOIN_TOKEN_FILE", value_name = "PATH")]
+    join_token_file: Option<PathBuf>,
+    /// The join token itself, from the environment only: a command line is readable by everybody on the machine
+    #[arg(long, env = "WEFT_JOIN_TOKEN", value_name = "TOKEN", hide = true, hide_env_values = true)]
+    join_token: Option<String>,
+    /// Where identity and snapshot are kept; of this instance alone
+    #[arg(long, env = "WEFT_STATE_DIR", value_name = "DIR")]
+    state_dir: PathBuf,
+    /// Where other sidecars connect to; port 0 picks a free one
+    #[arg(long, env = "WEFT_INBOUND_LISTEN", value_name = "IP:PORT", default_value = "0.0.0.0:15001")]
+    inbound_listen: SocketAddr,
+    /// The address that other sidecars are told, if it is not the one listened on
+    #[arg(long, env = "WEFT_ADVERTISE", value_name = "IP:PORT")]
+    advertise: Option<SocketAddr>,
+    /// Where the local app serves a port of the service; may be given several times
+    #[arg(long = "app", env = "WEFT_APP", value_name = "PORT=IP:PORT", value_delimiter = ',')]
+    apps: Vec<App>,
+    /// A service and port to connect to, optionally with a local address for it; may be given several times
+    #[arg(
+        long = "upstream",
+        env = "WEFT_UPSTREAM",
+        value_name = "NS/SERVICE:PORT[=IP:PORT]",
+        value_delimiter = ','
+    )]
+    upstreams: Vec<Upstream>,
+    /// Allow this sidecar to reach every service of the mesh
+    #[arg(long, env = "WEFT_ALL_UPSTREAMS")]
+    all_upstreams: bool,
+    /// Listen on the stable loopback address of every upstream service, on each of its ports
+    #[arg(long, env = "WEFT_LOOPBACK_ADDRESSES")]
+    loopback_addresses: bool,
+    /// Where /ready, /live, /metrics, /config and /connections are served; a loopback address
+    #[arg(long, env = "WEFT_ADMIN_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:15000")]
+    admin_listen: SocketAddr,
+    /// Where connection records go, one JSON object per line; - is stdout
+    #[arg(long, env = "WEFT_CONNECTION_LOG", value_name = "PATH", default_value = "-")]
+    connection_log: PathBuf,
+    /// How often the local app is probed
+    #[arg(long, env = "WEFT_PROBE_INTERVAL", value_parser = humantime::parse_duration, default_value = "5s")]
+    probe_interval: Duration,
+    /// How long a probe may take
+    #[arg(long, env = "WEFT_PROBE_TIMEOUT", value_parser = humantime::parse_duration, default_value = "1s")]
+    probe_timeout: Duration,
+    /// Good probes in a row that make the app healthy
+    #[arg(long, env = "WEFT_PROBE_RISE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    probe_rise: u32,
+    /// Bad probes in a row that make the app unhealthy
+    #[arg(long, env = "WEFT_PROBE_FALL", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    probe_fall: u32,
+    /// How long a stop may take before the connections that are left are cut
+    #[arg(long, env = "WEFT_DRAIN_DEADLINE", value_parser = humantime::parse_duration, default_value = "10s")]
+    drain_deadline: Duration,
+    /// Threads that forward connections [default: one per core]
+    #[arg(long, env = "WEFT_THREADS", value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
+/// Where the local app serves a port of the service: `PORT=IP:PORT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct App {
+    port: Port,
+    address: SocketAddr,
+}
+
+/// A port of a service that the local app connects to: `NS/SERVICE:PORT[=IP:PORT]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Upstream {
+    /// The service.
+    pub service: ServiceName,
+    /// Its port.
+    pub port: Port,
+    /// A local address that leads there.
+    pub listen: Option<SocketAddr>,
+}
+
+/// A value of the command line is malformed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A value does not have the form that it should have.
+    #[error("{value:?} is not {form}")]
+    Form {
+        /// What was given.
+        value: String,
+        /// What it should be.
+        form: &'static str,
+    },
+    /// A flag's value contradicts another one.
+    #[error("--{flag}: {rule}")]
+    Rule {
+        /// The flag.
+        flag: &'static str,
+        /// What it must be.
+        rule: String,
+    },
+    /// The file with the join token cannot be read.
+    #[error("cannot read the join token from {path}")]
+    TokenFile {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The join token is malformed.
+    #[error("the join token cannot be used")]
+    Token(#[source] weft_identity::token::TokenError),
+}
+
+/// How the local app is probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// From the start of one probe to the start of the next.
+    pub interval: Duration,
+    /// How long one may take.
+    pub timeout: Duration,
+    /// Good ones in a row that make the app healthy; at least 1.
+    pub rise: u32,
+    /// Bad ones in a row that make it unhealthy; at least 1.
+    pub fall: u32,
+}
+
+/// Where connection records go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConnectionLog {
+    /// To standard output.
+    Stdout,
+    /// To the end of this file.
+    File(PathBuf),
+}
+
+/// Everything that a sidecar is told at its start, validated.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where controllers are; at least one.
+    pub controllers: Vec<ControllerAddress>,
+    /// Which instance the sidecar stands before.
+    pub instance: InstanceId,
+    /// How to get an identity if there is none yet.
+    pub join_token: Option<JoinToken>,
+    /// Where identity and snapshot are kept.
+    pub state_dir: PathBuf,
+    /// Where other sidecars connect to. Port 0 picks a free one.
+    pub inbound_listen: SocketAddr,
+    /// What other sidecars are told; the bound inbound address if none.
+    pub advertise: Option<SocketAddr>,
+    /// Where the local app serves each port of the service.
+    pub apps: BTreeMap<Port, SocketAddr>,
+    /// The services that the app connects to, some with a local address of their own.
+    pub upstreams: Vec<Upstream>,
+    /// Whether the app may connect to every service.
+    pub all_upstreams: bool,
+    /// Whether upstream services' stable loopback addresses are listened on.
+    pub loopback_addresses: bool,
+    /// Where the admin endpoints are served: loopback only.
+    pub admin_listen: SocketAddr,
+    /// Where connection records go.
+    pub connection_log: ConnectionLog,
+    /// How the local app is probed.
+    pub probe: Probe,
+    /// How long a stop may take before connections are cut.
+    pub drain_deadline: Duration,
+    /// How many threads forward connections.
+    pub threads: NonZeroUsize,
+}
+
+impl Cli {
+    /// The configuration that the command line asks for. Reads the join token's file.
+    ///
+    /// # Errors
+    /// If a value is malformed or contradicts another.
+    pub fn into_config(self) -> Result<Config, ConfigError> {
+        let Args { apps: app_list, .. } = &self.args;
+        let mut apps = BTreeMap::new();
+        for App { port, address } in app_list {
+            if apps.insert(*port, *address).is_some() {
+                return Err(rule("app", format!("port {port} is given twice; leave one")));
+            }
+        }
+        let args = self.args;
+        let join_token = match (args.join_token, &args.join_token_file) {
+            (Some(text), _) => Some(text),
+            (None, Some(path)) => Some(read_token(path)?),
+            (None, None) => None,
+        };
+        let join_token = join_token.map(|text| text.parse()).transpose().map_err(ConfigError::Token)?;
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let connection_log = match args.connection_log.to_str() {
+            Some("-") => ConnectionLog::Stdout,
+            _ => ConnectionLog::File(args.connection_log),
+        };
+        let config = Config {
+            controllers: args.controllers,
+            instance: args.instance,
+            join_token,
+            state_dir: args.state_dir,
+            inbound_listen: args.inbound_listen,
+            advertise: args.advertise,
+            apps,
+            upstreams: args.upstreams,
+            all_upstreams: args.all_upstreams,
+            loopback_addresses: args.loopback_addresses,
+            admin_listen: args.admin_listen,
+            connection_log,
+            probe: Probe {
+                interval: args.probe_interval,
+                timeout: args.probe_timeout,
+                rise: args.probe_rise,
+                fall: args.probe_fall,
+            },
+            drain_deadline: args.drain_deadline,
+            threads: args.threads.unwrap_or(cores),
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+impl Config {
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !self.admin_listen.ip().is_loopback() {
+            let address = self.admin_listen;
+            return Err(rule(
+                "admin-listen",
+                format!("{address} is no loopback address, and these pages tell too much; use 127.0.0.1"),
+            ));
+        }
+        if self.advertise.is_none() && self.inbound_listen.ip().is_unspecified() {
+            let address = self.inbound_listen;
+            return Err(rule(
+                "advertise",
+                format!("needed, because nobody can connect to {address}; give the address others reach"),
+            ));
+        }
+        if self.advertise.is_some_and(|address| address.port() == 0 || address.ip().is_unspecified()) {
+            return Err(rule("advertise", "must be an address and port that others can connect to".into()));
+        }
+        if self.threads.get() > THREADS_MAX {
+            return Err(rule("threads", format!("at most {THREADS_MAX}")));
+        }
+        if self.probe.interval < Duration::from_millis(10) || self.probe.timeout.is_zero() {
+            return Err(rule("probe-interval", "at least 10ms, with a timeout above zero".into()));
+        }
+        let mut taken = BTreeMap::new();
+        for upstream in &self.upstreams {
+            let Some(address) = upstream.listen.filter(|address| address.port() != 0) else { continue };
+            if taken.insert(address, upstream).is_some() || address == self.inbound_listen {
+                return Err(rule("upstream", format!("{address} is used twice; give each its own")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for App {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, ConfigError> {
+        let error = || form(s, "PORT=IP:PORT, such as 5432=127.0.0.1:5433");
+        let (port, address) = s.split_once('=').ok_or_else(error)?;
+        Ok(Self { port: port.parse().map_err(|_| error())?, address: address.parse().map_err(|_| error())? })
+    }
+}
+
+impl FromStr for Upstream {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, ConfigError> {
+        let error =
+            || form(s, "NS/SERVICE:PORT or NS/SERVICE:PORT=IP:PORT, such as default/db:5432=127.0.0.1:5432");
+        let (target, listen) = match s.split_once('=') {
+            Some((target, listen)) => (target, Some(listen.parse().map_err(|_| error())?)),
+            None => (s, None),
+        };
+        let (service, port) = target.rsplit_once(':').ok_or_else(error)?;
+        Ok(Self {
+            service: ServiceName::parse_lenient(service).map_err(|_| error())?,
+            port: port.parse().map_err(|_| error())?,
+            listen,
+        })
+    }
+}
+
+fn form(value: &str, form: &'static str) -> ConfigError {
+    ConfigError::Form { value: value.chars().take(80).collect(), form }
+}
+
+const fn rule(flag: &'static str, rule: String) -> ConfigError {
+    ConfigError::Rule { flag, rule }
+}
+
+fn read_token(path: &PathBuf) -> Result<String, ConfigError> {
+    use std::io::Read;
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(TOKEN_FILE_BYTES_MAX).read_to_string(&mut text))
+        .map_err(|source| ConfigError::TokenFile { path: path.clone(), source })?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(extra: &[&str]) -> Result<Config, String> {
+        let base =
+            ["weft-proxy", "--controller=127.0.0.1:7400", "--instance=default/web/web-1", "--state-dir=/x"];
+        let cli = Cli::try_parse_from(base.iter().chain(extra)).map_err(|error| error.to_string())?;
+        cli.into_config().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn flags_become_plain_values() {
+        let config = parse(&[
+            "--inbound-listen=127.0.0.1:0",
+            "--app=8080=127.0.0.1:9000",
+            "--upstream=default/db:5432=127.0.0.1:5000",
+            "--upstream=api:8080",
+            "--drain-deadline=500ms",
+        ])
+        .unwrap();
+        assert_eq!(config.apps[&Port::new(8080).unwrap()].port(), 9000);
+        assert_eq!(config.upstreams[0].listen.unwrap().port(), 5000);
+        assert_eq!(config.upstreams[1].service.to_string(), "default/api");
+        assert_eq!(config.drain_deadline, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn mistakes_name_the_flag() {
+        let local = "--inbound-listen=127.0.0.1:0";
+        for (flags, says) in [
+            (vec![local, "--admin-listen=0.0.0.0:1"], "--admin-listen"),
+            (vec!["--inbound-listen=0.0.0.0:1"], "--advertise"),
+            (vec![local, "--app=80=127.0.0.1:1", "--app=80=127.0.0.1:2"], "--app"),
+            (vec![local, "--app=80"], "--app"),
+            (vec![local, "--upstream=db"], "--upstream"),
+            (vec![local, "--upstream=a:1=127.0.0.1:5", "--upstream=b:1=127.0.0.1:5"], "--upstream"),
+            (vec![local, "--probe-rise=0"], "--probe-rise"),
+            (vec![local, "--join-token-file=/nonexistent"], "/nonexistent"),
+        ] {
+            let error = parse(&flags).unwrap_err();
+            assert!(error.contains(says), "{flags:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! Connections: what is known of each, who is live, and how one is cut.
+//!
+//! A connection is registered *before* it is checked against the snapshot, and every new snapshot is swapped in *before*
+//! the live ones are checked again ([`crate::shared`]). So a connection that the new snapshot refuses is refused by its
+//! own check or cut by the other; it cannot slip between the two.
+//!
+//! Each connection ends in [`Connection::finish`], which makes its record and counts it, once.
+
+use crate::clock;
+use crate::metrics;
+use crate::records::{Record, RecordSender};
+use crate::tunnel::copy::{Counters, Ended, Side};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName, Timestamp};
+
+/// Most live connections of a sidecar. Far above what one app holds; each costs two sockets and a TLS session (about
+/// 40 KiB), so 100,000 are the 4 GiB at which refusing is better than being killed.
+pub(crate) const LIVE_MAX: usize = 100_000;
+
+/// Parts of the registry, so that threads seldom meet at one lock.
+const PARTS: usize = 16;
+
+/// Which way a connection goes, seen from the app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Direction {
+    /// From another sidecar to the app.
+    Inbound,
+    /// From the app to another sidecar.
+    Outbound,
+}
+
+impl Direction {
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
+/// Who ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ClosedBy {
+    /// Who opened it.
+    Client,
+    /// Who serves it.
+    Server,
+    /// This sidecar.
+    Local,
+}
+
+/// How and why a connection ended, or never began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Close {
+    pub(crate) reason: CloseReason,
+    pub(crate) by: ClosedBy,
+    pub(crate) rule: Option<String>,
+    /// More, in words; may be empty.
+    pub(crate) detail: String,
+}
+
+impl Close {
+    pub(crate) fn new(reason: CloseReason, by: ClosedBy, detail: impl Into<String>) -> Self {
+        Self { reason, by, rule: None, detail: detail.into() }
+    }
+
+    /// Ended by this sidecar.
+    pub(crate) fn local(reason: CloseReason, detail: impl Into<String>) -> Self {
+        Self::new(reason, ClosedBy::Local, detail)
+    }
+
+    pub(crate) fn with_rule(self, rule: String) -> Self {
+        Self { rule: Some(rule), ..self }
+    }
+}
+
+impl From<Ended> for Close {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Cleanly(Side::Downstream) => Self::new(CloseReason::ClientFin, ClosedBy::Client, ""),
+            Ended::Cleanly(Side::Upstream) => Self::new(CloseReason::ServerFin, ClosedBy::Server, ""),
+            Ended::Broken(Side::Downstream, error) => {
+                Self::new(CloseReason::ClientReset, ClosedBy::Client, error.to_string())
+            }
+            Ended::Broken(Side::Upstream, error) => {
+                Self::new(CloseReason::ServerReset, ClosedBy::Server, error.to_string())
+            }
+        }
+    }
+}
+
+/// What is known of a connection; more and more while it is opened.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Facts {
+    pub(crate) connection_id: Uuid,
+    /// Where the application's connection came from.
+    pub(crate) source: Option<SocketAddr>,
+    /// The SPIFFE id of who connects.
+    pub(crate) source_identity: Option<String>,
+    /// Its service, which policies are about.
+    #[serde(skip)]
+    pub(crate) source_service: Option<ServiceName>,
+    pub(crate) destination: Option<ServiceName>,
+    pub(crate) port: Option<Port>,
+    /// Where the connection was opened to: a sidecar's address, or the local app's.
+    pub(crate) endpoint: Option<SocketAddr>,
+    /// Which instance that is.
+    pub(crate) endpoint_identity: Option<InstanceId>,
+    /// Why it was chosen.
+    pub(crate) pick: Option<&'static str>,
+    #[serde(serialize_with = "as_text")]
+    pub(crate) config_version: Option<ConfigVersion>,
+    /// What the verdict rests on.
+    pub(crate) rule: Option<String>,
+    /// `enforce`, or `audit` if a policy in audit mode would have refused.
+    pub(crate) mode: Option<&'static str>,
+    pub(crate) tls: Option<&'static str>,
+    pub(crate) key_exchange: Option<&'static str>,
+    /// From accepting to carrying bytes.
+    pub(crate) connect_ms: Option<f64>,
+    pub(crate) attempts: u32,
+}
+
+fn as_text<S: serde::Serializer>(version: &Option<ConfigVersion>, serializer: S) -> Result<S::Ok, S::Error> {
+    match version {
+        Some(version) => serializer.collect_str(version),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) direction: Direction,
+    /// When it was accepted.
+    pub(crate) started: Instant,
+    pub(crate) counters: Counters,
+    /// How many bytes of each way were counted in the metrics already.
+    pub(crate) reported: (AtomicU64, AtomicU64),
+    opened_at: Timestamp,
+    facts: Mutex<Facts>,
+    cut: CancellationToken,
+    cause: OnceLock<Close>,
+    records: RecordSender,
+}
+
+impl Connection {
+    /// A connection that was just accepted.
+    pub(crate) fn begin(direction: Direction, facts: Facts, records: RecordSender) -> Arc<Self> {
+        metrics::opened(direction);
+        Arc::new(Self {
+            direction,
+            started: Instant::now(),
+            counters: Counters::default(),
+            reported: (AtomicU64::new(0), AtomicU64::new(0)),
+            opened_at: clock::now(),
+            facts: Mutex::new(facts),
+            cut: CancellationToken::new(),
+            cause: OnceLock::new(),
+            records,
+        })
+    }
+
+    /// What is known of it, to read or to add to.
+    pub(crate) fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends it from outside; the first cause counts.
+    pub(crate) fn cut(&self, cause: Close) {
+        // Set before the token, so that who sees the token sees the cause.
+        let _ = self.cause.set(cause);
+        self.cut.cancel();
+    }
+
+    /// Waits until it is cut, and says why.
+    pub(crate) async fn was_cut(&self) -> Close {
+        self.cut.cancelled().await;
+        self.cause
+            .get()
+            .cloned()
+            .unwrap_or_else(|| Close::local(CloseReason::Internal, "cut without a cause"))
+    }
+
+    /// It carries bytes from now on.
+    pub(crate) fn established(&self) {
+        let took = self.started.elapsed();
+        metrics::connected(self.direction, took);
+        self.facts().connect_ms = Some(milliseconds(took));
+    }
+
+    /// Writes its record.
+    pub(crate) fn finish(&self, close: Close) {
+        metrics::closed(self, close.reason);
+        let mut facts = self.facts().clone();
+        facts.rule = close.rule.or(facts.rule);
+        self.records.send(Record {
+            time: clock::rfc3339(clock::now()),
+            direction: self.direction,
+            facts,
+            first_byte_ms: self.counters.first_byte().map(milliseconds),
+            duration_ms: milliseconds(self.started.elapsed()),
+            bytes_up: self.counters.up.load(Ordering::Relaxed),
+            bytes_down: self.counters.down.load(Ordering::Relaxed),
+            close_reason: close.reason,
+            closed_by: close.by,
+            detail: close.detail,
+        });
+    }
+
+    /// As the admin page shows it.
+    pub(crate) fn view(&self) -> ConnectionView {
+        ConnectionView {
+            direction: self.direction,
+            facts: self.facts().clone(),
+            opened: clock::rfc3339(self.opened_at),
+            age_ms: milliseconds(self.started.elapsed()),
+            bytes_up: self.counters.up.load(Ordering::Relaxed),
+            bytes_down: self.counters.down.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Milliseconds with three digits behind the point.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// A live connection, for people.
+#[derive(Debug, Serialize)]
+pub(crate) struct ConnectionView {
+    direction: Direction,
+    #[serde(flatten)]
+    facts: Facts,
+    opened: String,
+    age_ms: f64,
+    bytes_up: u64,
+    bytes_down: u64,
+}
+
+/// Every live connection.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    parts: [Mutex<BTreeMap<u64, Arc<Connection>>>; PARTS],
+    next: AtomicU64,
+    live: AtomicUsize,
+    inbound: AtomicUsize,
+}
+
+impl Registry {
+    /// Makes a connection known until the guard is dropped.
+    ///
+    /// # Errors
+    /// If there are [`LIVE_MAX`] already.
+    pub(crate) fn register(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<Registered, Close> {
+        if self.live.fetch_add(1, Ordering::Relaxed) >= LIVE_MAX {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            return Err(Close::local(CloseReason::Overload, format!("{LIVE_MAX} connections are live")));
+        }
+        if connection.direction == Direction::Inbound {
+            self.inbound.fetch_add(1, Ordering::Relaxed);
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.part(number).insert(number, Arc::clone(connection));
+        Ok(Registered { registry: Arc::clone(self), number, direction: connection.direction })
+    }
+
+    /// How many are live.
+    pub(crate) fn live(&self) -> usize {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// How many of them are inbound.
+    pub(crate) fn live_inbound(&self) -> usize {
+        self.inbound.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(&Arc<Connection>)) {
+        for part in &self.parts {
+            // Copied, so that nobody who opens or closes a connection waits for the visit.
+            let connections: Vec<_> = lock(part).values().cloned().collect();
+            connections.iter().for_each(&mut visit);
+        }
+    }
+
+    fn part(&self, number: u64) -> MutexGuard<'_, BTreeMap<u64, Arc<Connection>>> {
+        #[expect(clippy::cast_possible_truncation, reason = "a remainder of PARTS")]
+        let index = (number % PARTS as u64) as usize;
+        lock(&self.parts[index])
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A place in the registry.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    registry: Arc<Registry>,
+    number: u64,
+    direction: Direction,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.registry.part(self.number).remove(&self.number);
+        self.registry.live.fetch_sub(1, Ordering::Relaxed);
+        if self.direction == Direction::Inbound {
+            self.registry.inbound.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}

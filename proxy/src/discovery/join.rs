@@ -1,0 +1,253 @@
+//! The sidecar's identity: the one on disk, or a first one for the join token; and a new leaf before the old one ends.
+//!
+//! Renewal replaces the leaf in place: handshakes from then on show the new one, live connections never notice. A
+//! controller that cannot be reached is asked again; what it refuses for good is an error for the operator.
+
+use super::Sessions;
+use crate::backoff::Backoff;
+use crate::clock;
+use crate::config::Config;
+use crate::metrics;
+use rand::Rng;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::time::sleep;
+use tonic::Code;
+use weft_client::{ALPN, CallError, command};
+use weft_identity::credential::{Credential, CredentialError};
+use weft_identity::key::{KeyError, LeafKey};
+use weft_identity::tls::{TlsIdentity, join_config};
+use weft_identity::token::JoinToken;
+use weft_model::InstanceId;
+use weft_proto::v1::identity_client::IdentityClient;
+use weft_proto::v1::{JoinRequest, LeafResponse, RenewRequest};
+use weft_routing::shard::TrustShard;
+
+/// The directory of the credential in the state directory.
+const IDENTITY_DIR: &str = "identity";
+
+/// Longest sleep before the clock is looked at again: a machine that was suspended renews soon after it wakes.
+const CLOCK_CHECK: Duration = Duration::from_secs(30);
+
+/// The sidecar cannot become who it is to be.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// There is no identity and no way to get one.
+    #[error(
+        "{instance} has no identity in {dir} and no join token; create one with `weft token create {}` and give it with --join-token-file",
+        instance.service
+    )]
+    NoToken {
+        /// Who it is to be.
+        instance: InstanceId,
+        /// The state directory.
+        dir: PathBuf,
+    },
+    /// The controller does not take the token.
+    #[error("the controller refuses the join token: {reason}; create a new one with `weft token create {}`", instance.service)]
+    Refused {
+        /// Who it is to be.
+        instance: InstanceId,
+        /// The controller's words.
+        reason: String,
+    },
+    /// The identity in the state directory is somebody else's.
+    #[error("the identity in {dir} is {found}, not {instance}; give each instance its own --state-dir")]
+    Foreign {
+        /// Who it is to be.
+        instance: InstanceId,
+        /// Whose identity it is.
+        found: String,
+        /// The state directory.
+        dir: PathBuf,
+    },
+    /// What is on disk, or what the controller sent, is no credential.
+    #[error("the identity cannot be used")]
+    Credential(#[from] CredentialError),
+    /// No key can be made.
+    #[error("no private key can be made")]
+    Key(#[from] KeyError),
+}
+
+/// The identity on disk, or a new one for the token. Waits for a controller if it needs one and none is there.
+///
+/// # Errors
+/// If waiting does not help.
+pub(crate) async fn obtain(config: &Config, rng: &mut impl Rng) -> Result<Credential, JoinError> {
+    let dir = config.state_dir.join(IDENTITY_DIR);
+    match Credential::load(&dir) {
+        Ok(credential) => {
+            check_name(&credential, config)?;
+            let expired = clock::now() > credential.expires_at();
+            match &config.join_token {
+                Some(token) if expired => join(config, token, &dir, rng).await,
+                Some(_) | None => Ok(credential),
+            }
+        }
+        Err(error) if error.is_absent() => {
+            let token = config.join_token.as_ref().ok_or_else(|| JoinError::NoToken {
+                instance: config.instance.clone(),
+                dir: config.state_dir.clone(),
+            })?;
+            join(config, token, &dir, rng).await
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn join(
+    config: &Config,
+    token: &JoinToken,
+    dir: &Path,
+    rng: &mut impl Rng,
+) -> Result<Credential, JoinError> {
+    let key = LeafKey::generate()?;
+    // Repeated with the same id and key: if the answer to the first attempt was lost, the next one gets it.
+    let request = JoinRequest {
+        meta: Some(command("the sidecar starts")),
+        token: token.reveal().to_string(),
+        instance: config.instance.to_string(),
+        csr: key.csr_der()?.into(),
+    };
+    let tls = join_config(token.root(), ALPN);
+    let mut client = IdentityClient::new(weft_client::channel(config.controllers.clone(), tls));
+    let mut backoff = Backoff::new();
+    loop {
+        match client.join(request.clone()).await.map_err(CallError::from) {
+            Ok(answer) => {
+                let credential = credential(answer.get_ref(), key)?;
+                check_name(&credential, config)?;
+                credential.save(dir)?;
+                tracing::info!(identity = %credential.spiffe_id(), "joined the mesh");
+                return Ok(credential);
+            }
+            Err(error) if is_passing(&error) => {
+                let wait = backoff.next(rng);
+                tracing::warn!(%error, ?wait, "cannot join yet; is a controller running at --controller?");
+                sleep(wait).await;
+            }
+            Err(error) => {
+                let instance = config.instance.clone();
+                return Err(JoinError::Refused { instance, reason: error.to_string() });
+            }
+        }
+    }
+}
+
+/// Whether asking again may help.
+fn is_passing(error: &CallError) -> bool {
+    match error {
+        CallError::Other { code, .. } => {
+            matches!(
+                code,
+                Code::DeadlineExceeded | Code::Internal | Code::Unknown | Code::Cancelled | Code::Aborted
+            )
+        }
+        error => error.is_transient(),
+    }
+}
+
+fn check_name(credential: &Credential, config: &Config) -> Result<(), JoinError> {
+    let id = credential.spiffe_id();
+    if id.as_instance() == Some(&config.instance) {
+        return Ok(());
+    }
+    let found = id.to_string();
+    Err(JoinError::Foreign { instance: config.instance.clone(), found, dir: config.state_dir.clone() })
+}
+
+fn credential(answer: &LeafResponse, key: LeafKey) -> Result<Credential, CredentialError> {
+    let der = |bytes: &[u8]| CertificateDer::from(bytes.to_vec());
+    let leaf = answer.chain.first().map(|leaf| der(leaf)).unwrap_or_else(|| der(&[]));
+    Credential::new(leaf, key, answer.roots.iter().map(|root| der(root)).collect())
+}
+
+/// Keeps the leaf fresh, for ever: renews it from half of its life on, as spread as the fleet's leaves are.
+pub(crate) async fn keep_fresh(
+    config: &Config,
+    identity: &TlsIdentity,
+    sessions: &Sessions,
+    rng: &mut impl Rng,
+) {
+    let dir = config.state_dir.join(IDENTITY_DIR);
+    let mut backoff = Backoff::new();
+    loop {
+        let current = identity.current();
+        metrics::leaf(current.expires_at());
+        let renew_at = current.renew_at(rng.next_u32());
+        loop {
+            let left = renew_at.since(clock::now());
+            if left.is_zero() {
+                break;
+            }
+            sleep(left.min(CLOCK_CHECK)).await;
+        }
+        while let Err(error) = renew(identity, sessions, &dir).await {
+            let wait = backoff.next(rng);
+            tracing::warn!(%error, ?wait, expires = %clock::rfc3339(current.expires_at()), "leaf not renewed");
+            sleep(wait).await;
+        }
+        backoff.reset();
+    }
+}
+
+/// A renewal did not work this time.
+#[derive(Debug, thiserror::Error)]
+enum RenewError {
+    #[error("not connected to a controller")]
+    NoSession,
+    #[error("{0}")]
+    Call(#[from] CallError),
+    #[error("the new leaf cannot be used: {0}")]
+    Credential(#[from] CredentialError),
+    #[error("{0}")]
+    Key(#[from] KeyError),
+    #[error("{0}")]
+    Identity(#[from] weft_identity::tls::IdentityChanged),
+}
+
+async fn renew(identity: &TlsIdentity, sessions: &Sessions, dir: &Path) -> Result<(), RenewError> {
+    let session = sessions.borrow().clone().ok_or(RenewError::NoSession)?;
+    let key = LeafKey::generate()?;
+    let request =
+        RenewRequest { meta: Some(command("half of the leaf's life is over")), csr: key.csr_der()?.into() };
+    let answer = IdentityClient::new(session.channel).renew(request).await.map_err(CallError::from)?;
+    let credential = credential(answer.get_ref(), key)?;
+    // On disk first: a restart finds the newer one, never one that the mesh has forgotten.
+    credential.save(dir)?;
+    let expires = clock::rfc3339(credential.expires_at());
+    identity.replace(credential)?;
+    tracing::info!(%expires, "leaf renewed");
+    Ok(())
+}
+
+/// Believes the roots that a snapshot lists, from the next handshake on.
+pub(crate) fn trust(identity: &TlsIdentity, trust: &TrustShard, state_dir: &Path) {
+    let Ok(roots) = trust
+        .roots_pem
+        .iter()
+        .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).map(CertificateDer::into_owned))
+        .collect::<Result<Vec<_>, _>>()
+    else {
+        tracing::error!("the snapshot lists a root that is no certificate; the roots in use stay");
+        return;
+    };
+    let current = identity.current();
+    if current.roots() == roots {
+        return;
+    }
+    // A set without the own root would make this sidecar a stranger; such a set is not taken.
+    let replaced = current.with_roots(roots).and_then(|credential| {
+        credential.save(&state_dir.join(IDENTITY_DIR))?;
+        Ok(credential)
+    });
+    match replaced {
+        Ok(credential) => match identity.replace(credential) {
+            Ok(()) => tracing::info!(roots = trust.roots_pem.len(), "trusted roots changed"),
+            Err(error) => tracing::error!(%error, "the roots in use stay"),
+        },
+        Err(error) => tracing::error!(%error, "the snapshot's roots cannot be used; those in use stay"),
+    }
+}

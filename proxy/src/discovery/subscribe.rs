@@ -1,0 +1,332 @@
+//! Following a controller: register, subscribe, pull what is missed, swap it in, say so.
+//!
+//! One task, one session at a time. A session that breaks, or in which no notice comes for two heartbeats, is given up for
+//! a new one, with another controller first, after a random wait. The data path goes on meanwhile.
+//!
+//! Order of a swap: memory, cuts, disk, ack. A deny takes effect before the disk is asked; what was acked is on disk,
+//! so a restart never goes back behind it.
+
+use super::take::{self, Refusal};
+use super::{Session, disk, join};
+use crate::backoff::Backoff;
+use crate::clock;
+use crate::config::Config;
+use crate::metrics;
+use crate::shared::Shared;
+use crate::status::Status;
+use rand::rngs::SmallRng;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tonic::transport::Channel;
+use weft_client::{ALPN, CallError, command};
+use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+use weft_model::{ConfigVersion, ServiceName};
+use weft_proto::v1;
+use weft_proto::v1::discovery_client::DiscoveryClient;
+use weft_proto::v1::mesh_client::MeshClient;
+use weft_routing::Snapshot;
+
+/// How often notices come until the controller says.
+const HEARTBEAT_DEFAULT: Duration = Duration::from_secs(5);
+
+/// The shortest and longest heartbeat that is believed: below, a hiccup is a fault; above, a fault goes unnoticed.
+const HEARTBEAT_MIN: Duration = Duration::from_millis(20);
+const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
+
+/// Missed heartbeats that mean: out of touch.
+const MISSED_MAX: u32 = 2;
+
+/// Longest that a call may take; a full snapshot over a slow line fits.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Largest answer to a pull: a mesh seen whole, compressed.
+const PULL_BYTES_MAX: usize = 256 << 20;
+
+/// Shortest time between pulls because a peer runs something newer. Peers may run ahead of this sidecar for good, if what
+/// changed is not in its snapshot.
+const MISS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How long after registering a controller may still say that the instance is not registered: its projector needs
+/// a moment. After that, somebody took it out, and it registers again.
+const REGISTERED_GRACE: Duration = Duration::from_secs(5);
+
+/// A session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error("the controller ended the stream of notices")]
+    Ended,
+    #[error("no notice for {MISSED_MAX} heartbeats")]
+    Silent,
+    #[error("no answer within {CALL_TIMEOUT:?}")]
+    Timeout,
+}
+
+impl From<tonic::Status> for SessionError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Call(status.into())
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct Subscriber {
+    pub(crate) config: Arc<Config>,
+    pub(crate) advertised: SocketAddr,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) status: Arc<Status>,
+    pub(crate) identity: TlsIdentity,
+    pub(crate) sessions: watch::Sender<Option<Session>>,
+    pub(crate) rng: SmallRng,
+}
+
+/// When the next notice is due at the latest; [`watch_staleness`] says so if it does not come.
+type Due = watch::Sender<Instant>;
+
+impl Subscriber {
+    /// Follows controllers until the task is aborted.
+    pub(crate) async fn run(mut self) {
+        let due = Due::new(Instant::now() + HEARTBEAT_DEFAULT * MISSED_MAX);
+        let staleness = watch_staleness(due.subscribe(), Arc::clone(&self.status));
+        let follow = async {
+            let mut backoff = Backoff::new();
+            let mut controllers = self.config.controllers.clone();
+            loop {
+                let tls = self.identity.client_config(ExpectedPeer::Controller, ALPN);
+                let channel = weft_client::channel(controllers.clone(), tls);
+                let connected_before = *due.borrow();
+                let Err(error) = self.session(&channel, &due).await;
+                self.status.disconnected(&chain(&error));
+                if *due.borrow() > connected_before {
+                    backoff.reset();
+                }
+                sleep(backoff.next(&mut self.rng)).await;
+                controllers.rotate_left(1);
+            }
+        };
+        tokio::join!(staleness, follow);
+    }
+
+    async fn session(
+        &mut self,
+        channel: &Channel,
+        due: &Due,
+    ) -> Result<std::convert::Infallible, SessionError> {
+        let mut registered = self.register(channel).await?;
+        let mut seen = self.shared.seen.subscribe();
+        let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
+        let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
+        let subscribed = discovery.subscribe(v1::SubscribeRequest { have });
+        let mut notices =
+            timeout(CALL_TIMEOUT, subscribed).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        let mut heartbeat = HEARTBEAT_DEFAULT;
+        let mut last_notice = Instant::now();
+        let mut last_miss = None;
+        loop {
+            tokio::select! {
+                notice = notices.message() => {
+                    let notice = notice?.ok_or(SessionError::Ended)?;
+                    last_notice = Instant::now();
+                    heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
+                    due.send_replace(last_notice + heartbeat * MISSED_MAX);
+                    if notice.wanted.is_none() && registered.elapsed() > REGISTERED_GRACE {
+                        registered = self.register(channel).await?;
+                    }
+                    self.follow(&mut discovery, &notice, last_notice).await?;
+                }
+                () = sleep_until(last_notice + heartbeat * MISSED_MAX) => return Err(SessionError::Silent),
+                () = miss(&mut seen, last_miss, &self.shared, &self.status) => {
+                    let now = Instant::now();
+                    last_miss = Some(now);
+                    self.pull(&mut discovery, now).await?;
+                }
+            }
+        }
+    }
+
+    /// Makes the instance known, and the channel the one for everybody.
+    async fn register(&self, channel: &Channel) -> Result<Instant, SessionError> {
+        if self.shared.draining() {
+            // It is leaving; it only wants to know what changes meanwhile.
+            return Ok(Instant::now());
+        }
+        let upstreams: BTreeSet<&ServiceName> =
+            self.config.upstreams.iter().map(|upstream| &upstream.service).collect();
+        let request = v1::RegisterInstanceRequest {
+            meta: Some(command("the sidecar connects")),
+            expected: None,
+            registration: Some(v1::RegisterInstance {
+                instance: self.config.instance.to_string(),
+                address: self.advertised.ip().to_string(),
+                port: self.advertised.port().into(),
+                upstreams: upstreams.into_iter().map(ToString::to_string).collect(),
+                all_upstreams: self.config.all_upstreams,
+                metadata: Default::default(),
+            }),
+        };
+        let mut mesh = MeshClient::new(channel.clone());
+        timeout(CALL_TIMEOUT, mesh.register_instance(request)).await.map_err(|_| SessionError::Timeout)??;
+        self.sessions.send_modify(|session| {
+            let number = session.as_ref().map_or(1, |session| session.number + 1);
+            *session = Some(Session { channel: channel.clone(), number });
+        });
+        Ok(Instant::now())
+    }
+
+    async fn follow(
+        &self,
+        discovery: &mut DiscoveryClient<Channel>,
+        notice: &v1::Notice,
+        since: Instant,
+    ) -> Result<(), SessionError> {
+        let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
+        self.status.notice(wanted, notice.head.as_ref().map(take::version));
+        let Some(wanted) = wanted else { return Ok(()) };
+        let current = self.shared.snapshot().map(|snapshot| snapshot.version);
+        if current.is_none_or(|current| current < wanted) {
+            self.pull(discovery, since).await?;
+        } else if current.is_some_and(|current| current > wanted) {
+            // Not an error of this notice only: say it, keep what is newer.
+            let error = format!("a controller announces {wanted}, older than what is applied; not taken");
+            self.status.set_refused(Some(error));
+        }
+        Ok(())
+    }
+
+    /// Gets what is missed: the difference, or everything if that does not fit together.
+    async fn pull(
+        &self,
+        discovery: &mut DiscoveryClient<Channel>,
+        since: Instant,
+    ) -> Result<(), SessionError> {
+        let current = self.shared.snapshot();
+        let have = current.as_deref().map(take::header);
+        let mut taken = self.pull_once(discovery, have, current.as_deref()).await?;
+        if matches!(&taken, Err(Refusal::Snapshot(_) | Refusal::Compression { .. })) && current.is_some() {
+            tracing::warn!("the difference does not fit; pulling everything");
+            taken = self.pull_once(discovery, None, current.as_deref()).await?;
+        }
+        match taken {
+            Ok(None) => Ok(()),
+            Ok(Some(snapshot)) => self.apply(discovery, snapshot, since).await,
+            Err(refusal) => {
+                let error = chain(&refusal);
+                metrics::config_refused();
+                tracing::error!(error, "snapshot refused; the one in use stays");
+                self.status.set_refused(Some(error.clone()));
+                ack(discovery, current.as_deref(), since, error).await
+            }
+        }
+    }
+
+    async fn pull_once(
+        &self,
+        discovery: &mut DiscoveryClient<Channel>,
+        have: Option<v1::SnapshotHeader>,
+        current: Option<&Snapshot>,
+    ) -> Result<Result<Option<Snapshot>, Refusal>, SessionError> {
+        let call = discovery.pull(v1::PullRequest { have });
+        let pulled = timeout(CALL_TIMEOUT, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        let identity = self.identity.current();
+        Ok(take::take(&pulled, current, &self.config.instance, &identity.spiffe_id().trust_domain))
+    }
+
+    async fn apply(
+        &self,
+        discovery: &mut DiscoveryClient<Channel>,
+        snapshot: Snapshot,
+        since: Instant,
+    ) -> Result<(), SessionError> {
+        let snapshot = Arc::new(snapshot);
+        let cut = self.shared.install(Arc::clone(&snapshot));
+        metrics::config("applied", snapshot.version);
+        self.status.set_refused(None);
+        tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
+        join::trust(&self.identity, &snapshot.trust, &self.config.state_dir);
+        self.save(&snapshot).await;
+        ack(discovery, Some(&snapshot), since, String::new()).await
+    }
+
+    async fn save(&self, snapshot: &Arc<Snapshot>) {
+        let (config, snapshot) = (Arc::clone(&self.config), Arc::clone(snapshot));
+        let saved =
+            tokio::task::spawn_blocking(move || disk::save(&config.state_dir, &config.instance, &snapshot))
+                .await;
+        match saved {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(
+                    error = chain(&error),
+                    "the snapshot is not on disk; a restart needs a controller"
+                );
+            }
+            Err(error) => tracing::error!(%error, "the snapshot is not on disk"),
+        }
+    }
+}
+
+/// Waits until a peer runs something newer than this sidecar and its controller know.
+async fn miss(
+    seen: &mut watch::Receiver<ConfigVersion>,
+    last: Option<Instant>,
+    shared: &Shared,
+    status: &Status,
+) {
+    loop {
+        if let Some(last) = last {
+            sleep_until(last + MISS_INTERVAL).await;
+        }
+        if seen.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        let newest = *seen.borrow_and_update();
+        let head = status.read().head;
+        let ours = shared.snapshot().map(|snapshot| snapshot.version);
+        if head.is_none_or(|head| newest > head) && ours.is_none_or(|ours| newest > ours) {
+            return;
+        }
+    }
+}
+
+async fn ack(
+    discovery: &mut DiscoveryClient<Channel>,
+    applied: Option<&Snapshot>,
+    since: Instant,
+    error: String,
+) -> Result<(), SessionError> {
+    let took_ms = u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
+    let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error };
+    timeout(CALL_TIMEOUT, discovery.ack(request)).await.map_err(|_| SessionError::Timeout)??;
+    Ok(())
+}
+
+/// Says that the configuration may be stale, whenever a notice is overdue.
+async fn watch_staleness(mut due: watch::Receiver<Instant>, status: Arc<Status>) {
+    loop {
+        let at = *due.borrow_and_update();
+        tokio::select! {
+            () = sleep_until(at) => {
+                status.set_stale(clock::now());
+                if due.changed().await.is_err() {
+                    return;
+                }
+            }
+            changed = due.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// An error with all its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        text = format!("{text}: {deeper}");
+        cause = deeper.source();
+    }
+    text
+}

@@ -1,0 +1,91 @@
+//! Snapshots for unit tests, folded from events as the projector does.
+
+use std::collections::BTreeSet;
+use weft_model::ca::RootAdded;
+use weft_model::membership::{InstanceRegistered, Upstreams};
+use weft_model::security::{Action, SecurityPolicy, SecurityPolicySet};
+use weft_model::service::{ServiceDeclared, ServicePort};
+use weft_model::{
+    Epoch, Event, Fact, InstanceId, Port, Position, Scope, SecurityScope, Timestamp, TrustDomain, Version,
+};
+use weft_proto::v1;
+use weft_routing::{Projection, Snapshot};
+
+pub(crate) fn trust_domain() -> TrustDomain {
+    "weft.test".parse().unwrap()
+}
+
+/// What `instance` runs when its service and it are all there is.
+pub(crate) fn snapshot(instance: &InstanceId) -> Snapshot {
+    snapshot_after(&events(instance), instance)
+}
+
+/// The same, one policy later.
+pub(crate) fn changed_snapshot(instance: &InstanceId) -> Snapshot {
+    let policy = SecurityPolicy { default: Some(Action::Deny), ..SecurityPolicy::default() };
+    let mut events = events(instance);
+    let scope = Scope::Security(SecurityScope::Service(instance.service.clone()));
+    events.push((scope, Event::Security(SecurityPolicySet { policy }.into())));
+    snapshot_after(&events, instance)
+}
+
+/// The answer that brings a snapshot to somebody who has none.
+pub(crate) fn pull(snapshot: &Snapshot) -> v1::PullResponse {
+    let shard = |(key, entry): (&weft_routing::ShardKey, &weft_routing::manifest::ManifestEntry)| {
+        let bytes = &snapshot.shards[&entry.hash];
+        v1::Shard {
+            key: key.to_string(),
+            body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
+            length: bytes.len().try_into().unwrap(),
+        }
+    };
+    v1::PullResponse {
+        header: Some(crate::discovery::take::header(snapshot)),
+        full: true,
+        manifest: snapshot.manifest_bytes().into(),
+        shards: snapshot.manifest.entries.iter().map(shard).collect(),
+    }
+}
+
+fn events(instance: &InstanceId) -> Vec<(Scope, Event)> {
+    let root = RootAdded {
+        trust_domain: trust_domain(),
+        certificate_pem: "not parsed in unit tests".into(),
+        sha256: "00".into(),
+    };
+    let port = ServicePort { name: "http".parse().unwrap(), port: Port::new(8080).unwrap() };
+    let declared = ServiceDeclared { ports: vec![port], address: None };
+    let registered = InstanceRegistered {
+        address: [127, 0, 0, 1].into(),
+        port: Port::new(15001).unwrap(),
+        upstreams: Upstreams::Only(BTreeSet::from([instance.service.clone()])),
+        metadata: Default::default(),
+    };
+    vec![
+        (Scope::Ca, Event::Ca(root.into())),
+        (Scope::Service(instance.service.clone()), Event::Service(declared.into())),
+        (Scope::Membership(instance.clone()), Event::Membership(registered.into())),
+    ]
+}
+
+fn snapshot_after(events: &[(Scope, Event)], instance: &InstanceId) -> Snapshot {
+    let facts: Vec<_> = events
+        .iter()
+        .zip(1..)
+        .map(|((scope, event), position)| Fact {
+            epoch: Epoch(1),
+            position: Position(position),
+            // Every scope has one event here.
+            version: Version(1),
+            at: Timestamp(0),
+            actor: "test".into(),
+            scope: scope.clone(),
+            event: event.clone(),
+        })
+        .collect();
+    let mut projection = Projection::default();
+    projection.apply(&facts).unwrap();
+    let wanted = projection.wanted(instance).unwrap();
+    let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+    Snapshot::assemble(wanted.version, wanted.manifest.hash, &wanted.manifest.bytes, &shards).unwrap()
+}

@@ -1,0 +1,48 @@
+//! The Weft sidecar: forwards TCP between workloads over mTLS, from a local snapshot alone.
+//!
+//! A connection's way, and where to read it: the app connects to a local address ([`listeners`]), an endpoint is chosen
+//! and a tunnel opened to it ([`outbound`], [`routes`], [`balance`], [`tls`]), the other sidecar checks the policy and
+//! dials its app ([`inbound`]), bytes move ([`tunnel`]), a record is written ([`connections`], [`records`]).
+//!
+//! Data path and control are apart. Data-plane threads ([`worker`]) read the snapshot through an atomic pointer
+//! ([`shared`]); they take no lock that control tasks hold for long and ask nobody. Control tasks ([`discovery`],
+//! [`health`], [`admin`], [`drain`]) run on the caller's runtime, and the data path goes on when all of them fail.
+//!
+//! Invariants kept here: I3 (a snapshot is swapped in whole), I4 (never an older one), I5 (without a controller the last
+//! one goes on), I6 (without one nothing passes), I7 (who a peer is comes from its leaf), I9 (bytes), I10 (bounds), I11 (every
+//! end has a reason). Deliberately absent: SQL, decisions about policy (that is `weft-routing`), tunnel reuse.
+//!
+//! All use of `socket2` is in [`socket`], all use of TLS on the data path in [`tls`]. Start with [`app`], then
+//! [`outbound`]. The tests in `tests/` run two sidecars against a scripted controller.
+
+pub mod app;
+pub mod config;
+pub mod metrics;
+
+mod admin;
+mod backoff;
+mod balance;
+mod clock;
+mod connections;
+mod discovery;
+mod drain;
+mod health;
+mod inbound;
+mod listeners;
+mod outbound;
+mod records;
+mod routes;
+mod shared;
+mod socket;
+mod status;
+mod tls;
+mod tunnel;
+mod worker;
+
+#[cfg(test)]
+mod fixture;
+
+pub use app::{Proxy, StartError};
+pub use config::{Cli, Config};
+pub use discovery::join::JoinError;
+pub use socket::ListenError;

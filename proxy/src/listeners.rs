@@ -1,0 +1,172 @@
+//! Local addresses: which are listened on, and for what. Fixed ones are bound at the start; the stable loopback addresses of
+//! upstream services follow the snapshots.
+//!
+//! An address that cannot be bound at run time is reported and tried again with every snapshot; it never stops anything
+//! else.
+
+use crate::config::Upstream;
+use crate::discovery::subscribe::chain;
+use crate::metrics;
+use crate::outbound::Target;
+use crate::socket::{self, ListenError};
+use crate::status::Status;
+use crate::worker::{Listener, Purpose};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use weft_model::ServiceName;
+use weft_routing::Snapshot;
+
+/// Most loopback addresses that are listened on at once. Each costs a socket for every thread; a sidecar that needs more
+/// names its upstreams.
+const LOOPBACK_MAX: usize = 4096;
+
+/// How often addresses that could not be bound are tried again while no snapshot comes: who holds them may leave.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// One address, a socket for each thread, not yet given to the threads.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    pub(crate) address: SocketAddr,
+    purpose: Purpose,
+    sockets: Vec<TcpListener>,
+}
+
+/// Binds an address for every thread.
+///
+/// # Errors
+/// If it is used, or not this machine's.
+pub(crate) fn bind(
+    address: SocketAddr,
+    purpose: Purpose,
+    threads: NonZeroUsize,
+) -> Result<Bound, ListenError> {
+    let sockets = socket::listen(address, threads)?;
+    let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
+    Ok(Bound { address: bound, purpose, sockets })
+}
+
+/// Gives a bound address to the threads.
+pub(crate) async fn hand_over(bound: Bound, threads: &[mpsc::Sender<Listener>], stop: &CancellationToken) {
+    for (socket, thread) in bound.sockets.into_iter().zip(threads) {
+        let listener = Listener { socket, purpose: bound.purpose.clone(), stop: stop.clone() };
+        if thread.send(listener).await.is_err() {
+            tracing::error!(address = %bound.address, "a data-plane thread is gone");
+        }
+    }
+}
+
+/// Open addresses: where each leads, and what closes it.
+type Open = BTreeMap<SocketAddr, (Target, CancellationToken)>;
+
+/// The loopback addresses of upstream services.
+pub(crate) struct Loopback {
+    /// Upstreams that were asked for; none means all.
+    pub(crate) upstreams: Option<Vec<Upstream>>,
+    pub(crate) threads: Vec<mpsc::Sender<Listener>>,
+    pub(crate) count: NonZeroUsize,
+    pub(crate) status: Arc<Status>,
+}
+
+impl Loopback {
+    /// Follows the snapshots until `stop`, which also closes every address.
+    pub(crate) async fn run(
+        self,
+        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        stop: CancellationToken,
+    ) {
+        let mut open = Open::new();
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            let failures = match snapshot {
+                Some(snapshot) => self.follow(&mut open, self.wanted(&snapshot), &stop).await,
+                None => BTreeMap::new(),
+            };
+            let failed = !failures.is_empty();
+            self.report(&open, failures);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = snapshots.changed() => if changed.is_err() { return },
+                () = sleep(RETRY_INTERVAL), if failed => {}
+            }
+        }
+    }
+
+    /// Closes what is not wanted any more and opens what is. Says what could not be opened, and why.
+    async fn follow(
+        &self,
+        open: &mut Open,
+        wanted: BTreeMap<SocketAddr, Target>,
+        stop: &CancellationToken,
+    ) -> BTreeMap<SocketAddr, (Target, String)> {
+        open.retain(|address, (target, close)| {
+            let stays = wanted.get(address) == Some(target);
+            if !stays {
+                close.cancel();
+            }
+            stays
+        });
+        let mut failures = BTreeMap::new();
+        for (address, target) in wanted {
+            let Entry::Vacant(place) = open.entry(address) else { continue };
+            match self.open(address, &target, stop).await {
+                Ok(close) => {
+                    place.insert((target, close));
+                }
+                Err(error) => {
+                    failures.insert(address, (target, chain(&error)));
+                }
+            }
+        }
+        failures
+    }
+
+    async fn open(
+        &self,
+        address: SocketAddr,
+        target: &Target,
+        stop: &CancellationToken,
+    ) -> Result<CancellationToken, ListenError> {
+        let bound = bind(address, Purpose::Outbound(Arc::new(target.clone())), self.count)?;
+        let close = stop.child_token();
+        hand_over(bound, &self.threads, &close).await;
+        tracing::info!(%address, service = %target.service, port = %target.port, "listening for an upstream service");
+        Ok(close)
+    }
+
+    fn wanted(&self, snapshot: &Snapshot) -> BTreeMap<SocketAddr, Target> {
+        let asked = |service: &ServiceName| {
+            self.upstreams
+                .as_ref()
+                .is_none_or(|list| list.iter().any(|upstream| upstream.service == *service))
+        };
+        let services = snapshot.endpoints.values().filter(|shard| asked(&shard.service));
+        let addresses = services.flat_map(|shard| {
+            let address = shard.address;
+            shard.ports.iter().filter_map(move |port| {
+                let address = SocketAddr::from((address?, port.port.number()));
+                Some((address, Target { service: shard.service.clone(), port: port.port }))
+            })
+        });
+        addresses.take(LOOPBACK_MAX).collect()
+    }
+
+    fn report(&self, open: &Open, failures: BTreeMap<SocketAddr, (Target, String)>) {
+        metrics::listeners_failed(failures.len());
+        let known = self.status.listener_failures();
+        for (address, (target, error)) in &failures {
+            // Once, not with every snapshot.
+            if !known.contains_key(address) {
+                tracing::error!(%address, service = %target.service, %error, "an upstream service has no local address");
+            }
+        }
+        let open = open.iter().map(|(address, (target, _))| (*address, target.clone()));
+        self.status.set_loopback(open.collect(), failures.into_iter().map(|(a, (_, e))| (a, e)).collect());
+    }
+}

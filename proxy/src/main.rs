@@ -1,0 +1,54 @@
+//! `weft-proxy`: reads the command line, starts the sidecar, and stops it at SIGTERM or SIGINT.
+
+use anyhow::Context;
+use clap::Parser;
+use std::io;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing_subscriber::EnvFilter;
+use weft_proxy::config::LogFormat;
+use weft_proxy::{Cli, Proxy};
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    start_log(cli.log_format);
+    let config = cli.into_config()?;
+    let metrics = weft_proxy::metrics::install()?;
+    // Control tasks are few and light; connections have threads of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("weft-control")
+        .enable_all()
+        .build()
+        .context("the system gives no threads")?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let proxy = Proxy::bind(config, metrics).await?;
+        let signals = TaskTracker::new();
+        signals.spawn(stop_at_signal(stop.clone())?);
+        Ok(proxy.run(stop).await?)
+    })
+}
+
+fn stop_at_signal(stop: CancellationToken) -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stop.cancel();
+    })
+}
+
+/// The log goes to stderr: stdout is for connection records.
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

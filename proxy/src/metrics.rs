@@ -1,0 +1,168 @@
+//! Every metric, in one place: its name, its labels, what it counts. Names and labels are part of the surface.
+
+use crate::connections::{Connection, Direction, Registry};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use weft_model::{CloseReason, ConfigVersion, Timestamp};
+
+const OPENED: &str = "weft_connections_opened_total";
+const CLOSED: &str = "weft_connections_closed_total";
+const LIVE: &str = "weft_connections_live";
+const BYTES: &str = "weft_bytes_total";
+const CONNECT_SECONDS: &str = "weft_connect_seconds";
+const ATTEMPTS: &str = "weft_connect_attempts_total";
+const AUTHORIZATIONS: &str = "weft_authorizations_total";
+const HANDSHAKES_FAILED: &str = "weft_tls_handshakes_failed_total";
+const ACCEPT_ERRORS: &str = "weft_accept_errors_total";
+const CONFIG_POSITION: &str = "weft_config_position";
+const CONFIG_STALE: &str = "weft_config_stale";
+const CONFIG_REFUSED: &str = "weft_config_refused_total";
+const CONTROLLER_CONNECTED: &str = "weft_controller_connected";
+const LEAF_EXPIRY: &str = "weft_leaf_expiry_timestamp_seconds";
+const RECORDS_DROPPED: &str = "weft_records_dropped_total";
+const LISTENERS_FAILED: &str = "weft_listeners_failed";
+const APP_HEALTHY: &str = "weft_app_healthy";
+
+/// From a loopback connect to the longest connect timeout that a policy may give.
+const CONNECT_BUCKETS: [f64; 12] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 60.0];
+
+/// Makes the `metrics` crate count for this process. To be called once, by the binary.
+///
+/// # Errors
+/// If something else in the process counts already.
+pub fn install() -> Result<PrometheusHandle, BuildError> {
+    let matcher = metrics_exporter_prometheus::Matcher::Full(CONNECT_SECONDS.to_owned());
+    let handle =
+        PrometheusBuilder::new().set_buckets_for_metric(matcher, &CONNECT_BUCKETS)?.install_recorder()?;
+    describe();
+    Ok(handle)
+}
+
+fn describe() {
+    describe_counter!(OPENED, "Connections accepted, by direction");
+    describe_counter!(CLOSED, "Connections ended or refused, by direction and close reason");
+    describe_gauge!(LIVE, "Connections that are open now, by direction");
+    describe_counter!(
+        BYTES,
+        "Application bytes, by direction of the connection and of the bytes, while they move"
+    );
+    describe_histogram!(
+        CONNECT_SECONDS,
+        "From an accepted connection to one that carries bytes, by direction"
+    );
+    describe_counter!(ATTEMPTS, "Attempts to open a connection to an endpoint, by result");
+    describe_counter!(AUTHORIZATIONS, "Verdicts on inbound connections, by verdict and mode");
+    describe_counter!(HANDSHAKES_FAILED, "TLS handshakes that failed, by direction and fault");
+    describe_counter!(ACCEPT_ERRORS, "Connections that could not be accepted");
+    describe_gauge!(CONFIG_POSITION, "Log position of the configuration, wanted and applied");
+    describe_gauge!(CONFIG_STALE, "1 while no notice came for two heartbeats");
+    describe_counter!(CONFIG_REFUSED, "Snapshots that were refused");
+    describe_gauge!(CONTROLLER_CONNECTED, "1 while a controller sends notices");
+    describe_gauge!(LEAF_EXPIRY, "When the leaf expires, in seconds since 1970");
+    describe_counter!(
+        RECORDS_DROPPED,
+        "Connection records dropped because the log was not written fast enough"
+    );
+    describe_gauge!(LISTENERS_FAILED, "Local addresses of upstream services that cannot be listened on");
+    describe_gauge!(APP_HEALTHY, "1 if the last probes of the local app succeeded, 0 if they failed");
+}
+
+pub(crate) fn opened(direction: Direction) {
+    counter!(OPENED, "direction" => direction.as_str()).increment(1);
+}
+
+pub(crate) fn closed(connection: &Connection, reason: CloseReason) {
+    let direction = connection.direction.as_str();
+    counter!(CLOSED, "direction" => direction, "reason" => reason.as_str()).increment(1);
+    moved(connection);
+}
+
+/// Adds the bytes that moved since the last call for this connection.
+pub(crate) fn moved(connection: &Connection) {
+    let direction = connection.direction.as_str();
+    let counters = &connection.counters;
+    let ways =
+        [("up", &counters.up, &connection.reported.0), ("down", &counters.down, &connection.reported.1)];
+    for (way, total, reported) in ways {
+        let total = total.load(Ordering::Relaxed);
+        let before = reported.fetch_max(total, Ordering::Relaxed);
+        if total > before {
+            counter!(BYTES, "direction" => direction, "bytes" => way).increment(total - before);
+        }
+    }
+}
+
+pub(crate) fn connected(direction: Direction, took: Duration) {
+    histogram!(CONNECT_SECONDS, "direction" => direction.as_str()).record(took);
+}
+
+/// `failure` is none for an attempt that succeeded.
+pub(crate) fn attempt(failure: Option<CloseReason>) {
+    counter!(ATTEMPTS, "result" => failure.map_or("opened", CloseReason::as_str)).increment(1);
+}
+
+pub(crate) fn authorized(permitted: bool, mode: &'static str) {
+    let verdict = if permitted { "allow" } else { "deny" };
+    counter!(AUTHORIZATIONS, "verdict" => verdict, "mode" => mode).increment(1);
+}
+
+pub(crate) fn handshake_failed(direction: Direction, fault: &'static str) {
+    counter!(HANDSHAKES_FAILED, "direction" => direction.as_str(), "fault" => fault).increment(1);
+}
+
+pub(crate) fn accept_failed() {
+    counter!(ACCEPT_ERRORS).increment(1);
+}
+
+pub(crate) fn config(kind: &'static str, version: ConfigVersion) {
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; exact up to 2^53 events")]
+    gauge!(CONFIG_POSITION, "kind" => kind).set(version.position.0 as f64);
+}
+
+pub(crate) fn config_refused() {
+    counter!(CONFIG_REFUSED).increment(1);
+}
+
+pub(crate) fn stale(stale: bool) {
+    gauge!(CONFIG_STALE).set(f64::from(u8::from(stale)));
+}
+
+pub(crate) fn controller(connected: bool) {
+    gauge!(CONTROLLER_CONNECTED).set(f64::from(u8::from(connected)));
+}
+
+pub(crate) fn leaf(expires: Timestamp) {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a gauge is a float; seconds are exact for longer than needed"
+    )]
+    gauge!(LEAF_EXPIRY).set((expires.0 / 1000) as f64);
+}
+
+pub(crate) fn records_dropped(count: u64) {
+    counter!(RECORDS_DROPPED).increment(count);
+}
+
+pub(crate) fn listeners_failed(count: usize) {
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; there are at most some thousand")]
+    gauge!(LISTENERS_FAILED).set(count as f64);
+}
+
+pub(crate) fn app_healthy(healthy: bool) {
+    gauge!(APP_HEALTHY).set(f64::from(u8::from(healthy)));
+}
+
+/// Brings what is counted on demand up to date; to be called before the metrics are rendered.
+pub(crate) fn refresh(registry: &Registry) {
+    let mut live = [0_u32; 2];
+    registry.for_each(|connection| {
+        moved(connection);
+        live[usize::from(connection.direction == Direction::Outbound)] += 1;
+    });
+    for (direction, count) in [Direction::Inbound, Direction::Outbound].into_iter().zip(live) {
+        gauge!(LIVE, "direction" => direction.as_str()).set(f64::from(count));
+    }
+}

@@ -1,0 +1,263 @@
+//! One outbound connection, top to bottom: the app's connection, an endpoint for it, the tunnel there, bytes.
+//!
+//! Not a byte of the app is read before a tunnel is open. So the server may speak first, and an attempt that fails may be
+//! repeated on another endpoint: nothing that the app said was lost or said twice. If no attempt succeeds the app's
+//! connection is reset, because a clean end would look like an empty answer.
+//!
+//! Called by [`crate::worker`] for each accepted connection.
+
+use crate::connections::{Close, ClosedBy, Connection, Direction, Facts};
+use crate::metrics;
+use crate::routes::Load;
+use crate::socket;
+use crate::tls;
+use crate::tunnel::copy::{self, Ended};
+use crate::tunnel::frame::{self, Frame, FrameError, Open, Refused};
+use crate::worker::Worker;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
+use uuid::Uuid;
+use weft_identity::tls::TlsIdentity;
+use weft_model::traffic::Balance;
+use weft_model::{CloseReason, InstanceId, Name, Port, ServiceName};
+
+/// What a local address leads to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Target {
+    pub(crate) service: ServiceName,
+    pub(crate) port: Port,
+}
+
+/// Serves a connection of the app until it ends.
+pub(crate) async fn serve(worker: Arc<Worker>, mut app: TcpStream, source: SocketAddr, target: Arc<Target>) {
+    let facts = Facts {
+        connection_id: Uuid::now_v7(),
+        source: Some(source),
+        source_identity: worker.shared.tls.spiffe_id(&worker.shared.own),
+        destination: Some(target.service.clone()),
+        port: Some(target.port),
+        ..Facts::default()
+    };
+    let connection = Connection::begin(Direction::Outbound, facts, worker.shared.records.clone());
+    let close = match relay(&worker, &connection, &mut app, &target).await {
+        Ok(close) => close,
+        Err(close) => {
+            socket::reset_on_drop(&app);
+            close
+        }
+    };
+    drop(app);
+    connection.finish(close);
+}
+
+/// An open tunnel to an endpoint.
+struct Opened {
+    tunnel: TlsStream<TcpStream>,
+    /// Counts the connection as one of the endpoint's.
+    _load: Load,
+}
+
+async fn relay(
+    worker: &Worker,
+    connection: &Arc<Connection>,
+    app: &mut TcpStream,
+    target: &Target,
+) -> Result<Close, Close> {
+    socket::prepare(app);
+    let _registered = worker.shared.connections.register(connection)?;
+    let mut opened = tokio::select! {
+        biased;
+        cause = connection.was_cut() => return Err(cause),
+        opened = open(worker, connection, target) => opened?,
+    };
+    connection.established();
+
+    let tunnel = &mut opened.tunnel;
+    let close = tokio::select! {
+        biased;
+        cause = connection.was_cut() => cause,
+        ended = copy::copy(app, tunnel, &connection.counters, connection.started) => match ended {
+            Ended::Cleanly(_) => return Ok(ended.into()),
+            Ended::Broken(..) => ended.into(),
+        },
+    };
+    socket::reset_on_drop(tunnel.get_ref().0);
+    Err(close)
+}
+
+/// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries.
+async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Result<Opened, Close> {
+    let mut tried = Vec::new();
+    let mut last = None;
+    loop {
+        let Some(attempt) = choose(worker, connection, target, &tried)? else {
+            // Every endpoint was tried, or there is none.
+            return Err(last.unwrap_or_else(|| no_endpoint(target)));
+        };
+        let result = timeout(attempt.timeout, connect(worker, connection, target, &attempt)).await;
+        let failed = match result {
+            Ok(Ok(tunnel)) => {
+                metrics::attempt(None);
+                return Ok(Opened { tunnel, _load: attempt.load });
+            }
+            Ok(Err(failed)) => failed,
+            Err(_) => Failed::other_may_do(Close::local(
+                CloseReason::ConnectTimeout,
+                format!(
+                    "{} at {} did not answer within {:?}",
+                    attempt.instance, attempt.address, attempt.timeout
+                ),
+            )),
+        };
+        metrics::attempt(Some(failed.close.reason));
+        if !failed.retry || tried.len() >= attempt.retries {
+            return Err(failed.close);
+        }
+        last = Some(failed.close);
+        tried.push(attempt.instance.instance);
+    }
+}
+
+/// One attempt: an endpoint, and how it is to be connected to.
+struct Attempt {
+    instance: InstanceId,
+    address: SocketAddr,
+    timeout: Duration,
+    retries: usize,
+    load: Load,
+}
+
+/// Chooses an endpoint from the snapshot of the moment. None if no eligible one is left.
+fn choose(
+    worker: &Worker,
+    connection: &Connection,
+    target: &Target,
+    tried: &[Name],
+) -> Result<Option<Attempt>, Close> {
+    let routes = worker.shared.routes();
+    let Some(routes) = routes.as_ref() else {
+        return Err(Close::local(CloseReason::NoSnapshot, "this sidecar has no snapshot yet"));
+    };
+    let mut facts = connection.facts();
+    facts.config_version = Some(routes.snapshot.version);
+    let Some(shard) = routes.snapshot.endpoints.get(&target.service) else {
+        let detail =
+            format!("the snapshot has no service {}; is it declared, and an upstream?", target.service);
+        return Err(Close::local(CloseReason::NoSnapshot, detail));
+    };
+    if !shard.has_port(target.port) {
+        let detail = format!("{} declares no port {}", target.service, target.port);
+        return Err(Close::local(CloseReason::NoSnapshot, detail));
+    }
+    let (policy, _) = shard.traffic_for(&worker.shared.own.service);
+    let chosen = worker.with_rng(|rng| routes.choose(&target.service, policy.balance, tried, rng));
+    let Some(chosen) = chosen else { return Ok(None) };
+    let instance = InstanceId { service: target.service.clone(), instance: chosen.endpoint.instance.clone() };
+    facts.endpoint = Some(chosen.endpoint.address);
+    facts.endpoint_identity = Some(instance.clone());
+    facts.pick = Some(pick_word(policy.balance, tried));
+    facts.attempts += 1;
+    Ok(Some(Attempt {
+        instance,
+        address: chosen.endpoint.address,
+        timeout: Duration::from_millis(policy.connect.timeout_ms.into()),
+        retries: policy.connect.retries.into(),
+        load: chosen.load,
+    }))
+}
+
+/// Why an endpoint was chosen, for the record.
+const fn pick_word(balance: Balance, tried: &[Name]) -> &'static str {
+    if tried.is_empty() { balance.as_str() } else { "retry" }
+}
+
+fn no_endpoint(target: &Target) -> Close {
+    Close::local(
+        CloseReason::NoHealthyEndpoint,
+        format!("no instance of {} is ready and healthy", target.service),
+    )
+}
+
+/// An attempt that failed, and whether another endpoint may do better.
+struct Failed {
+    close: Close,
+    retry: bool,
+}
+
+impl Failed {
+    const fn other_may_do(close: Close) -> Self {
+        Self { close, retry: true }
+    }
+
+    const fn for_good(close: Close) -> Self {
+        Self { close, retry: false }
+    }
+}
+
+/// TCP, TLS with exactly the chosen instance, OPEN and its answer.
+async fn connect(
+    worker: &Worker,
+    connection: &Connection,
+    target: &Target,
+    attempt: &Attempt,
+) -> Result<TlsStream<TcpStream>, Failed> {
+    let identity = worker.shared.tls.identity().ok_or_else(|| Failed::for_good(tls::no_identity()))?;
+    check_own_leaf(identity).map_err(Failed::for_good)?;
+    let socket = TcpStream::connect(attempt.address).await.map_err(|error| {
+        let detail = format!("{} at {}: {error}", attempt.instance, attempt.address);
+        Failed::other_may_do(Close::new(CloseReason::ConnectRefused, ClosedBy::Server, detail))
+    })?;
+    socket::prepare(&socket);
+    let mut tunnel =
+        worker.connectors.connect(identity, &attempt.instance, socket).await.map_err(Failed::other_may_do)?;
+    let open = {
+        let mut facts = connection.facts();
+        tls::negotiated(tunnel.get_ref().1, &mut facts).map_err(Failed::other_may_do)?;
+        Frame::Open(Open {
+            service: target.service.clone(),
+            port: target.port,
+            source: facts.source.unwrap_or(attempt.address),
+            connection_id: facts.connection_id,
+            version: facts.config_version.unwrap_or_default(),
+        })
+    };
+    let broke =
+        |error: &std::io::Error| Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error));
+    frame::write(&mut tunnel, &open).await.map_err(|error| broke(&error))?;
+    match frame::read(&mut tunnel).await {
+        Ok(Frame::Opened) => Ok(tunnel),
+        Ok(Frame::Refused(refused)) => Err(refused_by_peer(worker, refused)),
+        Ok(Frame::Open(_)) => Err(nonsense("the peer answered with OPEN")),
+        Err(FrameError::Io(error)) => Err(broke(&error)),
+        Err(error) => Err(nonsense(&error.to_string())),
+    }
+}
+
+/// The peer's refusal becomes this end's reason, so that both records say the same.
+fn refused_by_peer(worker: &Worker, refused: Refused) -> Failed {
+    if let Some(version) = refused.version {
+        worker.shared.peer_runs(version);
+    }
+    let Refused { reason, rule, detail, .. } = refused;
+    // A policy speaks for the whole service; everything else is about the one endpoint.
+    let retry = !matches!(reason, CloseReason::PolicyDenied | CloseReason::PolicyChanged);
+    Failed { close: Close { reason, by: ClosedBy::Server, rule, detail }, retry }
+}
+
+fn nonsense(detail: &str) -> Failed {
+    Failed::other_may_do(Close::new(CloseReason::TlsFailed, ClosedBy::Server, detail))
+}
+
+/// No peer would take an expired leaf; saying so at once tells the reason better than their alert.
+fn check_own_leaf(identity: &TlsIdentity) -> Result<(), Close> {
+    let expires = identity.current().expires_at();
+    if crate::clock::now() > expires {
+        let detail = format!("this sidecar's leaf expired at {}", crate::clock::rfc3339(expires));
+        return Err(Close::local(CloseReason::CertExpired, detail));
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! A snapshot with what the data path counts beside it: live connections of each endpoint, and whose turn it is. Made
+//! once for each snapshot; counts of endpoints that stay are carried over.
+
+use crate::balance;
+use rand::Rng;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use weft_model::traffic::Balance;
+use weft_model::{Name, ServiceName};
+use weft_routing::Snapshot;
+use weft_routing::shard::Endpoint;
+
+/// What connections are routed by.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    pub(crate) snapshot: Arc<Snapshot>,
+    services: BTreeMap<ServiceName, Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    turn: AtomicUsize,
+    /// In the order of the shard's endpoints.
+    live: Vec<Arc<AtomicUsize>>,
+}
+
+/// An endpoint that was chosen, counted as one more connection until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Chosen<'a> {
+    pub(crate) endpoint: &'a Endpoint,
+    pub(crate) load: Load,
+}
+
+/// One connection in an endpoint's count.
+#[derive(Debug)]
+pub(crate) struct Load(Arc<AtomicUsize>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Routes {
+    /// Routes for a snapshot that follows `previous`.
+    pub(crate) fn new(snapshot: &Arc<Snapshot>, previous: Option<&Self>) -> Self {
+        let services = snapshot.endpoints.iter().map(|(service, shard)| {
+            let known = previous.and_then(|previous| {
+                Some((previous.snapshot.endpoints.get(service)?, previous.services.get(service)?))
+            });
+            let live = shard.endpoints.iter().map(|endpoint| {
+                let carried = known.and_then(|(shard, counts)| {
+                    let index =
+                        shard.endpoints.binary_search_by_key(&&endpoint.instance, |old| &old.instance);
+                    counts.live.get(index.ok()?).cloned()
+                });
+                carried.unwrap_or_default()
+            });
+            (service.clone(), Counts { turn: AtomicUsize::new(0), live: live.collect() })
+        });
+        Self { services: services.collect(), snapshot: Arc::clone(snapshot) }
+    }
+
+    /// Chooses among the eligible endpoints of a service that were not tried yet.
+    pub(crate) fn choose(
+        &self,
+        service: &ServiceName,
+        balance: Balance,
+        tried: &[Name],
+        rng: &mut impl Rng,
+    ) -> Option<Chosen<'_>> {
+        let shard = self.snapshot.endpoints.get(service)?;
+        let counts = self.services.get(service)?;
+        let candidates: Vec<_> = shard
+            .endpoints
+            .iter()
+            .zip(&counts.live)
+            .filter(|(endpoint, _)| endpoint.eligible() && !tried.contains(&endpoint.instance))
+            .collect();
+        let live: Vec<_> = candidates.iter().map(|(_, live)| live.load(Ordering::Relaxed)).collect();
+        let turn = counts.turn.fetch_add(1, Ordering::Relaxed);
+        let (endpoint, live) = candidates[balance::pick(balance, &live, turn, rng)?];
+        live.fetch_add(1, Ordering::Relaxed);
+        Some(Chosen { endpoint, load: Load(Arc::clone(live)) })
+    }
+}

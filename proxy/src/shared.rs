@@ -1,0 +1,143 @@
+//! What the data-plane threads and the control tasks share. Threads read it without a lock; only the control tasks
+//! change it.
+
+use crate::connections::{Close, ClosedBy, Connection, Direction, Registry};
+use crate::records::RecordSender;
+use crate::routes::Routes;
+use crate::tls::Tls;
+use arc_swap::{ArcSwapOption, Guard};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::{Semaphore, watch};
+use weft_model::{CloseReason, ConfigVersion, InstanceId, Port};
+use weft_routing::{Snapshot, verdict};
+
+/// Most connections at once that have not said yet who they are. A handshake takes milliseconds, so this many are some
+/// ten thousand a second; each holds about 20 KiB.
+const UNAUTHENTICATED_MAX: usize = 1024;
+
+/// See the module's documentation.
+pub(crate) struct Shared {
+    pub(crate) own: InstanceId,
+    /// Where the local app serves each port.
+    pub(crate) apps: BTreeMap<Port, SocketAddr>,
+    pub(crate) tls: Tls,
+    pub(crate) connections: Arc<Registry>,
+    pub(crate) records: RecordSender,
+    /// One permit for each connection that is not authenticated yet.
+    pub(crate) unauthenticated: Semaphore,
+    /// The newest version that a peer said it runs.
+    pub(crate) seen: watch::Sender<ConfigVersion>,
+    routes: ArcSwapOption<Routes>,
+    snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    draining: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn new(own: InstanceId, apps: BTreeMap<Port, SocketAddr>, records: RecordSender) -> Arc<Self> {
+        Arc::new(Self {
+            own,
+            apps,
+            tls: Tls::default(),
+            connections: Arc::default(),
+            records,
+            unauthenticated: Semaphore::new(UNAUTHENTICATED_MAX),
+            seen: watch::Sender::new(ConfigVersion::default()),
+            routes: ArcSwapOption::empty(),
+            snapshots: watch::Sender::new(None),
+            draining: AtomicBool::new(false),
+        })
+    }
+
+    /// What connections are routed by; none before the first snapshot.
+    pub(crate) fn routes(&self) -> Guard<Option<Arc<Routes>>> {
+        self.routes.load()
+    }
+
+    /// The snapshot in use.
+    pub(crate) fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.routes.load().as_ref().map(|routes| Arc::clone(&routes.snapshot))
+    }
+
+    /// Tells every snapshot from the one in use on; the newest only, if the reader is slow.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Option<Arc<Snapshot>>> {
+        self.snapshots.subscribe()
+    }
+
+    /// Swaps a snapshot in, then cuts what it does not allow any more. Returns how many connections that were. The caller
+    /// makes sure that it is newer than the one in use; there is one caller at a time.
+    pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> usize {
+        let routes = Routes::new(&snapshot, self.routes.load().as_deref());
+        self.routes.store(Some(Arc::new(routes)));
+        let mut cut = 0;
+        self.connections.for_each(|connection| {
+            if let Some(close) = recheck(connection, &snapshot) {
+                connection.cut(close);
+                cut += 1;
+            }
+        });
+        self.snapshots.send_replace(Some(snapshot));
+        cut
+    }
+
+    /// A peer runs this version. If it is newer than anything seen so far, discovery looks for it.
+    pub(crate) fn peer_runs(&self, version: ConfigVersion) {
+        let ours = self.routes.load().as_ref().map(|routes| routes.snapshot.version);
+        if ours.is_none_or(|ours| version > ours) {
+            self.seen.send_if_modified(|seen| {
+                let newer = version > *seen;
+                *seen = version.max(*seen);
+                newer
+            });
+        }
+    }
+
+    /// The sidecar stops: it is not ready any more.
+    pub(crate) fn start_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}
+
+/// Why a live connection may not go on under a snapshot; none if it may.
+fn recheck(connection: &Connection, snapshot: &Snapshot) -> Option<Close> {
+    let facts = connection.facts();
+    let (destination, port) = (facts.destination.as_ref()?, facts.port?);
+    match connection.direction {
+        Direction::Inbound => {
+            let source = facts.source_service.as_ref()?;
+            if !snapshot.inbound.has_port(port) {
+                let detail = format!("{destination} has no port {port} any more");
+                return Some(Close::local(CloseReason::EndpointRemoved, detail));
+            }
+            let verdict = verdict::authorize(&snapshot.inbound, source, port);
+            if verdict.permitted() {
+                return None;
+            }
+            let detail = format!("refused as of version {}", snapshot.version);
+            let close = Close::local(CloseReason::PolicyChanged, detail);
+            Some(close.with_rule(verdict.ruling.by.to_string()))
+        }
+        Direction::Outbound => {
+            let removed = |what: String| {
+                let detail = format!("{what} left as of version {}", snapshot.version);
+                Some(Close::new(CloseReason::EndpointRemoved, ClosedBy::Local, detail))
+            };
+            let Some(shard) = snapshot.endpoints.get(destination) else {
+                return removed(destination.to_string());
+            };
+            if !shard.has_port(port) {
+                return removed(format!("port {port} of {destination}"));
+            }
+            let instance = facts.endpoint_identity.as_ref()?;
+            let listed =
+                shard.endpoints.binary_search_by_key(&&instance.instance, |endpoint| &endpoint.instance);
+            if listed.is_ok() { None } else { removed(instance.to_string()) }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Everything that is set on sockets: how listeners are shared among threads, keepalive, resets. All use of `socket2`
+//! is here.
+//!
+//! A listener is one socket per data-plane thread on the same address (`SO_REUSEPORT`); the kernel spreads connections
+//! over them. That option would also let *another* process listen on the address and take a share of its connections, so
+//! the first socket is bound without it, which fails if anybody else is there, and opened up to its siblings
+//! afterwards. The address is held throughout.
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::time::Duration;
+use tokio::net::TcpStream;
+
+/// Connections that the kernel holds for a thread until it accepts them. Above what arrives while a thread is busy for
+/// some milliseconds; the kernel cuts it to its own limit.
+const BACKLOG: i32 = 4096;
+
+/// When a quiet connection is asked whether it is alive, how often again, and how many unanswered questions end it: a
+/// vanished peer is noticed within two minutes, and state in NAT boxes, which live five minutes or more, is kept.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// An address cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody listens there.
+    #[error(
+        "address {address} is already used; stop the process that listens there (`ss -ltnp 'sport = :{}'` shows it) or give another address",
+        address.port()
+    )]
+    InUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The operating system refused for another reason.
+    #[error("cannot listen on {address}")]
+    Io {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// `count` listeners on the same address, for as many threads. Port 0 picks a free port, the same for all.
+///
+/// # Errors
+/// If another process listens there, or the address is not this machine's.
+pub(crate) fn listen(address: SocketAddr, count: NonZeroUsize) -> Result<Vec<TcpListener>, ListenError> {
+    let error = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::InUse { address },
+        _ => ListenError::Io { address, source },
+    };
+    let first = bound(address, false).map_err(error)?;
+    let bound_to = first.local_addr().map_err(error)?.as_socket().unwrap_or(address);
+    first.set_reuse_port(true).map_err(error)?;
+    let mut sockets = vec![first];
+    for _ in 1..count.get() {
+        sockets.push(bound(bound_to, true).map_err(error)?);
+    }
+    let listening = |socket: Socket| {
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    sockets.into_iter().map(listening).collect::<io::Result<_>>().map_err(error)
+}
+
+fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // Connections of an earlier life that are still closing do not keep the address.
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// Prepares a connection of the data path: no delay for small writes, and a vanished peer is noticed.
+pub(crate) fn prepare(stream: &TcpStream) {
+    let socket = SockRef::from(stream);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    // Both fail only on a socket that is broken already, which the next read says better.
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_keepalive(&keepalive);
+}
+
+/// Makes the connection end with a reset when it is dropped, so that the other end cannot take it for a clean end of
+/// the stream (I9).
+pub(crate) fn reset_on_drop(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+
+    #[test]
+    fn threads_share_an_address_and_strangers_are_told() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listeners = listen(any, TWO).unwrap();
+        let address = listeners[0].local_addr().unwrap();
+        assert_eq!(listeners[1].local_addr().unwrap(), address);
+
+        let error = listen(address, TWO).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("address {address} is already used; ")), "{error}");
+        drop(listeners);
+        assert!(listen(address, TWO).is_ok());
+    }
+
+    #[test]
+    fn every_listener_of_an_address_gets_connections() {
+        let listeners = listen(SocketAddr::from(([127, 0, 0, 1], 0)), TWO).unwrap();
+        let address = listeners[0].local_addr().unwrap();
+        let accepted = |listener: &TcpListener| listener.accept().is_ok();
+        let mut seen = [false; 2];
+        // Which listener the kernel picks depends on the client's port; 2^-200 is never.
+        for _ in 0..200 {
+            let _client = std::net::TcpStream::connect(address).unwrap();
+            for (seen, listener) in seen.iter_mut().zip(&listeners) {
+                *seen |= accepted(listener);
+            }
+        }
+        assert_eq!(seen, [true; 2]);
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_refused_as_such() {
+        let error = listen(SocketAddr::from(([192, 0, 2, 1], 1)), TWO).unwrap_err();
+        assert!(matches!(error, ListenError::Io { .. }), "{error}");
+    }
+}

@@ -1,0 +1,162 @@
+//! A data-plane thread: a runtime of its own, its own listeners, and every connection that they accept. Connections never
+//! change threads.
+//!
+//! Listeners come and go at run time ([`crate::listeners`]); each has a token that closes it. When one is closed, what
+//! the kernel had already accepted for it is still served.
+
+use crate::inbound;
+use crate::metrics;
+use crate::outbound::{self, Target};
+use crate::shared::Shared;
+use crate::tls::Connectors;
+use futures_util::FutureExt;
+use rand::rngs::SmallRng;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Listeners on their way to a thread. Whoever sends more waits for the thread, which takes them in microseconds.
+const COMMANDS_MAX: usize = 64;
+
+/// Pause after a failed accept: long enough not to burn a core while file descriptors are short, short enough not to be
+/// noticed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long connections may take to notice that they were cut, when the thread stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a listener's connections are for.
+#[derive(Clone, Debug)]
+pub(crate) enum Purpose {
+    /// Other sidecars connect here.
+    Inbound,
+    /// The app connects here, to reach this.
+    Outbound(Arc<Target>),
+}
+
+/// A listening socket for one thread.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) socket: std::net::TcpListener,
+    pub(crate) purpose: Purpose,
+    /// Closes it.
+    pub(crate) stop: CancellationToken,
+}
+
+/// What the connections of a thread share.
+pub(crate) struct Worker {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) connectors: Connectors,
+    rng: Mutex<SmallRng>,
+    tasks: TaskTracker,
+}
+
+/// A running thread.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    pub(crate) listeners: mpsc::Sender<Listener>,
+    thread: JoinHandle<()>,
+}
+
+impl Worker {
+    /// Uses the thread's randomness. Its lock is never contended: only this thread takes it.
+    pub(crate) fn with_rng<T>(&self, use_it: impl FnOnce(&mut SmallRng) -> T) -> T {
+        use_it(&mut self.rng.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Starts a thread that serves the listeners it is sent, until `stop`.
+///
+/// # Errors
+/// If the system gives no thread or no event queue.
+pub(crate) fn start(index: usize, shared: Arc<Shared>, stop: CancellationToken) -> io::Result<Thread> {
+    let (listeners, commands) = mpsc::channel(COMMANDS_MAX);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let worker = Arc::new(Worker {
+        shared,
+        connectors: Connectors::default(),
+        rng: Mutex::new(rand::make_rng()),
+        tasks: TaskTracker::new(),
+    });
+    let run = move || runtime.block_on(worker.run(commands, stop));
+    let thread = std::thread::Builder::new().name(format!("weft-data-{index}")).spawn(run)?;
+    Ok(Thread { listeners, thread })
+}
+
+impl Thread {
+    /// Waits until the thread has stopped.
+    pub(crate) async fn join(self) {
+        drop(self.listeners);
+        let joined = tokio::task::spawn_blocking(move || self.thread.join());
+        if !matches!(joined.await, Ok(Ok(()))) {
+            tracing::error!("a data-plane thread panicked");
+        }
+    }
+}
+
+impl Worker {
+    async fn run(self: Arc<Self>, mut commands: mpsc::Receiver<Listener>, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                listener = commands.recv() => match listener {
+                    Some(listener) => self.listen(listener),
+                    None => break,
+                },
+            }
+        }
+        self.tasks.close();
+        let _ = tokio::time::timeout(STOP_TIMEOUT, self.tasks.wait()).await;
+    }
+
+    fn listen(self: &Arc<Self>, listener: Listener) {
+        let Listener { socket, purpose, stop } = listener;
+        match TcpListener::from_std(socket) {
+            Ok(socket) => {
+                let worker = Arc::clone(self);
+                self.tasks.spawn(worker.accept(socket, purpose, stop));
+            }
+            Err(error) => tracing::error!(%error, "a listener cannot be used"),
+        }
+    }
+
+    async fn accept(self: Arc<Self>, listener: TcpListener, purpose: Purpose, stop: CancellationToken) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, source)) => self.serve(stream, source, &purpose),
+                Err(error) => {
+                    metrics::accept_failed();
+                    tracing::warn!(%error, "a connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        // These clients are connected already, as far as they know.
+        while let Some(Ok((stream, source))) = listener.accept().now_or_never() {
+            self.serve(stream, source, &purpose);
+        }
+    }
+
+    fn serve(self: &Arc<Self>, stream: TcpStream, source: SocketAddr, purpose: &Purpose) {
+        match purpose {
+            Purpose::Inbound => {
+                self.tasks.spawn(inbound::serve(Arc::clone(&self.shared), stream, source));
+            }
+            Purpose::Outbound(target) => {
+                self.tasks.spawn(outbound::serve(Arc::clone(self), stream, source, Arc::clone(target)));
+            }
+        }
+    }
+}
