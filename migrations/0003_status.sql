@@ -7,8 +7,9 @@ comment on schema status is 'The mesh at a glance. Everything is as of status.lo
 create view status.services as
 select service.name                                                              as service,
        service.address,
-       (select string_agg(format('%s:%s', port ->> 'name', port ->> 'port'), ', ' order by (port ->> 'port')::int)
-        from json_array_elements(service.ports) as port)                         as ports,
+       (select string_agg(format('%s:%s', listed.port ->> 'name', listed.port ->> 'port'), ', '
+                          order by (listed.port ->> 'port')::int)
+        from json_array_elements(service.ports) as listed (port))                as ports,
        count(instance.instance)                                                  as instances,
        count(instance.instance) filter (where instance.state = 'ready' and instance.health = 'healthy') as eligible,
        service.version,
