@@ -1,0 +1,163 @@
+//! `weft sql`: a question to the status views, read-only and bounded.
+
+use crate::context::ContextArgs;
+use crate::failure::{Exit, Failure, Outcome, chain};
+use crate::output::{Format, OutputArgs, json, print, table, yaml};
+use futures_util::TryStreamExt;
+use serde_json::{Map, Value};
+use std::pin::pin;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+use super::change::duration;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  weft sql 'select * from status.sidecars'
+  weft sql 'select position, type, actor from audit.events order by position desc limit 5' -o json")]
+pub(crate) struct Args {
+    /// One statement
+    query: String,
+    /// Most rows to show
+    #[arg(long, value_name = "COUNT", default_value_t = 1_000)]
+    rows: usize,
+    /// Longest that the database may take
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    timeout: Duration,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// A column's name and type.
+type Column = (String, Type);
+
+pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
+    let mut config = context.load()?.reader()?;
+    let options =
+        format!("-c default_transaction_read_only=on -c statement_timeout={}", args.timeout.as_millis());
+    config.options(options).application_name("weft sql").connect_timeout(args.timeout);
+    let (client, connection) = config.connect(NoTls).await.map_err(|error| {
+        Failure::fault(format!("the database does not let us in: {}", chain(&error)))
+            .next("is the mesh up? see `weft status`, or start it with `weft up`")
+    })?;
+    let mut driver = JoinSet::new();
+    driver.spawn(async move {
+        // Its errors reach the query as well.
+        let _ = connection.await;
+    });
+    let (columns, rows, more) =
+        ask(&client, &args.query, args.rows).await.map_err(|error| refused(&error))?;
+    print(&match args.output.format {
+        Format::Table if columns.is_empty() => "done\n".to_owned(),
+        Format::Table => {
+            let headings: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
+            let cells: Vec<Vec<String>> = rows
+                .iter()
+                .map(|row| row.iter().map(|cell| cell.clone().unwrap_or_default()).collect())
+                .collect();
+            table::render(&headings, &cells)
+        }
+        Format::Json => json(&objects(&columns, &rows))?,
+        Format::Yaml => yaml(&objects(&columns, &rows))?,
+    })?;
+    if more {
+        eprintln!(
+            "only the first {} rows are shown; ask for more with --rows, or for less with LIMIT",
+            args.rows
+        );
+    }
+    Ok(Exit::Ok)
+}
+
+type Rows = Vec<Vec<Option<String>>>;
+
+async fn ask(
+    client: &Client,
+    query: &str,
+    rows_max: usize,
+) -> Result<(Vec<Column>, Rows, bool), tokio_postgres::Error> {
+    // Preparing refuses more than one statement, and tells the types, which the text of the rows does not.
+    let prepared = client.prepare(query).await?;
+    let columns: Vec<Column> =
+        prepared.columns().iter().map(|column| (column.name().to_owned(), column.type_().clone())).collect();
+    let mut messages = pin!(client.simple_query_raw(query).await?);
+    let mut rows = Vec::new();
+    while let Some(message) = messages.try_next().await? {
+        let SimpleQueryMessage::Row(row) = message else { continue };
+        if rows.len() == rows_max {
+            return Ok((columns, rows, true));
+        }
+        rows.push((0..row.len()).map(|index| row.get(index).map(str::to_owned)).collect());
+    }
+    Ok((columns, rows, false))
+}
+
+fn refused(error: &tokio_postgres::Error) -> Failure {
+    let Some(db) = error.as_db_error() else {
+        return Failure::fault(format!("the query failed: {}", chain(error)));
+    };
+    let mut what = format!("the database refuses the query: {}", db.message());
+    for more in [db.detail(), db.hint()].into_iter().flatten() {
+        what.push_str("; ");
+        what.push_str(more);
+    }
+    let failure = Failure::fault(what);
+    match db.code().code() {
+        // insufficient_privilege, read_only_sql_transaction
+        "42501" | "25006" => failure.next("`weft sql` reads the schemas status and audit; change the mesh with `weft apply`"),
+        // undefined_table
+        "42P01" => failure.next(
+            "list the views with `weft sql \"select schemaname, viewname from pg_views where schemaname in ('status', 'audit')\"`",
+        ),
+        // query_canceled
+        "57014" => failure.next("give it longer with --timeout"),
+        _ => failure,
+    }
+}
+
+fn objects(columns: &[Column], rows: &Rows) -> Vec<Map<String, Value>> {
+    let object = |row: &Vec<Option<String>>| {
+        columns
+            .iter()
+            .zip(row)
+            .map(|((name, kind), cell)| (name.clone(), value(kind, cell.as_deref())))
+            .collect()
+    };
+    rows.iter().map(object).collect()
+}
+
+/// A cell as JSON: numbers, truth values and JSON as such, everything else as PostgreSQL writes it.
+fn value(kind: &Type, cell: Option<&str>) -> Value {
+    let Some(text) = cell else { return Value::Null };
+    let parsed = match *kind {
+        Type::BOOL => Some(Value::Bool(text == "t")),
+        Type::INT2
+        | Type::INT4
+        | Type::INT8
+        | Type::OID
+        | Type::FLOAT4
+        | Type::FLOAT8
+        | Type::JSON
+        | Type::JSONB => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    parsed.unwrap_or_else(|| Value::String(text.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn cells_keep_their_type_in_json() {
+        assert_eq!(value(&Type::INT8, Some("42")), json!(42));
+        assert_eq!(value(&Type::BOOL, Some("f")), json!(false));
+        assert_eq!(value(&Type::JSON, Some("{\"a\":1}")), json!({"a": 1}));
+        assert_eq!(value(&Type::TEXT, Some("42")), json!("42"));
+        assert_eq!(value(&Type::FLOAT8, Some("NaN")), json!("NaN"));
+        assert_eq!(value(&Type::INT8, None), Value::Null);
+    }
+}

@@ -1,0 +1,290 @@
+//! `weft status`: the mesh at a glance.
+
+use crate::command::get::ports;
+use crate::command::{answer, short_actor};
+use crate::context::ContextArgs;
+use crate::failure::{Exit, Outcome};
+use crate::moment::AtArgs;
+use crate::output::table::Table;
+use crate::output::text::printable;
+use crate::output::time::{ago, now_ms, point, span};
+use crate::output::{Format, OutputArgs, json, print, yaml};
+use crate::resource::document::{address, health};
+use serde::Serialize;
+use std::time::Duration;
+use weft_proto::v1;
+use weft_proto::v1::resource::Spec;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    at: AtArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// The status as programs read it. Times are RFC 3339, empty for never.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Status {
+    as_of: String,
+    as_of_time: String,
+    head: String,
+    leader: Leader,
+    services: Vec<Service>,
+    sidecars: Vec<Sidecar>,
+    policies: Vec<Policy>,
+    #[serde(skip)]
+    as_of_ms: i64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Leader {
+    holder: String,
+    term: u64,
+    position: u64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Service {
+    name: String,
+    address: String,
+    ports: String,
+    instances: Vec<Instance>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Instance {
+    name: String,
+    address: String,
+    state: String,
+    health: &'static str,
+    health_detail: String,
+    identity: String,
+    leaf_not_after: String,
+    #[serde(skip)]
+    leaf_not_after_ms: i64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Sidecar {
+    instance: String,
+    wanted: Option<String>,
+    applied: Option<String>,
+    lag_ms: i64,
+    connected: bool,
+    last_seen: String,
+    error: String,
+    #[serde(skip)]
+    last_seen_ms: i64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Policy {
+    scope: String,
+    version: u64,
+    changed_at: String,
+    actor: String,
+    summary: String,
+    #[serde(skip)]
+    changed_at_ms: i64,
+}
+
+pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
+    let past = args.at.at.is_some();
+    let request = v1::StatusRequest { at: args.at.wire() };
+    let status = Status::of(answer(context.load()?.client()?.status(request).await)?);
+    print(&match args.output.format {
+        Format::Table => text(&status, past, now_ms()),
+        Format::Json => json(&status)?,
+        Format::Yaml => yaml(&status)?,
+    })?;
+    Ok(Exit::Ok)
+}
+
+fn version(version: Option<v1::ConfigVersion>) -> Option<String> {
+    let version = version.filter(|version| version.position != 0)?;
+    Some(format!("{}.{}", version.epoch, version.position))
+}
+
+impl Status {
+    fn of(response: v1::StatusResponse) -> Self {
+        let leader = response.leader.unwrap_or_default();
+        let service = |service: v1::ServiceStatus| Service {
+            name: service.name,
+            address: service.address,
+            ports: ports(&service.ports),
+            instances: service.instances.iter().filter_map(Instance::of).collect(),
+        };
+        let sidecar = |sidecar: v1::SidecarStatus| Sidecar {
+            instance: sidecar.instance,
+            wanted: version(sidecar.wanted),
+            applied: version(sidecar.applied),
+            lag_ms: sidecar.lag_ms,
+            connected: sidecar.connected,
+            last_seen: point(sidecar.last_seen_ms),
+            error: sidecar.error,
+            last_seen_ms: sidecar.last_seen_ms,
+        };
+        let policy = |policy: v1::PolicyStatus| Policy {
+            scope: policy.scope,
+            version: policy.version,
+            changed_at: point(policy.changed_at_ms),
+            actor: policy.actor,
+            summary: policy.summary,
+            changed_at_ms: policy.changed_at_ms,
+        };
+        Self {
+            as_of: version(response.as_of).unwrap_or_default(),
+            as_of_time: point(response.as_of_ms),
+            as_of_ms: response.as_of_ms,
+            head: version(response.head).unwrap_or_default(),
+            leader: Leader { holder: leader.holder, term: leader.term, position: leader.position },
+            services: response.services.into_iter().map(service).collect(),
+            sidecars: response.sidecars.into_iter().map(sidecar).collect(),
+            policies: response.policies.into_iter().map(policy).collect(),
+        }
+    }
+
+    /// Sidecars that do not run what they should, each with the reason.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        let problem = |sidecar: &Sidecar| {
+            let why = sidecar.trouble()?;
+            Some(format!("{}: {why}", sidecar.instance))
+        };
+        self.sidecars.iter().filter_map(problem).collect()
+    }
+
+    /// How many sidecars there are.
+    pub(crate) fn sidecars(&self) -> usize {
+        self.sidecars.len()
+    }
+}
+
+pub(crate) async fn fetch(context: &crate::context::Context) -> Outcome<Status> {
+    Ok(Status::of(answer(context.client()?.status(v1::StatusRequest { at: None }).await)?))
+}
+
+impl Instance {
+    fn of(resource: &v1::Resource) -> Option<Self> {
+        let Some(Spec::Instance(instance)) = &resource.spec else { return None };
+        let registration = instance.registration.as_ref()?;
+        Some(Self {
+            name: registration.instance.clone(),
+            address: address(registration),
+            state: instance.state.clone(),
+            health: health(instance.health()),
+            health_detail: instance.health_detail.clone(),
+            identity: instance.identity.clone(),
+            leaf_not_after: point(instance.leaf_not_after_ms),
+            leaf_not_after_ms: instance.leaf_not_after_ms,
+        })
+    }
+}
+
+impl Sidecar {
+    /// Why it does not run what it should; none if it does.
+    fn trouble(&self) -> Option<String> {
+        if !self.error.is_empty() {
+            return Some(format!("refused its snapshot: {}", self.error));
+        }
+        if !self.connected {
+            return Some("not connected".to_owned());
+        }
+        (self.applied != self.wanted).then(|| match self.lag_ms {
+            0 => "behind".to_owned(),
+            ms => format!("behind for {}", span(Duration::from_millis(ms.unsigned_abs()))),
+        })
+    }
+}
+
+fn text(status: &Status, past: bool, now_ms: i64) -> String {
+    let leader = match status.leader.holder.as_str() {
+        "" => "no controller projects".to_owned(),
+        holder => format!("{holder} projects (term {})", status.leader.term),
+    };
+    let age = ago(now_ms, status.as_of_ms);
+    let mut text =
+        format!("as of {} ({age}), log at {}, {}\n", status.as_of, status.head, printable(&leader));
+    let mut section = |table: Table| {
+        if !table.is_empty() {
+            text.push('\n');
+            text.push_str(&table.render());
+        }
+    };
+    section(services(status, now_ms));
+    if !past {
+        section(sidecars(status, now_ms));
+    }
+    section(policies(status, now_ms));
+    text
+}
+
+/// One row per instance, so that a service's whole story is in one place; a service without one has a row too.
+fn services(status: &Status, now_ms: i64) -> Table {
+    let mut table =
+        Table::new(&["SERVICE", "REACHED AT", "PORTS", "INSTANCE", "STATE", "HEALTH", "SIDECAR AT", "LEAF"]);
+    for service in &status.services {
+        let own = [service.name.clone(), service.address.clone(), service.ports.clone()];
+        if service.instances.is_empty() {
+            let [name, address, ports] = own.clone();
+            let none = String::new;
+            table.row([name, address, ports, none(), none(), none(), none(), none()]);
+        }
+        for instance in &service.instances {
+            let [name, address, ports] = own.clone();
+            let left = u64::try_from(instance.leaf_not_after_ms.saturating_sub(now_ms)).unwrap_or(0);
+            let leaf = match (instance.leaf_not_after_ms, left) {
+                (0, _) => String::new(),
+                (_, 0) => "expired".to_owned(),
+                (_, left) => format!("{} left", span(Duration::from_millis(left))),
+            };
+            let short = instance.name.rsplit('/').next().unwrap_or_default().to_owned();
+            let health = match (instance.health, instance.health_detail.as_str()) {
+                ("unhealthy", detail) if !detail.is_empty() => format!("unhealthy: {detail}"),
+                (health, _) => health.to_owned(),
+            };
+            table.row([
+                name,
+                address,
+                ports,
+                short,
+                instance.state.clone(),
+                health,
+                instance.address.clone(),
+                leaf,
+            ]);
+        }
+    }
+    table
+}
+
+fn sidecars(status: &Status, now_ms: i64) -> Table {
+    let mut table = Table::new(&["SIDECAR", "WANTED", "APPLIED", "STATUS", "SEEN"]);
+    for sidecar in &status.sidecars {
+        table.row([
+            sidecar.instance.clone(),
+            sidecar.wanted.clone().unwrap_or_default(),
+            sidecar.applied.clone().unwrap_or_default(),
+            sidecar.trouble().unwrap_or_else(|| "up to date".to_owned()),
+            ago(now_ms, sidecar.last_seen_ms),
+        ]);
+    }
+    table
+}
+
+fn policies(status: &Status, now_ms: i64) -> Table {
+    let mut table = Table::new(&["POLICY", "VERSION", "CHANGED", "BY", "SAYS"]);
+    for policy in &status.policies {
+        table.row([
+            policy.scope.clone(),
+            policy.version.to_string(),
+            ago(now_ms, policy.changed_at_ms),
+            short_actor(&policy.actor),
+            policy.summary.clone(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests;

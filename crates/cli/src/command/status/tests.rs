@@ -1,0 +1,100 @@
+use super::*;
+
+const NOW: i64 = 1_772_366_400_000;
+
+fn response() -> v1::StatusResponse {
+    let at = |position| Some(v1::ConfigVersion { epoch: 1, position });
+    let instance = v1::Instance {
+        registration: Some(v1::RegisterInstance {
+            instance: "default/db/db-1".into(),
+            address: "127.0.0.1".into(),
+            port: 7411,
+            ..v1::RegisterInstance::default()
+        }),
+        state: "ready".into(),
+        health: v1::Health::Unhealthy.into(),
+        health_detail: "connection refused".into(),
+        leaf_not_after_ms: NOW + 3_000_000,
+        ..v1::Instance::default()
+    };
+    let service = |name: &str, port, instances| v1::ServiceStatus {
+        name: name.into(),
+        address: "127.64.0.7".into(),
+        ports: vec![v1::ServicePort { name: "sql".into(), port }],
+        instances,
+    };
+    let sidecar = |instance: &str, applied, connected| v1::SidecarStatus {
+        instance: instance.into(),
+        wanted: at(42),
+        applied,
+        lag_ms: if applied == at(42) { 0 } else { 3_000 },
+        connected,
+        last_seen_ms: NOW - 1_000,
+        error: String::new(),
+    };
+    v1::StatusResponse {
+        as_of: at(42),
+        as_of_ms: NOW - 5_000,
+        head: at(43),
+        leader: Some(v1::LeaderStatus { holder: "controller-1".into(), term: 2, position: 42 }),
+        services: vec![
+            service(
+                "default/db",
+                5432,
+                vec![v1::Resource { spec: Some(Spec::Instance(instance)), ..v1::Resource::default() }],
+            ),
+            service("default/web", 8080, vec![]),
+        ],
+        sidecars: vec![
+            sidecar("default/db/db-1", at(42), true),
+            sidecar("default/api/api-1", at(40), true),
+            sidecar("default/api/api-2", at(42), false),
+        ],
+        policies: vec![v1::PolicyStatus {
+            scope: "security/default/db".into(),
+            version: 3,
+            changed_at_ms: NOW - 60_000,
+            actor: "spiffe://weft.local/operator/admin/admin".into(),
+            summary: "default deny; api-may-query".into(),
+        }],
+    }
+}
+
+#[test]
+fn a_status_is_read_at_a_glance() {
+    let expected = "\
+as of 1.42 (5s ago), log at 1.43, controller-1 projects (term 2)
+
+SERVICE       REACHED AT   PORTS      INSTANCE   STATE   HEALTH                          SIDECAR AT       LEAF
+default/db    127.64.0.7   sql:5432   db-1       ready   unhealthy: connection refused   127.0.0.1:7411   50m left
+default/web   127.64.0.7   sql:8080   -          -       -                               -                -
+
+SIDECAR             WANTED   APPLIED   STATUS          SEEN
+default/db/db-1     1.42     1.42      up to date      1s ago
+default/api/api-1   1.42     1.40      behind for 3s   1s ago
+default/api/api-2   1.42     1.42      not connected   1s ago
+
+POLICY                VERSION   CHANGED   BY            SAYS
+security/default/db   3         60s ago   admin/admin   default deny; api-may-query
+";
+    assert_eq!(text(&Status::of(response()), false, NOW), expected);
+}
+
+#[test]
+fn the_past_has_no_sidecars() {
+    assert!(!text(&Status::of(response()), true, NOW).contains("SIDECAR  "));
+}
+
+#[test]
+fn problems_are_told_one_by_one() {
+    let problems = Status::of(response()).problems();
+    assert_eq!(problems, ["default/api/api-1: behind for 3s", "default/api/api-2: not connected"]);
+}
+
+#[test]
+fn programs_read_plain_fields() {
+    let value = serde_json::to_value(Status::of(response())).unwrap();
+    assert_eq!(value["services"][0]["address"], "127.64.0.7");
+    assert_eq!(value["sidecars"][1]["applied"], "1.40");
+    assert_eq!(value["as_of_time"], "2026-03-01T11:59:55Z");
+}

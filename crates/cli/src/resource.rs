@@ -1,0 +1,43 @@
+//! Resources: what people write in YAML and hand to `weft apply`.
+//!
+//! A file holds any number of documents, each with a `kind`. They are read into a tree that knows its lines
+//! ([`node`]), checked field by field ([`fields`]), given their meaning ([`read`]) and checked by the model's own
+//! rules. So `weft check -f` finds without a controller whatever can be found without one, in the same words. What
+//! a controller refuses all the same is traced back to the line ([`Resource::explain`]).
+//!
+//! The way back, from a controller's answer to a document that `weft apply` takes, is [`document`]; the borders to the
+//! wire are in [`wire`]. Every field is documented in `docs/resources.md`, which a test holds against [`read::FIELDS`].
+
+pub(crate) mod document;
+pub(crate) mod fields;
+pub(crate) mod files;
+pub(crate) mod kind;
+pub(crate) mod node;
+pub(crate) mod read;
+pub(crate) mod wire;
+
+use crate::resource::node::{FileError, Node};
+use weft_model::{Command, ExpectedVersion};
+
+pub(crate) use kind::Kind;
+
+/// One document of a file, with its meaning.
+#[derive(Clone, Debug)]
+pub(crate) struct Resource {
+    pub(crate) kind: Kind,
+    /// The name or scope that it is about.
+    pub(crate) name: String,
+    /// What applying it asks for.
+    pub(crate) command: Command,
+    /// The `version` that it expects to replace.
+    pub(crate) expected: ExpectedVersion,
+    node: Node,
+}
+
+impl Resource {
+    /// A controller's complaint about a field of this resource, with the field's place in the file.
+    pub(crate) fn explain(&self, field: &str, message: &str) -> FileError {
+        let place = self.node.locate(field).clone();
+        FileError { place, message: format!("{} {}: {message}", self.kind.word(), self.name) }
+    }
+}

@@ -1,0 +1,260 @@
+//! From a controller's answer to a document that `weft apply` takes.
+
+use crate::output::time::{point, written};
+use crate::resource::Kind;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use weft_proto::v1;
+use weft_proto::v1::resource::Spec;
+
+/// A resource as it is written. The field order is the order in the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind")]
+pub(crate) enum Document {
+    Service {
+        version: u64,
+        name: String,
+        ports: Vec<Port>,
+        #[serde(skip_serializing_if = "String::is_empty")]
+        address: String,
+    },
+    Instance {
+        version: u64,
+        name: String,
+        address: String,
+        upstreams: Upstreams,
+        #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+        metadata: BTreeMap<String, String>,
+    },
+    TrafficPolicy {
+        version: u64,
+        scope: String,
+        balance: &'static str,
+        connect: Connect,
+    },
+    SecurityPolicy {
+        version: u64,
+        scope: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        default: Option<&'static str>,
+        mode: &'static str,
+        rules: Vec<Rule>,
+    },
+    MeshDefaults {
+        version: u64,
+        security: &'static str,
+        propagation_bound: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Port {
+    name: String,
+    port: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Upstreams {
+    All(&'static str),
+    Only(Vec<String>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Connect {
+    timeout: String,
+    retries: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Rule {
+    name: String,
+    action: &'static str,
+    from: Sources,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Sources {
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    any: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    services: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    namespaces: Vec<String>,
+}
+
+/// A document with what the mesh knows beside it, for `-o json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Described {
+    #[serde(flatten)]
+    pub(crate) document: Document,
+    pub(crate) last_change: Change,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) status: Option<InstanceStatus>,
+}
+
+/// Who last changed it, and when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Change {
+    scope: String,
+    position: u64,
+    at: String,
+    actor: String,
+}
+
+/// What is known of an instance beside its registration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct InstanceStatus {
+    state: String,
+    health: &'static str,
+    health_detail: String,
+    health_at: String,
+    identity: String,
+    leaf_not_after: String,
+}
+
+impl Described {
+    /// Everything about a resource; none if this program does not know its kind.
+    pub(crate) fn of(resource: &v1::Resource) -> Option<Self> {
+        let status = match resource.spec.as_ref()? {
+            Spec::Instance(instance) => Some(InstanceStatus {
+                state: instance.state.clone(),
+                health: health(instance.health()),
+                health_detail: instance.health_detail.clone(),
+                health_at: point(instance.health_at_ms),
+                identity: instance.identity.clone(),
+                leaf_not_after: point(instance.leaf_not_after_ms),
+            }),
+            Spec::Service(_) | Spec::TrafficPolicy(_) | Spec::SecurityPolicy(_) | Spec::MeshDefaults(_) => {
+                None
+            }
+        };
+        let last_change = Change {
+            scope: resource.scope.clone(),
+            position: resource.position,
+            at: point(resource.changed_at_ms),
+            actor: resource.actor.clone(),
+        };
+        Some(Self { document: document(resource)?, last_change, status })
+    }
+}
+
+/// The kind of a resource, and what it is called.
+pub(crate) fn kind_and_name(resource: &v1::Resource) -> Option<(Kind, String)> {
+    Some(match resource.spec.as_ref()? {
+        Spec::Service(service) => (Kind::Service, service.name.clone()),
+        Spec::Instance(instance) => (Kind::Instance, instance.registration.as_ref()?.instance.clone()),
+        Spec::TrafficPolicy(put) => (Kind::TrafficPolicy, put.scope.clone()),
+        Spec::SecurityPolicy(put) => (Kind::SecurityPolicy, put.scope.clone()),
+        Spec::MeshDefaults(_) => (Kind::MeshDefaults, "mesh".to_owned()),
+    })
+}
+
+/// The document that would make the resource what it is.
+pub(crate) fn document(resource: &v1::Resource) -> Option<Document> {
+    let version = resource.version;
+    Some(match resource.spec.as_ref()? {
+        Spec::Service(service) => Document::Service {
+            version,
+            name: service.name.clone(),
+            ports: service.ports.iter().map(|p| Port { name: p.name.clone(), port: p.port }).collect(),
+            address: service.address.clone(),
+        },
+        Spec::Instance(instance) => {
+            let registration = instance.registration.as_ref()?;
+            Document::Instance {
+                version,
+                name: registration.instance.clone(),
+                address: address(registration),
+                upstreams: if registration.all_upstreams {
+                    Upstreams::All("all")
+                } else {
+                    Upstreams::Only(registration.upstreams.clone())
+                },
+                metadata: registration.metadata.clone().into_iter().collect(),
+            }
+        }
+        Spec::TrafficPolicy(put) => {
+            let policy = put.policy?;
+            Document::TrafficPolicy {
+                version,
+                scope: put.scope.clone(),
+                balance: balance(policy.balance()),
+                connect: Connect {
+                    timeout: written(policy.connect_timeout_ms),
+                    retries: policy.connect_retries,
+                },
+            }
+        }
+        Spec::SecurityPolicy(put) => {
+            let policy = put.policy.as_ref()?;
+            Document::SecurityPolicy {
+                version,
+                scope: put.scope.clone(),
+                default: action(policy.default()),
+                mode: mode(policy.mode()),
+                rules: policy.rules.iter().map(rule).collect(),
+            }
+        }
+        Spec::MeshDefaults(defaults) => Document::MeshDefaults {
+            version,
+            security: action(defaults.security()).unwrap_or("deny"),
+            propagation_bound: written(defaults.propagation_bound_ms),
+        },
+    })
+}
+
+/// Where an instance is reached, as one text.
+pub(crate) fn address(registration: &v1::RegisterInstance) -> String {
+    if registration.address.contains(':') {
+        format!("[{}]:{}", registration.address, registration.port)
+    } else {
+        format!("{}:{}", registration.address, registration.port)
+    }
+}
+
+fn rule(rule: &v1::Rule) -> Rule {
+    Rule {
+        name: rule.name.clone(),
+        action: action(rule.action()).unwrap_or("deny"),
+        from: Sources {
+            any: rule.from_any,
+            services: rule.from_services.clone(),
+            namespaces: rule.from_namespaces.clone(),
+        },
+        ports: rule.ports.clone(),
+    }
+}
+
+pub(crate) const fn action(action: v1::Action) -> Option<&'static str> {
+    match action {
+        v1::Action::Unspecified => None,
+        v1::Action::Allow => Some("allow"),
+        v1::Action::Deny => Some("deny"),
+    }
+}
+
+pub(crate) const fn mode(mode: v1::Mode) -> &'static str {
+    match mode {
+        v1::Mode::Unspecified | v1::Mode::Enforce => "enforce",
+        v1::Mode::Audit => "audit",
+    }
+}
+
+pub(crate) const fn balance(balance: v1::Balance) -> &'static str {
+    match balance {
+        v1::Balance::Unspecified | v1::Balance::LeastConnections => "least_connections",
+        v1::Balance::RoundRobin => "round_robin",
+        v1::Balance::Random => "random",
+    }
+}
+
+pub(crate) const fn health(health: v1::Health) -> &'static str {
+    match health {
+        v1::Health::Unknown => "unknown",
+        v1::Health::Healthy => "healthy",
+        v1::Health::Unhealthy => "unhealthy",
+    }
+}

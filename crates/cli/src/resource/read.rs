@@ -1,0 +1,241 @@
+//! From a document to what it asks for. The rules on values are the model's; here is only how they are written.
+
+use crate::resource::fields::{Field, Fields, suggestion};
+use crate::resource::node::{FileError, Node};
+use crate::resource::{Kind, Resource};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use weft_model::membership::{self, InstanceRegistered, MembershipCommand, MembershipState, Upstreams};
+use weft_model::mesh::{self, MeshDefaults};
+use weft_model::security::{self, Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::service::{self, ServiceCommand, ServiceDeclared, ServicePort};
+use weft_model::traffic::{self, Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::{Command, ExpectedVersion, Port, Rejection, Version};
+
+/// The mappings that a document consists of, and the fields of each, for the test that holds the reference against
+/// them.
+#[cfg(test)]
+pub(crate) const FIELDS: &[(&str, &[&str])] = &[
+    ("Service", SERVICE),
+    ("Service ports", PORT),
+    ("Instance", INSTANCE),
+    ("TrafficPolicy", TRAFFIC),
+    ("TrafficPolicy connect", CONNECT),
+    ("SecurityPolicy", SECURITY),
+    ("SecurityPolicy rules", RULE),
+    ("SecurityPolicy rules from", SOURCES),
+    ("MeshDefaults", MESH),
+];
+const SERVICE: &[&str] = &["kind", "version", "name", "ports", "address"];
+const PORT: &[&str] = &["name", "port"];
+const INSTANCE: &[&str] = &["kind", "version", "name", "address", "upstreams", "metadata"];
+const TRAFFIC: &[&str] = &["kind", "version", "scope", "balance", "connect"];
+const CONNECT: &[&str] = &["timeout", "retries"];
+const SECURITY: &[&str] = &["kind", "version", "scope", "default", "mode", "rules"];
+const RULE: &[&str] = &["name", "action", "from", "ports"];
+const SOURCES: &[&str] = &["any", "services", "namespaces"];
+const MESH: &[&str] = &["kind", "version", "security", "propagation_bound"];
+
+/// All kinds of fields, to find the `kind` among them before it is known which are allowed.
+const ANY_FIELD: &[&str] = &[
+    "kind",
+    "version",
+    "name",
+    "scope",
+    "ports",
+    "address",
+    "upstreams",
+    "metadata",
+    "balance",
+    "connect",
+    "default",
+    "mode",
+    "rules",
+    "security",
+    "propagation_bound",
+];
+
+const ACTIONS: &[(&str, Action)] = &[("allow", Action::Allow), ("deny", Action::Deny)];
+const MODES: &[(&str, Mode)] = &[("enforce", Mode::Enforce), ("audit", Mode::Audit)];
+const BALANCES: &[(&str, Balance)] = &[
+    ("least_connections", Balance::LeastConnections),
+    ("round_robin", Balance::RoundRobin),
+    ("random", Balance::Random),
+];
+const BOOLEANS: &[(&str, bool)] = &[("true", true), ("false", false)];
+
+impl Resource {
+    /// The meaning of one document.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it, as far as that shows without the rest of the mesh.
+    pub(crate) fn read(node: Node) -> Result<Self, FileError> {
+        let kind = kind(&node)?;
+        let (name, expected, command) = match kind {
+            Kind::Service => read_service(&node)?,
+            Kind::Instance => read_instance(&node)?,
+            Kind::TrafficPolicy => read_traffic(&node)?,
+            Kind::SecurityPolicy => read_security(&node)?,
+            Kind::MeshDefaults => read_mesh(&node)?,
+        };
+        let resource = Self { kind, name, command, expected, node };
+        match validate(&resource.command) {
+            Err(Rejection::Invalid { field, rule }) => {
+                Err(resource.explain(&field, &format!("{field}: {rule}")))
+            }
+            // Whatever else may be refused depends on the state of the mesh, which is not known here.
+            Err(_) | Ok(()) => Ok(resource),
+        }
+    }
+}
+
+type Read = (String, ExpectedVersion, Command);
+
+fn kind(node: &Node) -> Result<Kind, FileError> {
+    let kinds: Vec<&str> = Kind::ALL.iter().map(|kind| kind.word()).collect();
+    // Unknown fields are told when it is known which ones this kind has.
+    let all = match &node.value {
+        crate::resource::node::Value::Map(entries) => {
+            entries.iter().map(|(key, _)| key.text.as_str()).chain(ANY_FIELD.iter().copied()).collect()
+        }
+        _ => ANY_FIELD.to_vec(),
+    };
+    let fields = Fields::of_resource(node, &all)?;
+    let Some(field) = fields.optional("kind") else {
+        let message = format!("field \"kind\" is missing; allowed: {}", kinds.join(", "));
+        return Err(FileError { place: node.place.clone(), message });
+    };
+    let text = field.text()?;
+    Kind::ALL.into_iter().find(|kind| kind.word() == text).ok_or_else(|| {
+        let message = format!("unknown kind {text:?}; {}", suggestion(text, &kinds));
+        FileError { place: field.place().clone(), message }
+    })
+}
+
+fn expected(fields: &Fields<'_>) -> Result<ExpectedVersion, FileError> {
+    let version = fields.optional("version").map(|field| field.number(0..=u64::MAX)).transpose()?;
+    Ok(version.map_or(ExpectedVersion::Any, |version| ExpectedVersion::exactly(Version(version))))
+}
+
+fn read_service(node: &Node) -> Result<Read, FileError> {
+    let fields = Fields::of_resource(node, SERVICE)?;
+    let name: weft_model::ServiceName = fields.required("name")?.parse()?;
+    let port = |field: Field<'_>| {
+        let fields = field.fields(PORT)?;
+        Ok(ServicePort { name: fields.required("name")?.parse()?, port: fields.required("port")?.parse()? })
+    };
+    let ports = fields.required("ports")?.list()?.into_iter().map(port).collect::<Result<_, _>>()?;
+    let address = fields.optional("address").map(|field| field.parse()).transpose()?;
+    let command = ServiceCommand::Declare(ServiceDeclared { ports, address });
+    Ok((name.to_string(), expected(&fields)?, Command::Service(name, command)))
+}
+
+fn read_instance(node: &Node) -> Result<Read, FileError> {
+    let fields = Fields::of_resource(node, INSTANCE)?;
+    let name: weft_model::InstanceId = fields.required("name")?.parse()?;
+    let field = fields.required("address")?;
+    let address: SocketAddr = field
+        .text()?
+        .parse()
+        .map_err(|_| field.wrong("must be an IP address and a port, such as 10.0.0.7:15008"))?;
+    let port = Port::new(address.port()).ok_or_else(|| field.wrong("the port must not be 0"))?;
+    let upstreams = match fields.optional("upstreams") {
+        None => Upstreams::Only([].into()),
+        Some(field) if field.as_text() == Some("all") => Upstreams::All,
+        Some(field) => Upstreams::Only(field.parse_list()?),
+    };
+    let metadata = match fields.optional("metadata") {
+        None => BTreeMap::new(),
+        Some(field) => {
+            let entries = Fields::entries(&field)?.into_iter();
+            entries.map(|(key, value)| Ok((key, value.text()?.to_owned()))).collect::<Result<_, _>>()?
+        }
+    };
+    let registration = InstanceRegistered { address: address.ip(), port, upstreams, metadata };
+    let command = Command::Membership(name.clone(), MembershipCommand::Register(registration));
+    Ok((name.to_string(), expected(&fields)?, command))
+}
+
+fn read_traffic(node: &Node) -> Result<Read, FileError> {
+    let fields = Fields::of_resource(node, TRAFFIC)?;
+    let scope: weft_model::TrafficScope = fields.required("scope")?.parse()?;
+    let mut policy = TrafficPolicy::default();
+    if let Some(field) = fields.optional("balance") {
+        policy.balance = field.word(BALANCES)?;
+    }
+    if let Some(field) = fields.optional("connect") {
+        policy.connect = read_connect(field)?;
+    }
+    let command = Command::Traffic(scope.clone(), TrafficCommand::Put(policy));
+    Ok((scope.to_string(), expected(&fields)?, command))
+}
+
+fn read_connect(field: Field<'_>) -> Result<ConnectPolicy, FileError> {
+    let fields = field.fields(CONNECT)?;
+    let mut connect = ConnectPolicy::default();
+    if let Some(field) = fields.optional("timeout") {
+        connect.timeout_ms = field.duration_ms()?;
+    }
+    if let Some(field) = fields.optional("retries") {
+        let retries = field.number(0..=u64::from(traffic::CONNECT_RETRIES_MAX))?;
+        connect.retries = u8::try_from(retries).unwrap_or(traffic::CONNECT_RETRIES_MAX);
+    }
+    Ok(connect)
+}
+
+fn read_security(node: &Node) -> Result<Read, FileError> {
+    let fields = Fields::of_resource(node, SECURITY)?;
+    let scope: weft_model::SecurityScope = fields.required("scope")?.parse()?;
+    let default = fields.optional("default").map(|field| field.word(ACTIONS)).transpose()?;
+    let mode = fields.optional("mode").map(|field| field.word(MODES)).transpose()?.unwrap_or_default();
+    let rules = match fields.optional("rules") {
+        None => Vec::new(),
+        Some(field) => field.list()?.into_iter().map(read_rule).collect::<Result<_, _>>()?,
+    };
+    let command = SecurityCommand::Put(SecurityPolicy { default, mode, rules });
+    Ok((scope.to_string(), expected(&fields)?, Command::Security(scope, command)))
+}
+
+fn read_rule(field: Field<'_>) -> Result<Rule, FileError> {
+    let fields = field.fields(RULE)?;
+    let from = fields.required("from")?.fields(SOURCES)?;
+    let any = from.optional("any").map(|field| field.word(BOOLEANS)).transpose()?.unwrap_or_default();
+    let services = from.optional("services").map(|field| field.parse_list()).transpose()?.unwrap_or_default();
+    let namespaces =
+        from.optional("namespaces").map(|field| field.parse_list()).transpose()?.unwrap_or_default();
+    Ok(Rule {
+        name: fields.required("name")?.parse()?,
+        action: fields.required("action")?.word(ACTIONS)?,
+        from: Sources { any, services, namespaces },
+        ports: fields.optional("ports").map(|field| field.parse_list()).transpose()?.unwrap_or_default(),
+    })
+}
+
+fn read_mesh(node: &Node) -> Result<Read, FileError> {
+    let fields = Fields::of_resource(node, MESH)?;
+    let mut defaults = MeshDefaults::default();
+    if let Some(field) = fields.optional("security") {
+        defaults.security = field.word(ACTIONS)?;
+    }
+    if let Some(field) = fields.optional("propagation_bound") {
+        defaults.propagation_bound_ms = field.duration_ms()?;
+    }
+    Ok(("mesh".to_owned(), expected(&fields)?, Command::Mesh(defaults)))
+}
+
+/// The model's own rules, as far as they need no state.
+fn validate(command: &Command) -> Result<(), Rejection> {
+    match command {
+        Command::Service(name, command) => service::decide(name, &None, command).map(drop),
+        Command::Membership(id, command) => {
+            membership::decide(id, &MembershipState::Absent, command).map(drop)
+        }
+        Command::Traffic(scope, command) => traffic::decide(scope, &None, command).map(drop),
+        Command::Security(scope, command) => security::decide(scope, &None, command).map(drop),
+        Command::Mesh(defaults) => mesh::decide(&MeshDefaults::default(), defaults).map(drop),
+        Command::Health(..) | Command::Identity(..) | Command::Token(..) | Command::Ca(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

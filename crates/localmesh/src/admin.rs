@@ -1,0 +1,42 @@
+//! Asking a process how it is, over its loopback admin port.
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// How long an answer may take. It comes from the same machine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest answer that is taken.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+
+/// GET over plain HTTP from this machine: the status code and the body, or why there is none.
+pub(crate) async fn get(port: u16, path: &str) -> Result<(u16, String), String> {
+    let ask = async {
+        let client: Client<_, Empty<&[u8]>> = Client::builder(TokioExecutor::new()).build_http();
+        let uri = format!("http://127.0.0.1:{port}{path}").parse().map_err(|_| "not a path".to_owned())?;
+        let response = client.get(uri).await.map_err(|_| format!("nobody answers on port {port}"))?;
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| error.to_string())?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    };
+    timeout(ANSWER_TIMEOUT, ask).await.unwrap_or_else(|_| Err(format!("no answer on port {port} in time")))
+}
+
+/// Whether it says that it is ready; else why not.
+pub(crate) async fn ready(port: u16) -> Result<(), String> {
+    match get(port, "/ready").await? {
+        (200, _) => Ok(()),
+        (_, reasons) => Err(reasons.trim().to_owned()),
+    }
+}
+
+/// What a sidecar runs: `1.42`. None if it runs nothing yet or does not answer.
+pub(crate) async fn config_version(port: u16) -> Option<String> {
+    let (_, body) = get(port, "/config").await.ok()?;
+    let config: Value = serde_json::from_str(&body).ok()?;
+    config.get("version")?.as_str().map(str::to_owned)
+}
