@@ -1,0 +1,196 @@
+//! The Discovery service: notices, pulls, acknowledgements.
+//!
+//! A subscriber has no queue: its stream watches the newest publication, and whatever came between is skipped. A notice
+//! is sent when the caller's own snapshot changed, else only as a heartbeat. Nothing is handed out that a projector has
+//! not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
+//!
+//! A caller that has more than the whole log is proof that the log lost its end. It is told so, loudly, and gets
+//! nothing older (I4); a caller that is only ahead of *this* controller is asked to come again.
+
+use futures_util::stream::{self, BoxStream, StreamExt};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+use weft_model::{ConfigVersion, InstanceId};
+use weft_projector::View;
+use weft_proto::v1 as pb;
+use weft_proto::v1::discovery_server;
+use weft_routing::Hash;
+
+use crate::Context;
+use crate::acks::Connected;
+use crate::caller::Caller;
+use crate::convert::{self, config_version};
+use crate::pull::{self, header};
+use crate::status::ApiError;
+
+/// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Full snapshots that are put together at once; a reconnecting fleet with known manifests needs none.
+const FULL_PULLS_MAX: usize = 64;
+/// Advice to a full pull that found no place.
+const FULL_PULL_RETRY_MS: u64 = 100;
+
+/// See the module's documentation.
+pub struct Discovery {
+    context: Context,
+    full_pulls: Arc<Semaphore>,
+}
+
+impl Discovery {
+    pub(crate) fn new(context: Context) -> Self {
+        Self { context, full_pulls: Arc::new(Semaphore::new(FULL_PULLS_MAX)) }
+    }
+
+    fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ApiError> {
+        let caller = Caller::of(request.extensions(), (self.context.clock)())?;
+        caller.sidecar()?;
+        Ok(caller)
+    }
+
+    /// Checks that the caller has nothing that the log does not have.
+    async fn check_not_rewound(
+        &self,
+        instance: &InstanceId,
+        have: Option<ConfigVersion>,
+    ) -> Result<(), ApiError> {
+        let Some(have) = have else { return Ok(()) };
+        if have <= self.context.view.read(weft_routing::Projection::version) {
+            return Ok(());
+        }
+        let head = self.context.reader.head().await?;
+        if have.epoch > head.epoch || (have.epoch == head.epoch && have.position > head.position) {
+            tracing::error!(%instance, %have, epoch = %head.epoch, head = %head.position,
+                "LOG_REWOUND: a sidecar runs a version that is not in the log");
+            metrics::counter!("weft_api_log_rewound_total").increment(1);
+            let head = ConfigVersion::new(head.epoch, head.position);
+            return Err(ApiError::DataLoss(format!(
+                "LOG_REWOUND: you run {have}, but the log ends at {head}; an operator must restore the lost events"
+            )));
+        }
+        Ok(())
+    }
+
+    async fn pull(&self, request: Request<pb::PullRequest>) -> Result<Response<pb::PullResponse>, ApiError> {
+        let caller = self.caller(&request)?;
+        let instance = caller.sidecar()?;
+        let have = convert::header("have", request.into_inner().have)?;
+        self.check_not_rewound(instance, have.map(|have| have.0)).await?;
+        let plan = pull::plan(&self.context.view, instance, have.map(|have| have.1))?;
+        let plan = plan.ok_or_else(|| {
+            ApiError::NotFound(format!("{instance} is not registered; register it, then pull again"))
+        })?;
+        if have.is_some_and(|(version, _)| version > plan.version) {
+            return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
+        }
+        let kind = if plan.full { "full" } else { "difference" };
+        metrics::counter!("weft_api_pulls_total", "kind" => kind).increment(1);
+        let _place = if plan.full {
+            let place = self.full_pulls.try_acquire();
+            Some(place.map_err(|_| ApiError::Overloaded { retry_after_ms: FULL_PULL_RETRY_MS })?)
+        } else {
+            None
+        };
+        Ok(Response::new(plan.into_response()?))
+    }
+}
+
+/// One subscriber's stream.
+struct Subscription {
+    view: View,
+    publications: watch::Receiver<ConfigVersion>,
+    instance: InstanceId,
+    drain: CancellationToken,
+    /// When the leaf that this stream came with ends, and the stream with it.
+    ends: Instant,
+    next_heartbeat: Instant,
+    sent: Option<Option<(ConfigVersion, Hash)>>,
+    _connected: Connected,
+}
+
+impl Subscription {
+    /// Waits until there is something to say. None when the stream is to end.
+    async fn next(&mut self) -> Option<pb::Notice> {
+        loop {
+            self.publications.mark_unchanged();
+            let (head, wanted) = self.view.published(|published| {
+                let wanted = published.wanted(&self.instance);
+                (published.version(), wanted.map(|wanted| (wanted.version, wanted.class.hash)))
+            });
+            if self.sent != Some(wanted) || Instant::now() >= self.next_heartbeat {
+                self.sent = Some(wanted);
+                self.next_heartbeat = Instant::now() + HEARTBEAT;
+                return Some(notice(head, wanted));
+            }
+            tokio::select! {
+                () = self.drain.cancelled() => return None,
+                () = sleep_until(self.ends) => return None,
+                () = sleep_until(self.next_heartbeat) => {}
+                changed = self.publications.changed() => changed.ok()?,
+            }
+        }
+    }
+}
+
+fn notice(head: ConfigVersion, wanted: Option<(ConfigVersion, Hash)>) -> pb::Notice {
+    pb::Notice {
+        wanted: wanted.map(|(version, hash)| header(version, hash)),
+        head: Some(config_version(head)),
+        heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
+    }
+}
+
+#[tonic::async_trait]
+impl discovery_server::Discovery for Discovery {
+    type SubscribeStream = BoxStream<'static, Result<pb::Notice, Status>>;
+
+    async fn subscribe(
+        &self,
+        request: Request<pb::SubscribeRequest>,
+    ) -> Result<Response<Self::SubscribeStream>, Status> {
+        let caller = self.caller(&request)?;
+        let instance = caller.sidecar()?;
+        let have = convert::header("have", request.into_inner().have)?;
+        self.check_not_rewound(instance, have.map(|have| have.0)).await?;
+        let view = self.context.view.clone();
+        let subscription = Subscription {
+            publications: view.publications(),
+            view,
+            instance: instance.clone(),
+            drain: self.context.drain.clone(),
+            ends: Instant::now() + caller.leaf_not_after.since((self.context.clock)()),
+            next_heartbeat: Instant::now() + HEARTBEAT,
+            sent: None,
+            _connected: self.context.acks.connect(instance, have),
+        };
+        let notices = stream::unfold(subscription, |mut subscription| async move {
+            let notice = subscription.next().await?;
+            Some((Ok(notice), subscription))
+        });
+        Ok(Response::new(notices.boxed()))
+    }
+
+    async fn pull(&self, request: Request<pb::PullRequest>) -> Result<Response<pb::PullResponse>, Status> {
+        Ok(Self::pull(self, request).await?)
+    }
+
+    async fn ack(&self, request: Request<pb::AckRequest>) -> Result<Response<pb::AckResponse>, Status> {
+        let caller = self.caller(&request)?;
+        let instance = caller.sidecar()?;
+        let pb::AckRequest { applied, took_ms, error } = request.into_inner();
+        let applied = convert::header("applied", applied)?;
+        let result = if error.is_empty() { "applied" } else { "refused" };
+        metrics::counter!("weft_api_acks_total", "result" => result).increment(1);
+        if !error.is_empty() {
+            tracing::warn!(%instance, error = %error.escape_debug(), "a sidecar refused its snapshot");
+        }
+        // Somebody without a stream is remembered too, but only if it takes part: that bounds what is kept.
+        if self.context.view.published(|published| published.wanted(instance).is_some()) {
+            self.context.acks.record(instance, applied, took_ms, &error);
+        }
+        Ok(Response::new(pb::AckResponse {}))
+    }
+}

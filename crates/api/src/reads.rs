@@ -1,0 +1,177 @@
+//! Get, Status and Why: questions about the mesh at one moment, answered from one projection.
+
+use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName};
+use weft_projector::rows::{security_summary, traffic_summary};
+use weft_projector::{LeaderStatus, SidecarStatus};
+use weft_proto::v1 as pb;
+use weft_routing::why::{Explanation, explain};
+use weft_routing::{Projection, RoutingState};
+
+use crate::convert::{self, config_version, resources, service_ports};
+use crate::status::ApiError;
+
+/// Resources, as [`pb::GetRequest`] asks.
+pub(crate) fn get(projection: &Projection, kind: pb::Kind, name: &str) -> Result<pb::GetResponse, ApiError> {
+    let state = projection.state();
+    let all = kind == pb::Kind::Unspecified;
+    let mut found = Vec::new();
+    if all || kind == pb::Kind::Service {
+        found.extend(match name {
+            "" => state.services().filter_map(|(service, _)| resources::service(state, service)).collect(),
+            text => one(text, |service| resources::service(state, &service), all)?,
+        });
+    }
+    if all || kind == pb::Kind::Instance {
+        found.extend(match name {
+            "" => state.instances().filter_map(|(id, _)| resources::instance(state, id)).collect(),
+            text => one(text, |id| resources::instance(state, &id), all)?,
+        });
+    }
+    if all || kind == pb::Kind::TrafficPolicy {
+        found.extend(match name {
+            "" => state.traffic().filter_map(|(scope, _)| resources::traffic_policy(state, scope)).collect(),
+            text => one(text, |scope| resources::traffic_policy(state, &scope), all)?,
+        });
+    }
+    if all || kind == pb::Kind::SecurityPolicy {
+        found.extend(match name {
+            "" => {
+                state.security().filter_map(|(scope, _)| resources::security_policy(state, scope)).collect()
+            }
+            text => one(text, |scope| resources::security_policy(state, &scope), all)?,
+        });
+    }
+    if (all && name.is_empty()) || kind == pb::Kind::MeshDefaults {
+        found.push(resources::mesh_defaults(state));
+    }
+    if found.is_empty() && !name.is_empty() {
+        return Err(ApiError::NotFound(format!("there is no {name} as of {}", projection.version())));
+    }
+    Ok(pb::GetResponse { as_of: Some(config_version(projection.version())), resources: found })
+}
+
+/// The one resource of that name. When every kind is asked for, a text that is no name of this kind is one of another.
+fn one<T: std::str::FromStr>(
+    text: &str,
+    look: impl Fn(T) -> Option<pb::Resource>,
+    any_kind: bool,
+) -> Result<Vec<pb::Resource>, ApiError>
+where
+    T::Err: std::error::Error,
+{
+    match convert::name::<T>("name", text) {
+        Ok(name) => Ok(look(name).into_iter().collect()),
+        Err(_) if any_kind => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The mesh at a glance.
+pub(crate) fn status(
+    projection: &Projection,
+    head: ConfigVersion,
+    leader: &LeaderStatus,
+    sidecars: Vec<pb::SidecarStatus>,
+) -> pb::StatusResponse {
+    let state = projection.state();
+    pb::StatusResponse {
+        as_of: Some(config_version(projection.version())),
+        as_of_ms: state.at().0,
+        head: Some(config_version(head)),
+        leader: Some(pb::LeaderStatus {
+            holder: leader.holder.clone(),
+            term: leader.term,
+            position: leader.checkpoint.position.0,
+        }),
+        services: state.services().map(|(service, _)| service_status(state, service)).collect(),
+        sidecars,
+        policies: policies(state),
+    }
+}
+
+/// What sidecars run now.
+pub(crate) fn sidecar(status: SidecarStatus) -> pb::SidecarStatus {
+    pb::SidecarStatus {
+        instance: status.instance.to_string(),
+        wanted: Some(config_version(status.wanted)),
+        applied: status.applied.map(config_version),
+        lag_ms: status.lag_ms,
+        connected: status.connected,
+        last_seen_ms: status.last_seen_ms,
+        error: status.error,
+    }
+}
+
+/// What sidecars should have run then; what they ran is not in the log.
+pub(crate) fn past_sidecars(projection: &Projection) -> Vec<pb::SidecarStatus> {
+    let status = |id: &InstanceId| {
+        let wanted = projection.wanted(id)?;
+        Some(pb::SidecarStatus {
+            instance: id.to_string(),
+            wanted: Some(config_version(wanted.version)),
+            ..pb::SidecarStatus::default()
+        })
+    };
+    projection.sidecars().filter_map(status).collect()
+}
+
+fn service_status(state: &RoutingState, service: &ServiceName) -> pb::ServiceStatus {
+    let declared = state.service(service).and_then(|entry| entry.state.as_ref());
+    pb::ServiceStatus {
+        name: service.to_string(),
+        address: state.address(service).map(|address| address.to_string()).unwrap_or_default(),
+        ports: declared.map(|declared| service_ports(&declared.ports)).unwrap_or_default(),
+        instances: state.instances_of(service).filter_map(|(id, _)| resources::instance(state, id)).collect(),
+    }
+}
+
+fn policies(state: &RoutingState) -> Vec<pb::PolicyStatus> {
+    let traffic = state.traffic().filter_map(|(scope, entry)| {
+        let summary = traffic_summary(entry.state.as_ref()?);
+        Some(policy(&Scope::Traffic(scope.clone()), entry, summary))
+    });
+    let security = state.security().filter_map(|(scope, entry)| {
+        let summary = security_summary(entry.state.as_ref()?);
+        Some(policy(&Scope::Security(scope.clone()), entry, summary))
+    });
+    traffic.chain(security).collect()
+}
+
+fn policy<S>(scope: &Scope, entry: &weft_routing::state::Entry<S>, summary: String) -> pb::PolicyStatus {
+    pb::PolicyStatus {
+        scope: scope.to_string(),
+        version: entry.source.version.0,
+        changed_at_ms: entry.at.0,
+        actor: entry.actor.clone(),
+        summary,
+    }
+}
+
+/// Whether a connection would pass, and why.
+pub(crate) fn why(projection: &Projection, request: &pb::WhyRequest) -> Result<pb::WhyResponse, ApiError> {
+    let source = convert::service("source", &request.source)?;
+    let destination = convert::service("destination", &request.destination)?;
+    let port = convert::port("port", request.port)?;
+    let explained = explain(projection, &source, &destination, port);
+    let Explanation { as_of, refusal, summary, steps } =
+        explained.map_err(|error| ApiError::Internal(weft_projector::Chain(&error).to_string()))?;
+    let step = |step: weft_routing::why::Step| {
+        let (scope, source) =
+            step.rests_on.map(|(scope, source)| (scope.to_string(), source)).unwrap_or_default();
+        pb::WhyStep {
+            question: step.question,
+            answer: step.answer,
+            passed: step.refusal.is_none(),
+            scope,
+            version: source.version.0,
+            position: source.position.0,
+        }
+    };
+    Ok(pb::WhyResponse {
+        as_of: Some(config_version(as_of)),
+        permitted: refusal.is_none(),
+        reason: refusal.map(|reason| reason.as_str().to_owned()).unwrap_or_default(),
+        summary,
+        steps: steps.into_iter().map(step).collect(),
+    })
+}

@@ -1,0 +1,172 @@
+//! Accepts connections and finishes their TLS handshakes, so that the services see only peers whose names are proven.
+//!
+//! Handshakes run beside the accept loop, each under a time limit; how many may be under way is bounded, and whoever
+//! comes when all places are taken waits in the kernel's queue. A finished connection carries its
+//! [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+use weft_api::caller::Peer;
+use weft_identity::tls::{HandshakeFault, peer_identity};
+
+/// How long a handshake may take. An honest one takes two round trips.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// Handshakes under way. Each costs a signature, so more at once would only make all of them later.
+const HANDSHAKES_MAX: usize = 256;
+/// Finished connections that wait for the server to take them, which it does at once.
+const READY_MAX: usize = 64;
+/// Pause after the system refused to accept, for want of file descriptors as a rule.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// A listener that is bound and not yet running.
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+}
+
+impl Listener {
+    /// Binds.
+    ///
+    /// # Errors
+    /// What the system says, such as that the address is in use.
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+        Ok(Self { socket: TcpListener::bind(address).await? })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// Accepts until `drain`. The stream yields connections whose handshake is done, and ends with it.
+    #[must_use]
+    pub fn run(
+        self,
+        tasks: &mut JoinSet<()>,
+        acceptor: TlsAcceptor,
+        drain: CancellationToken,
+    ) -> ReceiverStream<io::Result<Connection>> {
+        let (ready, connections) = mpsc::channel(READY_MAX);
+        tasks.spawn(async move {
+            drain.run_until_cancelled(accept(self.socket, acceptor, ready)).await;
+        });
+        ReceiverStream::new(connections)
+    }
+}
+
+async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<io::Result<Connection>>) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let mut handshakes = JoinSet::new();
+    loop {
+        while handshakes.try_join_next().is_some() {}
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, address) = match socket.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        handshakes.spawn(async move {
+            if let Some(connection) = handshake(&acceptor, stream, address).await {
+                // Only a server that ends does not take it.
+                let _ = ready.send(Ok(connection)).await;
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn handshake(acceptor: &TlsAcceptor, stream: TcpStream, address: SocketAddr) -> Option<Connection> {
+    let refused = |reason: &'static str| {
+        metrics::counter!("weft_controller_handshakes_total", "result" => reason).increment(1);
+        None
+    };
+    if stream.set_nodelay(true).is_err() {
+        return refused("io");
+    }
+    let stream = match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%address, %error, "TLS handshake failed");
+            return refused(HandshakeFault::of_io(&error).as_str());
+        }
+        Err(_) => return refused("timeout"),
+    };
+    // The verifier let it pass, so what is there reads back.
+    let Ok(identity) = peer_identity(stream.get_ref().1.peer_certificates()) else {
+        return refused("peer_untrusted");
+    };
+    metrics::counter!("weft_controller_handshakes_total", "result" => "ok").increment(1);
+    Some(Connection { stream, peer: Peer { address, identity } })
+}
+
+/// A connection whose peer is known.
+#[derive(Debug)]
+pub struct Connection {
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

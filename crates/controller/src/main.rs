@@ -1,0 +1,58 @@
+//! The controller's binary: command line, logging, signals.
+
+use clap::Parser;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use weft_controller::config::{Cli, Command, Config, LogFormat, OperatorCommand, RunArgs};
+use weft_controller::{Controller, issue_operator};
+
+fn main() -> ExitCode {
+    let Cli { command, run } = Cli::parse();
+    let result = match command {
+        Some(Command::Operator(OperatorCommand::Issue(wanted))) => issue_operator(&wanted)
+            .map(|()| println!("credential of {} in {}", wanted.name, wanted.out.display())),
+        None => start(run),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-controller: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: RunArgs) -> anyhow::Result<()> {
+    init_logging(args.log_format);
+    let config = Config::try_from(args)?;
+    let metrics = PrometheusBuilder::new().install_recorder()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let starting = Controller::start(config, Some(metrics));
+        let controller = tokio::select! {
+            started = starting => started?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        controller.stop().await;
+        Ok(())
+    })
+}
+
+/// `RUST_LOG` chooses what is logged, `info` by default. Lines go to stderr.
+fn init_logging(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}

@@ -1,0 +1,307 @@
+//! The start order, and its reverse.
+
+use anyhow::{Context as _, bail};
+use metrics_exporter_prometheus::PrometheusHandle;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use uuid::Uuid;
+use weft_api::acks::Acks;
+use weft_api::commands::{self, Change, Commands};
+use weft_api::{Clock, Context};
+use weft_eventlog::{ConnectConfig, EventLog, LogConfig, MigrateError, OpenError, migrate};
+use weft_identity::ca::CertificateAuthority;
+use weft_identity::spiffe::{SpiffeId, Subject};
+use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
+use weft_model::Command;
+use weft_model::ca::RootAdded;
+use weft_model::version::ExpectedVersion;
+use weft_projector::{Chain, Projector, Store, View};
+
+use crate::config::Config;
+use crate::listener::Listener;
+use crate::{admin, clock, operator, renewal};
+
+/// How long a start waits for the database: as long as one takes to recover from a crash, and people to wait.
+const DATABASE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// Pause between two attempts to reach it.
+const DATABASE_RETRY: Duration = Duration::from_millis(250);
+/// How long requests under way may take once the process is told to end.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long all the rest may take after that.
+const STOP_MAX: Duration = Duration::from_secs(8);
+/// Calls and streams of one connection: a sidecar needs two, an operator's tool a few.
+const STREAMS_PER_CONNECTION_MAX: u32 = 64;
+/// A connection ends, gracefully, while its leaf is still good: leaves live an hour and are renewed from half of it, so
+/// calls always come on a connection whose leaf has not ended.
+const CONNECTION_AGE_MAX: Duration = Duration::from_secs(600);
+/// Quiet connections are checked so often, and dropped when no answer comes.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
+/// What a client may send ahead on one stream.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+
+/// A controller that runs.
+#[derive(Debug)]
+pub struct Controller {
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    admin_credential: PathBuf,
+    log: EventLog,
+    store: Store,
+    view: View,
+    /// Told first: no new work, streams end, leases are given back.
+    drain: CancellationToken,
+    /// Told last: the admin port ends.
+    ended: CancellationToken,
+    server: JoinSet<()>,
+    background: JoinSet<()>,
+    last: JoinSet<()>,
+}
+
+impl Controller {
+    /// Starts, in this order, and returns once it serves.
+    ///
+    /// # Errors
+    /// What could not be started, why, and what to do about it. Nothing is left running.
+    pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
+        let listener = Listener::bind(config.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
+        let admin_socket = TcpListener::bind(config.admin_listen).await.with_context(|| {
+            format!("cannot listen on {}; choose another --admin-listen", config.admin_listen)
+        })?;
+        let (address, admin_address) = (listener.local_addr()?, admin_socket.local_addr()?);
+
+        let authority_dir = operator::authority_dir(&config.state_dir);
+        let authority =
+            CertificateAuthority::load_or_create(&authority_dir, &config.trust_domain, clock::now())
+                .with_context(|| format!("no certificate authority in {}", authority_dir.display()))?;
+        let authority = Arc::new(authority);
+        let admin_credential = operator::save_admin(&authority, &config.state_dir)?;
+
+        let connect: ConnectConfig = config.database_url.parse().context(
+            "the database URL is malformed; its form is postgres://user:password@host:port/database",
+        )?;
+        reach_and_migrate(&connect).await?;
+        let log = open_log(connect, config.allow_unsafe_database).await?;
+        let store = Store::new(&config.database_url)?;
+
+        let view = View::new();
+        let drain = CancellationToken::new();
+        let ended = CancellationToken::new();
+        let mut background = JoinSet::new();
+        let projector = Projector::new(
+            log.reader(),
+            store.clone(),
+            view.clone(),
+            config.name.to_string(),
+            Uuid::new_v4(),
+        );
+        let projecting = projector.run(drain.clone());
+        background.spawn(async move {
+            // The view keeps the fault: /ready says it, and commands are refused with it.
+            let _ = projecting.await;
+        });
+
+        let clock: Clock = Arc::new(clock::now);
+        let acks = Arc::new(Acks::default());
+        background.spawn(Arc::clone(&acks).run(store.clone(), config.name.to_string(), drain.clone()));
+        let context = Context {
+            view: view.clone(),
+            appender: log.appender(),
+            reader: log.reader(),
+            store: store.clone(),
+            authority: Arc::clone(&authority),
+            clock,
+            acks,
+            drain: drain.clone(),
+        };
+
+        let mut last = JoinSet::new();
+        let metrics = metrics.map(Arc::new);
+        last.spawn(admin::serve(admin_socket, view.clone(), metrics, drain.clone(), ended.clone()));
+
+        let head = log.reader().head().await.context("cannot read the event log")?.position;
+        wait_for_fold(&view, head).await;
+        announce_root(&context, &config, &authority).await?;
+
+        let own = renewal::own_credential(&authority, &config.name)
+            .context("cannot issue this controller's leaf")?;
+        let identity = TlsIdentity::new(own);
+        background.spawn(renewal::keep_renewed(
+            identity.clone(),
+            Arc::clone(&authority),
+            config.name.clone(),
+            drain.clone(),
+        ));
+        let tls = identity.server_config(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"]);
+        let connections = listener.run(&mut background, TlsAcceptor::from(tls), drain.clone());
+        let routes = weft_api::routes(&context).context("the protobuf descriptors are damaged")?;
+        let serving = Server::builder()
+            .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+            .max_connection_age(CONNECTION_AGE_MAX)
+            .http2_keepalive_interval(Some(KEEPALIVE.0))
+            .http2_keepalive_timeout(Some(KEEPALIVE.1))
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(connections, drain.clone().cancelled_owned());
+        let mut server = JoinSet::new();
+        server.spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(error = %Chain(&error), "the server ended");
+            }
+        });
+        tracing::info!(%address, admin = %admin_address, name = %config.name, position = %head, "serving");
+        Ok(Self {
+            address,
+            admin_address,
+            admin_credential,
+            log,
+            store,
+            view,
+            drain,
+            ended,
+            server,
+            background,
+            last,
+        })
+    }
+
+    /// Where sidecars and operators connect.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where /live, /ready and /metrics are.
+    #[must_use]
+    pub const fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The directory of the admin credential.
+    #[must_use]
+    pub const fn admin_credential(&self) -> &PathBuf {
+        &self.admin_credential
+    }
+
+    /// The mesh in this controller's memory.
+    #[must_use]
+    pub const fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Ends: accepts nothing new, ends streams, finishes what is under way, gives the lease back, closes the log. Takes
+    /// a few seconds at most.
+    pub async fn stop(mut self) {
+        tracing::info!("shutting down");
+        self.drain.cancel();
+        if timeout(DRAIN_MAX, join(&mut self.server)).await.is_err() {
+            tracing::warn!("requests were still under way and are cut");
+            self.server.abort_all();
+        }
+        let rest = async {
+            join(&mut self.background).await;
+            self.log.shutdown().await;
+            self.store.close().await;
+            self.ended.cancel();
+            join(&mut self.last).await;
+        };
+        if timeout(STOP_MAX, rest).await.is_err() {
+            tracing::warn!("the database does not answer; ending without it");
+        }
+    }
+}
+
+async fn join(tasks: &mut JoinSet<()>) {
+    while tasks.join_next().await.is_some() {}
+}
+
+/// Waits for the database, and brings its tables up to date.
+async fn reach_and_migrate(connect: &ConnectConfig) -> anyhow::Result<()> {
+    let deadline = Instant::now() + DATABASE_WAIT_MAX;
+    let mut told = false;
+    loop {
+        match migrate(connect).await {
+            Ok(()) => return Ok(()),
+            Err(error @ MigrateError::Connect(_)) if Instant::now() < deadline => {
+                if !told {
+                    tracing::warn!(error = %Chain(&error), "waiting for the database");
+                    told = true;
+                }
+                sleep(DATABASE_RETRY).await;
+            }
+            Err(error @ MigrateError::Connect(_)) => {
+                return Err(error).with_context(|| {
+                    format!("the database did not answer for {DATABASE_WAIT_MAX:?}; is it running, and is the URL right?")
+                });
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn open_log(connect: ConnectConfig, allow_unsafe_settings: bool) -> anyhow::Result<EventLog> {
+    let config = LogConfig { connect, allow_unsafe_settings };
+    match EventLog::open(config).await {
+        Ok(log) => Ok(log),
+        Err(error @ OpenError::Unfit(_)) => Err(error).context(
+            "the database is refused; repair it as said, or pass --allow-unsafe-database for throw-away data",
+        ),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Until the log is folded, or cannot be.
+async fn wait_for_fold(view: &View, head: weft_model::Position) {
+    while view.fault().is_none() && !view.wait_folded(head, DATABASE_WAIT_MAX).await {
+        let folded = view.read(|projection| projection.version().position);
+        tracing::info!(%folded, of = %head, "still folding the log");
+    }
+}
+
+/// Puts the root into the log, if it is not there. With a log that cannot be followed there is only reading.
+async fn announce_root(
+    context: &Context,
+    config: &Config,
+    authority: &CertificateAuthority,
+) -> anyhow::Result<()> {
+    if let Some(fault) = context.view.fault() {
+        tracing::error!(error = %Chain(&*fault), "serving reads only");
+        return Ok(());
+    }
+    let path =
+        operator::authority_dir(&config.state_dir).join(weft_identity::ca::store::ROOT_CERTIFICATE_FILE);
+    let certificate_pem =
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let sha256 = authority.root_fingerprint();
+    let root =
+        RootAdded { trust_domain: config.trust_domain.clone(), certificate_pem, sha256: sha256.to_string() };
+    let subject = Subject::Controller(config.name.clone());
+    let actor = SpiffeId { trust_domain: config.trust_domain.clone(), subject }.to_string();
+    let request = commands::Request {
+        command_id: Uuid::now_v7(),
+        reason: Some("a controller started with this root".into()),
+        actor,
+        fingerprint: *sha256.as_bytes(),
+        changes: vec![Change { expected: ExpectedVersion::Any, command: Command::Ca(root) }],
+    };
+    match Commands::new(context).execute(&request).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let status = tonic::Status::from(error);
+            bail!(
+                "the root in {} cannot be announced to the mesh: {}; controllers of one mesh share one certificate authority",
+                path.display(),
+                status.message()
+            )
+        }
+    }
+}
