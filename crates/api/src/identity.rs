@@ -66,11 +66,11 @@ impl Identity {
             return Err(ApiError::invalid("token", "is for another mesh, or its root was replaced"));
         }
         let key = public_key(&request.csr)?;
-        let secret_sha256 = token.secret_hash().to_string();
+        let secret_sha256 = token.secret_sha256();
         let redeem = Change {
             expected: ExpectedVersion::Any,
             command: Command::Token(
-                convert::name("token", token.id().as_str())?,
+                token.id().clone(),
                 TokenCommand::Redeem { secret_sha256: secret_sha256.clone(), instance: instance.clone() },
             ),
         };

@@ -117,17 +117,14 @@ impl Mesh {
         let ttl = Duration::from_secs(u64::from(message.ttl_seconds));
         let expires_at = (self.context.clock)().after(ttl);
         let created = JoinTokenCreated {
-            secret_sha256: token.secret_hash().to_string(),
+            secret_sha256: token.secret_sha256(),
             service: convert::service("service", &message.service)?,
             instance,
             expires_at,
         };
         let change = Change {
             expected: ExpectedVersion::Empty,
-            command: Command::Token(
-                convert::name("token", token.id().as_str())?,
-                TokenCommand::Create(created),
-            ),
+            command: Command::Token(token.id().clone(), TokenCommand::Create(created)),
         };
         let mut request =
             command(&caller, "create_join_token", &message, message.meta.clone(), vec![change])?;

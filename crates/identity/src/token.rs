@@ -6,23 +6,22 @@
 //! it was used are events in the log.
 
 use crate::fingerprint::{Fingerprint, decode_hex, sha256};
-use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::rand;
 use std::fmt;
 use std::str::FromStr;
-use weft_model::id::Name;
+use weft_model::TokenId;
 use zeroize::Zeroizing;
 
 /// What every token starts with: the program and the version of the form.
 const PREFIX: &str = "weft1";
 
-/// Random bytes in a token's id: enough that ids do not repeat; guessing one gains nothing.
-const ID_BYTES: usize = 8;
+/// Random bytes in a token's id, as many as a [`TokenId`] has: ids do not repeat, and guessing one gains nothing.
+const ID_BYTES: usize = 16;
 
 /// Bytes of the secret: 256 bits, so that guessing is hopeless even without a limit on the rate.
 const SECRET_BYTES: usize = 32;
 
-/// Longest text that is looked at, in bytes. A token has 153; white space around a pasted one is forgiven.
+/// Longest text that is looked at, in bytes. A token has 168; white space around a pasted one is forgiven.
 const TEXT_BYTES_MAX: usize = 256;
 
 const NEXT_STEP: &str = "copy the whole line that `weft token create` printed";
@@ -36,7 +35,7 @@ pub enum TokenError {
     /// It has not four parts.
     #[error("the join token is incomplete; {NEXT_STEP}")]
     Incomplete,
-    /// Its id is not a name.
+    /// Its id has not 32 hexadecimal digits.
     #[error("the id in the join token is malformed; {NEXT_STEP}")]
     Id,
     /// Its secret has not 64 hexadecimal digits.
@@ -55,7 +54,7 @@ pub struct RandomnessError;
 /// A join token, with its secret. Neither `Debug` nor any other implicit text shows the secret.
 #[derive(Clone)]
 pub struct JoinToken {
-    id: Name,
+    id: TokenId,
     secret: Zeroizing<[u8; SECRET_BYTES]>,
     root: Fingerprint,
 }
@@ -71,14 +70,13 @@ impl JoinToken {
         let mut secret = Zeroizing::new([0; SECRET_BYTES]);
         rand::fill(&mut id).map_err(|_| RandomnessError)?;
         rand::fill(secret.as_mut()).map_err(|_| RandomnessError)?;
-        // A name starts with a letter, and a token's id is one, so that it can be part of a scope.
-        let id = format!("t{}", hex::encode(id)).parse().map_err(|_| RandomnessError)?;
+        let id = hex::encode(id).parse().map_err(|_| RandomnessError)?;
         Ok(Self { id, secret, root })
     }
 
     /// Which token it is. Not a secret: logs and lists show it.
     #[must_use]
-    pub const fn id(&self) -> &Name {
+    pub const fn id(&self) -> &TokenId {
         &self.id
     }
 
@@ -88,10 +86,10 @@ impl JoinToken {
         self.root
     }
 
-    /// What the controller keeps of the secret.
+    /// What the controller keeps of the secret: its SHA-256, in hex. Who reads that cannot join with it.
     #[must_use]
-    pub fn secret_hash(&self) -> SecretHash {
-        SecretHash(sha256(self.secret.as_ref()))
+    pub fn secret_sha256(&self) -> String {
+        hex::encode(sha256(self.secret.as_ref()))
     }
 
     /// The whole token as text, secret included, for the one who joins: `weft1.<id>.<secret>.<root>`.
@@ -132,38 +130,6 @@ impl fmt::Debug for JoinToken {
     }
 }
 
-/// SHA-256 of a token's secret, as it is stored. Who reads it cannot join with it. Written as 64 hexadecimal digits.
-#[derive(Clone, Copy)]
-pub struct SecretHash([u8; SECRET_BYTES]);
-
-impl SecretHash {
-    /// Whether this is the hash of the token's secret. Takes the same time for every wrong secret.
-    #[must_use]
-    pub fn matches(&self, token: &JoinToken) -> bool {
-        verify_slices_are_equal(&self.0, &token.secret_hash().0).is_ok()
-    }
-}
-
-impl FromStr for SecretHash {
-    type Err = TokenError;
-
-    fn from_str(s: &str) -> Result<Self, TokenError> {
-        decode_hex(s).map(Self).ok_or(TokenError::Secret)
-    }
-}
-
-impl fmt::Display for SecretHash {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex::encode(self.0))
-    }
-}
-
-impl fmt::Debug for SecretHash {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,16 +144,14 @@ mod tests {
         let token = token();
         let read: JoinToken = format!(" {}\n", *token.reveal()).parse().unwrap();
         assert_eq!((read.id(), read.root()), (token.id(), token.root()));
-        assert!(token.secret_hash().matches(&read));
-        let stored: SecretHash = token.secret_hash().to_string().parse().unwrap();
-        assert!(stored.matches(&read));
+        assert_eq!(token.secret_sha256(), read.secret_sha256());
     }
 
     #[test]
     fn every_token_is_another() {
         let (a, b) = (token(), token());
         assert_ne!(a.id(), b.id());
-        assert!(!a.secret_hash().matches(&b));
+        assert_ne!(a.secret_sha256(), b.secret_sha256());
     }
 
     #[test]
@@ -196,7 +160,7 @@ mod tests {
         let secret = hex::encode(token.secret.as_ref());
         assert!(token.reveal().contains(&secret));
         assert!(!format!("{token:?} {token:#?}").contains(&secret));
-        assert!(!token.secret_hash().to_string().contains(&secret));
+        assert!(!token.secret_sha256().contains(&secret));
     }
 
     #[test]
