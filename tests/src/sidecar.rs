@@ -1,0 +1,114 @@
+//! A sidecar for an app of the test's own, joined as an operator joins one: a token from `weft`, then `weft-proxy`.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::process::{Child, ChildStdin};
+use tokio::time::timeout;
+use weft_localmesh::home::tail;
+use weft_pgserver::reserve_loopback_port;
+
+use crate::http;
+use crate::mesh::{Mesh, SidecarConfig, local};
+use crate::records::Records;
+use crate::wait::until;
+use crate::weft::program;
+
+/// How long a sidecar may take to join and to be ready.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+/// How long it may take to end: its drain, and room.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Starts the program that follows and ends it when its own input ends. So a sidecar does not outlive a test, even one
+/// that is killed.
+const LEASH: &str = "\"$@\" </dev/null & read -r _; kill $! 2>/dev/null; wait $!";
+
+/// A running sidecar.
+#[derive(Debug)]
+pub struct OwnSidecar {
+    leash: Child,
+    hold: ChildStdin,
+    admin: SocketAddr,
+    records: Records,
+    log: PathBuf,
+}
+
+impl OwnSidecar {
+    /// Starts a sidecar for `<namespace>/<service>/<instance>` before the app at `app`, which serves the service's `port`,
+    /// and waits until it is ready. Joins first, unless it has before.
+    ///
+    /// # Errors
+    ///
+    /// It does not join, or is not ready in time.
+    pub async fn start(
+        mesh: &Mesh,
+        weft_proxy: &Path,
+        instance: &str,
+        port: u16,
+        app: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let home = mesh.local.home();
+        let (service, name) = instance.rsplit_once('/').context("an instance is ns/service/instance")?;
+        let state = home.proxy(name);
+        let (inbound, admin) = (local(reserve_loopback_port()?), local(reserve_loopback_port()?));
+        let (log, records) = (home.log(name), home.connections(name));
+        let output = fs::OpenOptions::new().create(true).append(true).open(&log)?;
+
+        let mut command = program("/bin/sh");
+        command.args(["-c", LEASH, "sh"]).arg(weft_proxy);
+        command.args(["--controller", &local(mesh.local.controller_port()).to_string()]);
+        command.args(["--instance", instance, "--state-dir"]).arg(&state);
+        if !state.exists() {
+            let token = home.secret(&format!("{name}.token"));
+            let args = ["token", "create", "--service", service, "--instance", name, "--ttl", "10m", "--out"];
+            mesh.weft.ok(args.into_iter().map(OsStr::new).chain([token.as_os_str()])).await?;
+            command.arg("--join-token-file").arg(token);
+        }
+        command.args(["--inbound-listen", &inbound.to_string(), "--admin-listen", &admin.to_string()]);
+        command.args(["--app", &format!("{port}={app}"), "--probe-interval", "1s", "--drain-deadline", "3s"]);
+        command.arg("--connection-log").arg(&records);
+        command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output).process_group(0);
+        let mut leash = command.spawn().context("/bin/sh could not be run")?;
+        let hold = leash.stdin.take().context("the sidecar has no leash")?;
+
+        let what = format!("{instance} to be ready");
+        let ready = until(&what, READY_LIMIT, async || {
+            let (status, why) = http::get(admin, "/ready").await?;
+            anyhow::ensure!(status == 200, "{}", why.trim());
+            Ok(())
+        });
+        ready.await.with_context(|| format!("the end of {}:\n{}\n", log.display(), tail(&log)))?;
+        Ok(Self { leash, hold, admin, records: Records::of(records), log })
+    }
+
+    /// What it runs.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub async fn config(&self) -> anyhow::Result<SidecarConfig> {
+        SidecarConfig::ask(self.admin).await
+    }
+
+    /// Its connection records.
+    pub fn records(&self) -> &Records {
+        &self.records
+    }
+
+    /// Stops it, and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// It does not end in time.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        drop(self.hold);
+        let ended = timeout(STOP_LIMIT, self.leash.wait()).await;
+        ended.with_context(|| format!("it did not stop; see {}", self.log.display()))??;
+        Ok(())
+    }
+}

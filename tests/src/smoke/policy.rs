@@ -1,0 +1,181 @@
+//! Who may connect to whom: a refusal, a deny that comes while a connection is open, and the way back.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+
+use crate::mesh::Mesh;
+use crate::records::Record;
+use crate::smoke::{BLOB_PORT, Bench};
+use crate::sql::Session;
+use crate::wait::until;
+
+/// How long a refusal, a cut or a permission may take to be felt. The mesh's own bound is a second.
+const FELT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The policies of our own service: who may connect, and the one that takes it back.
+pub(super) const ALLOW: &str = "kind: SecurityPolicy
+scope: default/blob
+default: deny
+rules:
+  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
+";
+const DENY: &str = "kind: SecurityPolicy
+scope: default/blob
+default: deny
+rules:
+  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
+  - { name: web-is-cut-off, action: deny, from: { services: [default/web] } }
+";
+
+/// `web` may not query `db`: the client is cut off, and both ends of the connection recorded the same reason.
+pub(super) async fn refusal(bench: &mut Bench) -> anyhow::Result<String> {
+    let (outbound, inbound) = refused_connection(&bench.mesh).await?;
+    Ok(format!(
+        "connection {}: {} rule {:?} in the records of web-1 and db-1, at {} and {}",
+        outbound.text("connection_id"),
+        outbound.text("close_reason"),
+        outbound.text("rule"),
+        outbound.text("config_version"),
+        inbound.text("config_version"),
+    ))
+}
+
+/// Tries to reach `db` from `web`, and returns the records of both sidecars.
+async fn refused_connection(mesh: &Mesh) -> anyhow::Result<(Record, Record)> {
+    let (outbound, inbound) = (mesh.records("web-1"), mesh.records("db-1"));
+    let (outbound_mark, inbound_mark) = (outbound.mark()?, inbound.mark()?);
+    let address = (mesh.service_address("default/db").await?, 5432);
+    let refused = async {
+        let mut stream = TcpStream::connect(address).await?;
+        // As a client that waits for its turn: what it wants to say must not pass.
+        let mut answer = Vec::new();
+        let sent = stream.write_all(b"anything").await;
+        let received = stream.read_to_end(&mut answer).await;
+        anyhow::Ok((sent, received, answer))
+    };
+    let (_, _, answer) = timeout(FELT_LIMIT, refused).await.context("the connection stays open")??;
+    ensure!(answer.is_empty(), "db answered web: {answer:?}");
+
+    let reason = "policy_denied";
+    let outbound = outbound
+        .find(outbound_mark, "the refusal", |record| {
+            record.is(&[("direction", "outbound"), ("destination", "default/db"), ("close_reason", reason)])
+        })
+        .await?;
+    let id = outbound.text("connection_id").to_owned();
+    let inbound = inbound
+        .find(inbound_mark, &format!("connection {id}"), |record| record.text("connection_id") == id)
+        .await?;
+    ensure!(inbound.is(&[("direction", "inbound"), ("close_reason", reason)]), "db-1 recorded {inbound:?}");
+    ensure!(!outbound.text("rule").is_empty(), "no rule in {outbound:?}");
+    ensure!(inbound.text("rule") == outbound.text("rule"), "{inbound:?} has another rule than {outbound:?}");
+    ensure!(
+        inbound.text("source_identity").contains("/svc/web/"),
+        "db-1 does not know who it was: {inbound:?}"
+    );
+    Ok((outbound, inbound))
+}
+
+/// The command line gives the verdict that the sidecar gave, with the same rule, and the other one for `api`.
+pub(super) async fn why(bench: &mut Bench) -> anyhow::Result<String> {
+    let (outbound, _) = refused_connection(&bench.mesh).await?;
+    let weft = &bench.mesh.weft;
+    let refused = weft.run(["why", "web", "db:5432", "-o", "json"]).await?;
+    ensure!(refused.status == Some(2), "a refusal has exit status 2: {refused}");
+    let answer = refused.json()?;
+    ensure!(answer["permitted"] == false, "the sidecar refused, but: {answer}");
+    ensure!(
+        answer["reason"] == outbound.text("close_reason"),
+        "the sidecar recorded {outbound:?}, but: {answer}"
+    );
+    let rule = outbound.text("rule");
+    ensure!(answer.to_string().contains(rule), "the sidecar recorded rule {rule:?}, but: {answer}");
+
+    let database = bench.mesh.database_through("api-1").await?;
+    Session::open(&database).await.context("api may query db")?;
+    let permitted = weft.json(&["why", "api", "db:5432"]).await?;
+    ensure!(permitted["permitted"] == true, "the sidecar let it pass, but: {permitted}");
+    Ok(format!("web: {}; api: {}", text(&answer["summary"]), text(&permitted["summary"])))
+}
+
+/// A deny cuts what it forbids, and only that.
+pub(super) async fn deny_cuts(bench: &mut Bench) -> anyhow::Result<String> {
+    let mut pair = bench.open().await?;
+    pair.ping().await?;
+    let bystander = Session::open(&bench.mesh.database_through("api-1").await?).await?;
+    let backend = bystander.query("select pg_backend_pid()").await?;
+    let outbound = bench.mesh.records("web-1");
+    let (outbound_mark, inbound_mark) = (outbound.mark()?, bench.blob_sidecar.records().mark()?);
+
+    // Both at once: the cut may be felt before the command has ended.
+    let cut = timeout(FELT_LIMIT, async {
+        let mut byte = [0];
+        match pair.client.read(&mut byte).await {
+            Ok(0) => Ok((Instant::now(), "an end")),
+            Ok(_) => bail!("the application sent something"),
+            Err(_) => Ok((Instant::now(), "a reset")),
+        }
+    });
+    let applied = async {
+        let said = bench.mesh.weft.apply(DENY).await?;
+        ensure!(said.status == Some(0), "{said}");
+        Ok((Instant::now(), said))
+    };
+    let (cut, applied) = tokio::join!(cut, applied);
+    let (acknowledged, _) = applied?;
+    let (cut, how) = cut.context("the connection stays open")??;
+    let after = match cut.checked_duration_since(acknowledged) {
+        Some(after) => format!("{} ms after", after.as_millis()),
+        None => format!("{} ms before", acknowledged.duration_since(cut).as_millis()),
+    };
+
+    let cut_off = |record: &Record| record.text("close_reason") == "policy_changed";
+    let inbound = bench.blob_sidecar.records().find(inbound_mark, "the cut", cut_off).await?;
+    let id = inbound.text("connection_id").to_owned();
+    outbound.find(outbound_mark, "the cut", |record| record.text("connection_id") == id).await?;
+    ensure!(inbound.text("rule").contains("web-is-cut-off"), "another rule cut it: {inbound:?}");
+    ensure!(bench.open().await.is_err(), "a new connection still passes");
+    let same = bystander
+        .query("select pg_backend_pid()")
+        .await
+        .context("the connection of api to db was cut too")?;
+    ensure!(backend == same, "the connection of api to db is another one");
+    Ok(format!(
+        "cut {after} `weft apply` had ended, seen as {how}; policy_changed, rule {:?}, at {}; a SQL session stayed",
+        inbound.text("rule"),
+        inbound.text("config_version"),
+    ))
+}
+
+/// The old policy as a new version: connections pass again, and the version has risen.
+pub(super) async fn rollback(bench: &mut Bench) -> anyhow::Result<String> {
+    let before = bench.blob_sidecar.config().await?.version;
+    let said = bench.mesh.weft.apply(ALLOW).await?;
+    ensure!(said.status == Some(0), "{said}");
+    let acknowledged = Instant::now();
+    let mut pair = until("web to reach blob again", FELT_LIMIT, async || bench.open().await).await?;
+    let felt = acknowledged.elapsed();
+    pair.ping().await?;
+    let after = bench.blob_sidecar.config().await?.version;
+    ensure!(after > before, "the version did not rise: {before}, then {after}");
+    Ok(format!(
+        "config version {before} → {after}; a connection passed {} ms after the apply",
+        felt.as_millis()
+    ))
+}
+
+/// Our own service, at an address of its own.
+pub(super) fn blob_service(address: std::net::Ipv4Addr) -> String {
+    format!(
+        "kind: Service\nname: default/blob\naddress: {address}\nports: [{{ name: bytes, port: {BLOB_PORT} }}]\n---\n{ALLOW}"
+    )
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}

@@ -1,0 +1,135 @@
+//! A database that throws everybody out, and one that is away for a while, under a running mesh.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tokio::task::JoinSet;
+use weft_pgserver::{Binaries, Cluster, ClusterConfig, Server};
+use weft_tests::app::App;
+use weft_tests::mesh::Mesh;
+use weft_tests::programs;
+use weft_tests::sidecar::OwnSidecar;
+use weft_tests::wait::until;
+
+/// How long the controller may take to have everything in order again.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
+
+/// A service whose connections do not need the database, and a policy to change.
+const SERVICE: &str = "kind: Service
+name: default/clock
+address: 127.127.255.254
+ports: [{ name: tick, port: 9000 }]
+---
+kind: SecurityPolicy
+scope: default/clock
+default: deny
+rules:
+  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
+";
+
+#[tokio::test]
+async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server() -> anyhow::Result<()> {
+    let dir = tempfile::Builder::new().prefix("weft-story-").tempdir()?;
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+    let port = weft_pgserver::reserve_loopback_port()?;
+    let server = start_server(dir.path(), port).await?;
+    let programs = programs::built()?;
+    let mesh = Mesh::start(&dir.path().join("home"), &programs, Some(server.url("postgres"))).await?;
+
+    // Connections through the mesh go on all the while, from web to an app of our own.
+    let app = App::listen().await?;
+    let said = mesh.weft.apply(SERVICE).await?;
+    ensure!(said.status == Some(0), "{said}");
+    let sidecar =
+        OwnSidecar::start(&mesh, &programs.proxy, "default/clock/clock-1", 9000, app.address()).await?;
+    let address = (mesh.service_address("default/clock").await?, 9000).into();
+    let opened = until("web to reach clock", RECOVERY_LIMIT, async || app.open(address).await).await;
+    let mut lasting = opened?;
+    let over = Arc::new(AtomicBool::new(false));
+    let mut traffic = JoinSet::new();
+    traffic.spawn({
+        let over = Arc::clone(&over);
+        async move {
+            let mut passed = 0_u32;
+            while !over.load(Ordering::Relaxed) {
+                app.open(address).await?.ping().await?;
+                passed += 1;
+            }
+            anyhow::Ok(passed)
+        }
+    });
+
+    let before = change_and_settle(&mesh, 1).await?;
+    let thrown_out = terminate_controllers(&server).await?;
+    ensure!(thrown_out > 0, "the controller had no connection to lose");
+    let after = change_and_settle(&mesh, 2).await?;
+    ensure!(after > before, "the log was at {before}, and is at {after}");
+
+    tokio::task::spawn_blocking(move || server.stop().map(drop)).await??;
+    lasting.ping().await.context("while the database is away")?;
+    let server = start_server(dir.path(), port).await?;
+    let last = change_and_settle(&mesh, 3).await?;
+    ensure!(last > after, "the log was at {after}, and is at {last}");
+
+    lasting.ping().await.context("the connection that was open all the time")?;
+    over.store(true, Ordering::Relaxed);
+    let passed = traffic.join_next().await.context("no traffic")??;
+    let passed = passed.context("traffic while the database was away")?;
+    ensure!(passed > 10, "only {passed} connections passed");
+
+    let said = mesh.weft.run(["verify"]).await?;
+    ensure!(said.status == Some(0), "{said}");
+    sidecar.stop().await?;
+    mesh.stop().await?;
+    tokio::task::spawn_blocking(move || server.stop().map(drop)).await??;
+    Ok(())
+}
+
+/// Changes a policy, as soon as somebody takes the change, and waits until every sidecar runs it; returns the log's head.
+async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
+    let policy = SERVICE.split_once("---\n").context("two documents")?.1;
+    let changed = policy.replace("web-may-connect", &format!("web-may-connect-{number}"));
+    until("a change to be taken", RECOVERY_LIMIT, async || {
+        let said = mesh.weft.apply(&changed).await?;
+        ensure!(said.status == Some(0), "{said}");
+        Ok(())
+    })
+    .await?;
+    let late = "select count(*) filter (where not connected or applied is distinct from wanted) as late, \
+        count(*) as sidecars, (select projection_lag from status.log) as lag, (select head from status.log) as head \
+        from status.sidecars";
+    until("every sidecar to run the change", RECOVERY_LIMIT, async || {
+        let rows = mesh.weft.json(&["sql", late]).await?;
+        ensure!(rows[0]["late"] == 0 && rows[0]["lag"] == 0 && rows[0]["sidecars"] == 5, "{rows}");
+        rows[0]["head"].as_u64().context("no head")
+    })
+    .await
+}
+
+/// Ends every connection of the controller, and returns how many there were.
+async fn terminate_controllers(server: &Server) -> anyhow::Result<i64> {
+    let (client, connection) =
+        tokio_postgres::connect(&server.url("postgres"), tokio_postgres::NoTls).await?;
+    let mut driver = JoinSet::new();
+    driver.spawn(async move {
+        // Its errors reach the client's calls as well.
+        let _ = connection.await;
+    });
+    let sql = "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity \
+        where datname = 'weft' and usename = 'weft_controller'";
+    Ok(client.query_one(sql, &[]).await?.get(0))
+}
+
+/// A server of our own, on a port that stays the same.
+async fn start_server(dir: &Path, port: u16) -> anyhow::Result<Server> {
+    let config = ClusterConfig { port: Some(port), ..ClusterConfig::new(dir.join("pg")) };
+    let start = move || {
+        let mut say = |line: &str| eprintln!("{line}");
+        let binaries = Binaries::find_or_install(&mut say)?;
+        anyhow::Ok(Cluster::open(binaries, config, &mut say)?.start(&mut say)?)
+    };
+    tokio::task::spawn_blocking(start).await?
+}
