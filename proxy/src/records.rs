@@ -200,10 +200,11 @@ mod tests {
     async fn a_stuck_log_costs_the_oldest_records_and_stops_nobody() {
         let (sender, writer) = start_with(Box::new(Stuck)).unwrap();
         (0..3 * WAITING_MAX as u64).for_each(|n| sender.send(record(n)));
-        let queue = sender.0.queue.lock().unwrap();
-        assert!(queue.waiting.len() <= WAITING_MAX);
-        assert_eq!(queue.waiting.back().unwrap().bytes_up, 3 * WAITING_MAX as u64 - 1);
-        drop(queue);
+        {
+            let queue = sender.0.queue.lock().unwrap();
+            assert!(queue.waiting.len() <= WAITING_MAX);
+            assert_eq!(queue.waiting.back().unwrap().bytes_up, 3 * WAITING_MAX as u64 - 1);
+        }
         writer.finish().await;
     }
 }

@@ -1,0 +1,13 @@
+//! Sidecars in process, against a scripted controller that speaks real gRPC over real mTLS. What they serve comes from the
+//! same fold that the projector runs; what is scripted is when the controller speaks, what it gets wrong, and when it is gone.
+//!
+//! `support/controller.rs` is the controller, `support/sidecar.rs` a running sidecar, `support/app.rs` apps and clients.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot run fails")]
+
+mod config;
+mod life;
+mod path;
+mod policy;
+mod support;
+mod trust;

@@ -1,0 +1,145 @@
+//! Who may connect: refused before the app hears of it, and cut when a policy changes.
+
+use crate::support::app::{expect_reset, ping};
+use crate::support::{App, Controller, LIMIT, Sidecar};
+use tokio::io::AsyncReadExt;
+use weft_model::security::{Action, Mode, SecurityPolicy};
+use weft_testkit::wait_until;
+
+async fn three() -> (Controller, App, Sidecar, Sidecar, Sidecar) {
+    let app = App::echo().await;
+    let controller = Controller::start();
+    for service in ["default/db", "default/web", "default/api"] {
+        controller.declare(service, &[5432]);
+    }
+    controller.allow("default/db", &["default/web", "default/api"]);
+    let db = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
+    let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
+    let api = Sidecar::calling(&controller, "default/api/api-1", "default/db", 5432, 1).await;
+    (controller, app, db, web, api)
+}
+
+#[tokio::test]
+async fn a_denied_connection_says_why_on_both_sides() {
+    let (controller, _app, db, web, api) = three().await;
+    db.runs(controller.allow("default/db", &["default/api"])).await;
+    ping(&mut api.connect("default/db", 5432).await).await.unwrap();
+    expect_reset(&mut web.connect("default/db", 5432).await).await;
+    let (there, here) = (db.record("policy_denied").await, web.record("policy_denied").await);
+    assert_eq!(there["connection_id"], here["connection_id"]);
+    for record in [&there, &here] {
+        assert_eq!(record["rule"], "security/default/db#default");
+        assert_eq!(record["bytes_up"], 0);
+    }
+    assert_eq!((there["closed_by"].as_str(), here["closed_by"].as_str()), (Some("local"), Some("server")));
+    assert_eq!(here["attempts"], 1, "a policy speaks for every instance: no retry");
+}
+
+#[tokio::test]
+async fn a_policy_change_cuts_what_it_denies_and_nothing_else() {
+    let (controller, _app, db, web, api) = three().await;
+    let mut denied = web.connect("default/db", 5432).await;
+    let mut allowed = api.connect("default/db", 5432).await;
+    ping(&mut denied).await.unwrap();
+    ping(&mut allowed).await.unwrap();
+
+    let version = controller.allow("default/db", &["default/api"]);
+    expect_reset(&mut denied).await;
+    let cut = db.record("policy_changed").await;
+    assert_eq!(cut["rule"], "security/default/db#default");
+    assert!(cut["detail"].as_str().unwrap().contains(&version.to_string()), "{cut}");
+    assert_eq!(cut["bytes_up"], 4);
+    web.record("server_reset").await;
+
+    ping(&mut allowed).await.unwrap();
+    assert_eq!(db.records().len(), 1);
+    controller.allow("default/db", &["default/web"]);
+    expect_reset(&mut allowed).await;
+    db.runs(controller.wanted("default/db/db-1")).await;
+    ping(&mut web.connect("default/db", 5432).await).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_audited_refusal_passes_and_is_recorded() {
+    let (controller, _app, db, web, _api) = three().await;
+    let audit =
+        SecurityPolicy { default: Some(Action::Deny), mode: Mode::Audit, ..SecurityPolicy::default() };
+    // The namespace's policy would deny by default; the service's own allows by default.
+    let open = SecurityPolicy { default: Some(Action::Allow), ..SecurityPolicy::default() };
+    controller.put_security("default", open);
+    db.runs(controller.put_security("default/db", audit)).await;
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    drop(client);
+    let record = db.record("client_fin").await;
+    assert_eq!(
+        (record["mode"].as_str(), record["rule"].as_str()),
+        (Some("audit"), Some("security/default/db#default"))
+    );
+}
+
+#[tokio::test]
+async fn connections_to_an_endpoint_that_left_are_cut_by_the_client() {
+    let (controller, _app, db, web, _api) = three().await;
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    let gone = weft_model::membership::MembershipCommand::Deregister;
+    controller.commit(weft_model::Command::Membership("default/db/db-1".parse().unwrap(), gone));
+    expect_reset(&mut client).await;
+    assert_eq!(web.record("endpoint_removed").await["closed_by"], "local");
+    db.record("client_reset").await;
+}
+
+#[tokio::test]
+async fn ports_that_are_not_there_are_refused() {
+    let (controller, _app, _db, web, _api) = three().await;
+    let other = Sidecar::start(&controller, "default/api/api-2", |config| {
+        config.upstreams.push(crate::support::sidecar::upstream("default/db", 1));
+        config.upstreams.push(crate::support::sidecar::upstream("default/unknown", 1));
+    })
+    .await;
+    other.sees("default/db", 1).await;
+    expect_reset(&mut other.connect("default/db", 1).await).await;
+    assert!(other.record("no_snapshot").await["detail"].as_str().unwrap().contains("declares no port 1"));
+    expect_reset(&mut other.connect("default/unknown", 1).await).await;
+    wait_until("the second refusal", LIMIT, async || {
+        other
+            .records()
+            .iter()
+            .any(|record| record["detail"].as_str().unwrap().contains("no service default/unknown"))
+    })
+    .await;
+    drop(web);
+}
+
+#[tokio::test]
+async fn metrics_and_pages_tell_what_happens() {
+    let (controller, _app, db, web, _api) = three().await;
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    let live = web.json("/connections").await;
+    assert_eq!(live.as_array().unwrap().len(), 1);
+    assert_eq!((&live[0]["bytes_up"], &live[0]["destination"]), (&4.into(), &"default/db".into()));
+
+    let (status, text) = db.page("/metrics").await;
+    assert_eq!(status, 200);
+    for line in [
+        "weft_connections_opened_total{direction=\"inbound\"}",
+        "weft_bytes_total{direction=\"outbound\",bytes=\"down\"}",
+        "weft_authorizations_total{verdict=\"allow\",mode=\"enforce\"}",
+        "weft_config_position{kind=\"applied\"}",
+        "weft_leaf_expiry_timestamp_seconds",
+        "weft_connect_seconds_bucket",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    let config = db.json("/config").await;
+    assert_eq!(config["instance"], "default/db/db-1");
+    assert_eq!(config["version"], controller.wanted("default/db/db-1").to_string());
+    assert_eq!(config["inbound"]["policies"][0]["policy"]["default"], "deny");
+    assert_eq!(config["shards"].as_array().unwrap().len(), 2);
+    assert_eq!((db.page("/live").await.0, db.page("/nothing").await.0), (200, 404));
+    let mut rest = Vec::new();
+    drop(db);
+    let _ = tokio::time::timeout(std::time::Duration::ZERO, client.read_to_end(&mut rest)).await;
+}

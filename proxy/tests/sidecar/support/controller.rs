@@ -1,0 +1,316 @@
+//! The scripted controller: a real gRPC server over mTLS whose mesh is folded from events by the real rules, with a few
+//! ways to misbehave. It runs on a runtime of its own, so that killing it takes every connection with it.
+
+mod rpc;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use weft_identity::ca::{CertificateAuthority, LEAF_LIFETIME};
+use weft_identity::credential::Credential;
+use weft_identity::spiffe::Subject;
+use weft_identity::token::JoinToken;
+use weft_model::ca::RootAdded;
+use weft_model::health::{Health, HealthReported};
+use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
+use weft_model::security::{Action, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
+use weft_model::traffic::{TrafficCommand, TrafficPolicy};
+use weft_model::{Command, ConfigVersion, Epoch, Fact, InstanceId, Port, Position, ServiceName, Timestamp};
+use weft_proto::v1;
+use weft_routing::decide::Refused;
+use weft_routing::{Hash, Projection};
+
+/// What the controller was asked, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Call {
+    Joined(InstanceId),
+    Renewed(InstanceId),
+    Registered(InstanceId),
+    Drained(InstanceId),
+    Deregistered(InstanceId),
+    Health(InstanceId, Health, u64),
+    Pulled(InstanceId),
+    Acked(InstanceId, ConfigVersion, String),
+}
+
+/// The mesh as the controller has it, and how it misbehaves.
+pub(crate) struct State {
+    pub(crate) projection: Projection,
+    pub(crate) calls: Vec<Call>,
+    /// How long the leaves live that are issued from now on.
+    pub(crate) leaf_lifetime: Duration,
+    pub(crate) refuse_renewals: bool,
+    pub(crate) heartbeat: Duration,
+    /// No notice is sent to anybody.
+    pub(crate) silent: bool,
+    /// These hear of no change, only heartbeats with what they were told last.
+    pub(crate) frozen: BTreeMap<InstanceId, Option<v1::Notice>>,
+    /// What these are told is wanted, and what they get when they pull it.
+    pub(crate) forged: BTreeMap<InstanceId, v1::PullResponse>,
+    tokens: BTreeMap<String, InstanceId>,
+    /// The shards of every manifest that was sent.
+    sent: BTreeMap<Vec<u8>, BTreeSet<Hash>>,
+}
+
+/// What the server's tasks share.
+pub(crate) struct Inner {
+    pub(crate) ca: CertificateAuthority,
+    state: Mutex<State>,
+    changes: watch::Sender<u64>,
+}
+
+/// See the module's documentation.
+pub(crate) struct Controller {
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) address: SocketAddr,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the leaves are checked against the system's clock")]
+pub(crate) fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    Timestamp(i64::try_from(since.as_millis()).unwrap())
+}
+
+impl Controller {
+    /// A controller with an empty mesh.
+    pub(crate) fn start() -> Self {
+        let ca = CertificateAuthority::create(&"weft.test".parse().unwrap(), now()).unwrap();
+        let state = State {
+            projection: Projection::default(),
+            calls: Vec::new(),
+            leaf_lifetime: LEAF_LIFETIME,
+            refuse_renewals: false,
+            heartbeat: Duration::from_secs(5),
+            silent: false,
+            frozen: BTreeMap::new(),
+            forged: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            sent: BTreeMap::new(),
+        };
+        let inner = Arc::new(Inner { ca, state: Mutex::new(state), changes: watch::Sender::new(0) });
+        let mut controller = Self { inner, address: SocketAddr::from(([127, 0, 0, 1], 0)), runtime: None };
+        controller.go_on();
+        let root = controller.inner.ca.root();
+        let certificate = pem::encode(&pem::Pem::new("CERTIFICATE", root.to_vec()));
+        controller.commit(Command::Ca(RootAdded {
+            trust_domain: "weft.test".parse().unwrap(),
+            certificate_pem: certificate,
+            sha256: controller.inner.ca.root_fingerprint().to_string(),
+        }));
+        controller
+    }
+
+    /// Kills the server with all its connections. The mesh's state stays.
+    pub(crate) fn stop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    /// Serves, at the address where it served before.
+    pub(crate) fn go_on(&mut self) {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = TcpListener::bind(self.address).unwrap();
+        self.address = listener.local_addr().unwrap();
+        runtime.spawn(rpc::serve(Arc::clone(&self.inner), listener));
+        self.runtime = Some(runtime);
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state()
+    }
+
+    /// Changes how it behaves, and wakes everybody who waits for it.
+    pub(crate) fn script(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state());
+        self.inner.changed();
+    }
+
+    /// A change of the mesh, by the rules of the model.
+    pub(crate) fn commit(&self, command: Command) -> ConfigVersion {
+        self.inner.commit(command).unwrap()
+    }
+
+    pub(crate) fn declare(&self, service: &str, ports: &[u16]) {
+        let port = |number: &u16| ServicePort {
+            name: format!("p{number}").parse().unwrap(),
+            port: Port::new(*number).unwrap(),
+        };
+        let declared = ServiceDeclared { ports: ports.iter().map(port).collect(), address: None };
+        self.commit(Command::Service(service.parse().unwrap(), ServiceCommand::Declare(declared)));
+    }
+
+    /// Only these services may connect to `service`.
+    pub(crate) fn allow(&self, service: &str, from: &[&str]) -> ConfigVersion {
+        let services: BTreeSet<ServiceName> = from.iter().map(|name| name.parse().unwrap()).collect();
+        let rule = Rule {
+            name: "the-test-allows".parse().unwrap(),
+            action: Action::Allow,
+            from: Sources { services, ..Sources::default() },
+            ports: BTreeSet::new(),
+        };
+        let rules = if from.is_empty() { Vec::new() } else { vec![rule] };
+        let policy = SecurityPolicy { default: Some(Action::Deny), rules, ..SecurityPolicy::default() };
+        self.put_security(service, policy)
+    }
+
+    pub(crate) fn put_security(&self, scope: &str, policy: SecurityPolicy) -> ConfigVersion {
+        self.commit(Command::Security(scope.parse().unwrap(), SecurityCommand::Put(policy)))
+    }
+
+    pub(crate) fn put_traffic(&self, scope: &str, policy: TrafficPolicy) {
+        self.commit(Command::Traffic(scope.parse().unwrap(), TrafficCommand::Put(policy)));
+    }
+
+    /// An instance that is said to be reached at `address` and to be healthy, whatever is there.
+    pub(crate) fn pretend(&self, instance: &str, address: SocketAddr) {
+        let instance: InstanceId = instance.parse().unwrap();
+        let registered = InstanceRegistered {
+            address: address.ip(),
+            port: Port::new(address.port()).unwrap(),
+            upstreams: Upstreams::Only(BTreeSet::new()),
+            metadata: BTreeMap::new(),
+        };
+        self.commit(Command::Membership(instance.clone(), MembershipCommand::Register(registered)));
+        let health = HealthReported { health: Health::Healthy, revision: 1, detail: String::new() };
+        self.commit(Command::Health(instance, health));
+    }
+
+    /// A token for this instance.
+    pub(crate) fn token(&self, instance: &str) -> JoinToken {
+        let token = JoinToken::generate(self.inner.ca.root_fingerprint()).unwrap();
+        self.state().tokens.insert(token.reveal().to_string(), instance.parse().unwrap());
+        token
+    }
+
+    /// Who holds this may call itself `instance`.
+    pub(crate) fn credential(&self, instance: &str) -> Credential {
+        let subject = Subject::Instance(instance.parse().unwrap());
+        self.inner.ca.issue_credential(&subject, now(), LEAF_LIFETIME).unwrap()
+    }
+
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.state().calls.clone()
+    }
+
+    /// What `instance` would get now if it pulled everything.
+    pub(crate) fn full_pull(&self, instance: &str) -> v1::PullResponse {
+        self.state().pull(&instance.parse().unwrap(), None).unwrap()
+    }
+
+    /// What `instance` would be told now.
+    pub(crate) fn notice(&self, instance: &str) -> v1::Notice {
+        self.inner.notice(&instance.parse().unwrap())
+    }
+
+    /// The version that `instance` is to run.
+    pub(crate) fn wanted(&self, instance: &str) -> ConfigVersion {
+        self.state().projection.wanted(&instance.parse().unwrap()).unwrap().version
+    }
+}
+
+impl Inner {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub(crate) fn changed(&self) {
+        self.changes.send_modify(|change| *change += 1);
+    }
+
+    pub(crate) fn commit(&self, command: Command) -> Result<ConfigVersion, Refused> {
+        let version = self.state().commit(command)?;
+        self.changed();
+        Ok(version)
+    }
+}
+
+impl State {
+    /// Every token that was given out is used from now on.
+    pub(crate) fn forget_tokens(&mut self) {
+        self.tokens.clear();
+    }
+
+    fn commit(&mut self, command: Command) -> Result<ConfigVersion, Refused> {
+        let state = self.projection.state();
+        let decisions = weft_routing::decide::decide(state, &[command], now())?;
+        let mut position = state.version().position;
+        let mut facts = Vec::new();
+        for decision in decisions {
+            let mut version = decision.seen;
+            for event in decision.events {
+                position = position.next();
+                version = version.next();
+                facts.push(Fact {
+                    epoch: Epoch(1),
+                    position,
+                    version,
+                    at: now(),
+                    actor: "test".into(),
+                    scope: decision.scope.clone(),
+                    event,
+                });
+            }
+        }
+        self.projection.apply(&facts).unwrap();
+        Ok(ConfigVersion::new(Epoch(1), position))
+    }
+
+    fn header(&self, instance: &InstanceId) -> Option<v1::SnapshotHeader> {
+        let wanted = self.projection.wanted(instance)?;
+        Some(v1::SnapshotHeader {
+            version: Some(wire_version(wanted.version)),
+            manifest_hash: wanted.manifest.hash.0.to_vec().into(),
+        })
+    }
+
+    /// The answer to a pull from somebody who has a manifest with this hash.
+    fn pull(&mut self, instance: &InstanceId, have: Option<&[u8]>) -> Option<v1::PullResponse> {
+        let header = self.header(instance)?;
+        let class = self.projection.wanted(instance)?.manifest.clone();
+        let known = have.and_then(|hash| self.sent.get(hash)).cloned();
+        let lacks = |hash: &Hash| known.as_ref().is_none_or(|known| !known.contains(hash));
+        let shards =
+            class.manifest.entries.iter().filter(|(_, entry)| lacks(&entry.hash)).map(|(key, entry)| {
+                assert_eq!(self.projection.shards()[key].hash, entry.hash);
+                shard(&key.to_string(), &self.projection.shards()[key].bytes)
+            });
+        let response = v1::PullResponse {
+            header: Some(header),
+            full: known.is_none(),
+            manifest: class.bytes.to_vec().into(),
+            shards: shards.collect(),
+        };
+        let hashes = class.manifest.entries.values().map(|entry| entry.hash).collect();
+        self.sent.insert(class.hash.0.to_vec(), hashes);
+        Some(response)
+    }
+}
+
+pub(crate) fn shard(key: &str, bytes: &[u8]) -> v1::Shard {
+    v1::Shard {
+        key: key.into(),
+        body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
+        length: bytes.len().try_into().unwrap(),
+    }
+}
+
+pub(crate) fn wire_version(version: ConfigVersion) -> v1::ConfigVersion {
+    v1::ConfigVersion { epoch: version.epoch.0, position: version.position.0 }
+}
+
+pub(crate) fn model_version(version: &v1::ConfigVersion) -> ConfigVersion {
+    ConfigVersion::new(Epoch(version.epoch), Position(version.position))
+}

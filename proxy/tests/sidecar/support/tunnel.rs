@@ -1,0 +1,92 @@
+//! A hand-made end of a tunnel, written from `docs/tunnel.md` alone.
+
+use prost::Message;
+use std::net::SocketAddr;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use weft_identity::credential::Credential;
+use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Frame {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) open: Option<Open>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) opened: Option<Opened>,
+    #[prost(message, optional, tag = "3")]
+    pub(crate) refused: Option<Refused>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Open {
+    #[prost(string, tag = "1")]
+    pub(crate) service: String,
+    #[prost(uint32, tag = "2")]
+    pub(crate) port: u32,
+    #[prost(string, tag = "3")]
+    pub(crate) source_address: String,
+    #[prost(bytes = "vec", tag = "4")]
+    pub(crate) connection_id: Vec<u8>,
+    #[prost(message, optional, tag = "5")]
+    pub(crate) version: Option<Version>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Opened {}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Refused {
+    #[prost(string, tag = "1")]
+    pub(crate) reason: String,
+    #[prost(string, tag = "2")]
+    pub(crate) rule: String,
+    #[prost(string, tag = "3")]
+    pub(crate) detail: String,
+    #[prost(message, optional, tag = "4")]
+    pub(crate) version: Option<Version>,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(crate) struct Version {
+    #[prost(uint64, tag = "1")]
+    pub(crate) epoch: u64,
+    #[prost(uint64, tag = "2")]
+    pub(crate) position: u64,
+}
+
+/// An OPEN that a sidecar of a very old version could send.
+pub(crate) fn open(service: &str, port: u32) -> Frame {
+    Frame {
+        open: Some(Open {
+            service: service.into(),
+            port,
+            source_address: "127.0.0.1:1".into(),
+            connection_id: vec![7; 16],
+            version: Some(Version { epoch: 0, position: 0 }),
+        }),
+        ..Frame::default()
+    }
+}
+
+/// TLS to a sidecar, as the holder of `credential`.
+pub(crate) async fn connect(
+    address: SocketAddr,
+    credential: Credential,
+    alpn: &[&[u8]],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let config = TlsIdentity::new(credential).client_config(ExpectedPeer::Any, alpn);
+    let stream = TcpStream::connect(address).await?;
+    TlsConnector::from(config).connect("db.default".try_into().unwrap(), stream).await
+}
+
+/// Sends a frame and reads the answer.
+pub(crate) async fn exchange(tunnel: &mut TlsStream<TcpStream>, frame: &Frame) -> std::io::Result<Frame> {
+    let message = frame.encode_to_vec();
+    tunnel.write_u32(u32::try_from(message.len()).unwrap()).await?;
+    tunnel.write_all(&message).await?;
+    let mut answer = vec![0; tunnel.read_u32().await?.try_into().unwrap()];
+    tunnel.read_exact(&mut answer).await?;
+    Ok(Frame::decode(answer.as_slice()).unwrap())
+}
