@@ -30,8 +30,17 @@ pub(crate) async fn get(port: u16, path: &str) -> Result<(u16, String), String> 
 pub(crate) async fn ready(port: u16) -> Result<(), String> {
     match get(port, "/ready").await? {
         (200, _) => Ok(()),
-        (_, reasons) => Err(reasons.trim().to_owned()),
+        (_, answer) => Err(reasons(&answer)),
     }
+}
+
+/// The reasons and warnings of an answer that says no; all of it, if it has another form.
+fn reasons(answer: &str) -> String {
+    let told: Option<Vec<String>> = serde_json::from_str(answer).ok().map(|answer: Value| {
+        let lists = ["reasons", "warnings"].into_iter().filter_map(|name| answer.get(name)?.as_array());
+        lists.flatten().filter_map(|reason| reason.as_str().map(str::to_owned)).collect()
+    });
+    told.filter(|told| !told.is_empty()).map_or_else(|| answer.trim().to_owned(), |told| told.join("; "))
 }
 
 /// What a sidecar runs: `1.42`. None if it runs nothing yet or does not answer.
@@ -39,4 +48,17 @@ pub(crate) async fn config_version(port: u16) -> Option<String> {
     let (_, body) = get(port, "/config").await.ok()?;
     let config: Value = serde_json::from_str(&body).ok()?;
     config.get("version")?.as_str().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_read_out_of_an_answer_or_it_is_shown_as_it_is() {
+        let answer = r#"{"ready":false,"reasons":["no snapshot yet"],"warnings":["no controller"]}"#;
+        assert_eq!(reasons(answer), "no snapshot yet; no controller");
+        assert_eq!(reasons("starting\n"), "starting");
+        assert_eq!(reasons("{}"), "{}");
+    }
 }

@@ -29,9 +29,11 @@ pub(crate) struct Recipe {
 }
 
 /// A command that gets its settings from its arguments alone: what is set for `weft` itself, such as a database or a
-/// context, must not reach a controller or a sidecar by the way of the environment.
+/// context, must not reach a controller or a sidecar by the way of the environment. What it prints goes into a file,
+/// so without colours.
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
+    command.env("NO_COLOR", "1");
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("WEFT_") {
             command.env_remove(name);

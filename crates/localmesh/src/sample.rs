@@ -159,8 +159,8 @@ pub(crate) fn sidecar(
         args.pair("--upstream", format!("{target}={}", local(port("outbound"))));
     }
     if instance.service == Service::Web {
-        // It sees every service, so a refusal can be tried: web may not query db.
-        args.flag("--all-upstreams");
+        // It knows db without being allowed to query it, so that a refusal can be tried.
+        args.pair("--upstream", "default/db:5432");
         args.flag("--loopback-addresses");
     }
     recipe(home, &instance.name, &programs.proxy, args)
@@ -262,14 +262,14 @@ mod tests {
     }
 
     #[test]
-    fn only_web_may_see_everything_and_secrets_are_in_no_argument() {
+    fn only_web_has_loopback_addresses_and_secrets_are_in_no_argument() {
         let (_dir, home, ports) = fixture();
         std::fs::write(home.secret("shop.url"), "postgres://shop:hush@127.0.0.1:1/shop\n").unwrap();
         let programs = Programs::beside(Path::new("/x/weft"));
         for instance in Instance::initial() {
             let sidecar = sidecar(&home, &programs, &ports, &instance, None);
-            let sees_all = sidecar.args.contains(&OsString::from("--all-upstreams"));
-            assert_eq!(sees_all, instance.service == Service::Web);
+            let loopback = sidecar.args.contains(&OsString::from("--loopback-addresses"));
+            assert_eq!(loopback, instance.service == Service::Web);
             let app = app(&home, &programs, &ports, &instance).unwrap();
             assert_eq!(app.is_some(), instance.service != Service::Db);
             let mut args = sidecar.args.iter().chain(app.iter().flat_map(|app| &app.args));
