@@ -154,8 +154,9 @@ impl Subscriber {
             // It is leaving; it only wants to know what changes meanwhile.
             return Ok(Instant::now());
         }
-        let upstreams: BTreeSet<&ServiceName> =
-            self.config.upstreams.iter().map(|upstream| &upstream.service).collect();
+        // With every service, single ones are in it already, and naming them as well is refused.
+        let named = self.config.upstreams.iter().filter(|_| !self.config.all_upstreams);
+        let upstreams: BTreeSet<&ServiceName> = named.map(|upstream| &upstream.service).collect();
         let request = v1::RegisterInstanceRequest {
             meta: Some(command("the sidecar connects")),
             expected: None,
