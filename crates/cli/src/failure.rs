@@ -58,9 +58,10 @@ impl Failure {
             .map_or(what.clone(), |next| format!("{what}; {}", crate::output::text::printable(next)))
     }
 
-    /// Whether it says what to do next.
-    pub(crate) const fn has_next(&self) -> bool {
-        self.next.is_some()
+    /// The next step, unless it names one.
+    #[must_use]
+    pub(crate) fn or_next(self, next: &str) -> Self {
+        if self.next.is_some() { self } else { self.next(next) }
     }
 
     /// The next step.
@@ -112,7 +113,9 @@ impl From<CallError> for Failure {
             CallError::Unreachable(_) => Self::fault(what).next(
                 "start a local mesh with `weft up`, or name another mesh with --context or WEFT_CONTEXT",
             ),
-            CallError::Overloaded(_) => Self::fault(what).next("try again in a moment"),
+            CallError::Overloaded(_) | CallError::Unavailable(_) => {
+                Self::fault(what).next("try again in a moment")
+            }
             CallError::Rejected { .. }
             | CallError::Invalid { .. }
             | CallError::NotFound(_)

@@ -54,6 +54,10 @@ pub enum CallError {
     /// The controller has more to do than it can; nothing was changed. Try again soon.
     #[error("controller is overloaded: {0}")]
     Overloaded(String),
+    /// A controller answers, and cannot do it now: its database is away, or it is about to stop. Whether a command was
+    /// executed is not known: repeat it with the same id.
+    #[error("the controller cannot do this now: {0}")]
+    Unavailable(String),
     /// Anything else.
     #[error("{}: {message}", code.description())]
     Other {
@@ -68,7 +72,7 @@ impl CallError {
     /// Whether the same call may succeed if it is simply repeated.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Overloaded(_))
+        matches!(self, Self::Unreachable(_) | Self::Unavailable(_) | Self::Overloaded(_))
     }
 }
 
@@ -94,7 +98,10 @@ impl From<Status> for CallError {
             (Code::NotFound, None) => Self::NotFound(message),
             (Code::PermissionDenied | Code::Unauthenticated, None) => Self::Denied(message),
             (Code::ResourceExhausted, None) => Self::Overloaded(message),
-            (Code::Unavailable, None) => Self::Unreachable(innermost(&status).unwrap_or(message)),
+            (Code::Unavailable, None) => match innermost(&status) {
+                Some(cause) => Self::Unreachable(cause),
+                None => Self::Unavailable(message),
+            },
             // hyper reports a connection that broke in the middle as unknown or cancelled, with a source.
             (Code::Unknown | Code::Cancelled | Code::Internal, None) if status.source().is_some() => {
                 Self::Unreachable(innermost(&status).unwrap_or(message))

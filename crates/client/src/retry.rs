@@ -7,11 +7,12 @@ use tonic::{Response, Status};
 use uuid::Uuid;
 use weft_proto::v1::CommandMeta;
 
-/// Waits between attempts, with jitter: 50 ms doubling to 1 s, in all at most about four seconds. A controller that
-/// restarts is back within that; one that is gone shall not keep a person waiting longer.
+/// Waits between attempts, with jitter: 50 ms doubling to 1 s. A controller that restarts is back within that.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 const RETRIES_MAX: usize = 6;
+/// All attempts and waits together: one that is gone, or hangs, shall not keep a person waiting longer.
+const DEADLINE: Duration = Duration::from_secs(15);
 
 /// A new command's id and reason. Keep it for all repeats of the command.
 #[must_use]
@@ -39,11 +40,12 @@ where
         let answer = call();
         async { answer.await.map(Response::into_inner).map_err(CallError::from) }
     };
-    attempt
+    let attempts = attempt
         .retry(waits)
         .when(CallError::is_transient)
-        .notify(|error, wait| tracing::debug!(%error, ?wait, "no answer, calling again"))
-        .await
+        .notify(|error, wait| tracing::debug!(%error, ?wait, "no answer, calling again"));
+    let late = || CallError::Unreachable(format!("nothing came within {DEADLINE:?}"));
+    tokio::time::timeout(DEADLINE, attempts).await.unwrap_or_else(|_| Err(late()))
 }
 
 #[cfg(test)]
@@ -58,7 +60,7 @@ mod tests {
             async { Err(Status::unavailable("away")) }
         })
         .await;
-        assert!(matches!(result, Err(CallError::Unreachable(_))));
+        assert!(matches!(result, Err(CallError::Unavailable(_))));
         assert_eq!(calls, RETRIES_MAX + 1);
 
         let mut calls = 0;

@@ -23,8 +23,7 @@ use zeroize::{Zeroize, Zeroizing};
 /// The file in a credential's directory.
 pub const CREDENTIAL_FILE: &str = "identity.pem";
 
-/// Most roots trusted at once. A rotation needs two; eight leaves room for one that was not finished.
-pub const ROOTS_MAX: usize = 8;
+pub use weft_model::ca::ROOTS_MAX;
 
 /// Largest credential file in bytes: a key, a leaf and [`ROOTS_MAX`] roots of about 1 KiB each, several times over.
 const FILE_BYTES_MAX: u64 = 64 * 1024;

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// Most roots that are trusted at once: the old one, the new one, and room for a rotation that was broken off.
 pub const ROOTS_MAX: usize = 4;
+/// Longest root certificate, PEM, in bytes; one with a P-256 key has about 700.
+pub const CERTIFICATE_BYTES_MAX: usize = 8 * 1024;
 
 event_family! {
     /// What can happen in the `ca` scope.
@@ -32,6 +34,9 @@ pub type CaCommand = RootAdded;
 pub type CaState = Vec<RootAdded>;
 
 /// Decides a command.
+///
+/// # Errors
+/// If the root cannot be trusted beside those that are.
 pub fn decide(state: &CaState, wanted: &CaCommand) -> Result<Vec<CaEvent>, Rejection> {
     if state.iter().any(|root| root.sha256 == wanted.sha256) {
         return Ok(Vec::new());
@@ -40,6 +45,9 @@ pub fn decide(state: &CaState, wanted: &CaCommand) -> Result<Vec<CaEvent>, Rejec
         let rule =
             format!("this mesh is {}; a root of another trust domain cannot join it", other.trust_domain);
         return Err(Rejection::invalid("trust_domain", rule));
+    }
+    if wanted.certificate_pem.len() > CERTIFICATE_BYTES_MAX {
+        return Err(Rejection::invalid("certificate_pem", format!("at most {CERTIFICATE_BYTES_MAX} bytes")));
     }
     if state.len() >= ROOTS_MAX {
         return Err(Rejection::invalid("roots", format!("at most {ROOTS_MAX} are trusted at once")));

@@ -2,7 +2,6 @@
 //! ordered by a revision that the observer raises.
 
 use crate::event::event_family;
-use crate::id::InstanceId;
 use crate::rejection::Rejection;
 use serde::{Deserialize, Serialize};
 
@@ -59,11 +58,10 @@ pub type HealthCommand = HealthReported;
 pub type HealthState = Option<HealthReported>;
 
 /// Decides a report. That the instance takes part is checked where all scopes are seen.
-pub fn decide(
-    _instance: &InstanceId,
-    state: &HealthState,
-    report: &HealthCommand,
-) -> Result<Vec<HealthEvent>, Rejection> {
+///
+/// # Errors
+/// If the report is stale, or says nothing that can be recorded.
+pub fn decide(state: &HealthState, report: &HealthCommand) -> Result<Vec<HealthEvent>, Rejection> {
     if let Some(current) = state
         && report.revision <= current.revision
     {
@@ -73,6 +71,9 @@ pub fn decide(
         } else {
             Err(Rejection::StaleObservation { current: current.revision })
         };
+    }
+    if report.revision == u64::MAX {
+        return Err(Rejection::invalid("revision", "leaves no room for a higher one"));
     }
     if report.health == Health::Unknown {
         return Err(Rejection::invalid("health", "healthy or unhealthy"));
@@ -96,10 +97,6 @@ pub fn apply(_state: HealthState, event: &HealthEvent) -> HealthState {
 mod tests {
     use super::*;
 
-    fn api() -> InstanceId {
-        "default/api/api-1".parse().unwrap()
-    }
-
     fn report(health: Health, revision: u64) -> HealthReported {
         HealthReported { health, revision, detail: String::new() }
     }
@@ -108,20 +105,21 @@ mod tests {
     fn only_a_higher_revision_counts() {
         let state = Some(report(Health::Healthy, 5));
         let down = report(Health::Unhealthy, 6);
-        assert_eq!(decide(&api(), &state, &down), Ok(vec![down.clone().into()]));
+        assert_eq!(decide(&state, &down), Ok(vec![down.clone().into()]));
         for revision in [4, 5] {
             assert_eq!(
-                decide(&api(), &state, &report(Health::Unhealthy, revision)),
+                decide(&state, &report(Health::Unhealthy, revision)),
                 Err(Rejection::StaleObservation { current: 5 })
             );
         }
-        assert_eq!(decide(&api(), &state, &report(Health::Healthy, 5)), Ok(vec![]));
+        assert_eq!(decide(&state, &report(Health::Healthy, 5)), Ok(vec![]));
     }
 
     #[test]
     fn an_observation_says_something_printable() {
-        assert!(decide(&api(), &None, &report(Health::Unknown, 1)).is_err());
+        assert!(decide(&None, &report(Health::Unknown, 1)).is_err());
+        assert!(decide(&None, &report(Health::Healthy, u64::MAX)).is_err());
         let noisy = HealthReported { detail: "a\nb".into(), ..report(Health::Healthy, 1) };
-        assert!(decide(&api(), &None, &noisy).is_err());
+        assert!(decide(&None, &noisy).is_err());
     }
 }

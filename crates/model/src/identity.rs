@@ -31,7 +31,7 @@ pub type IdentityState = Option<LeafIssued>;
 
 /// Decides a command: every signed leaf is recorded.
 #[must_use]
-pub fn decide(_state: &IdentityState, leaf: &IdentityCommand) -> Vec<IdentityEvent> {
+pub fn decide(leaf: &IdentityCommand) -> Vec<IdentityEvent> {
     vec![leaf.clone().into()]
 }
 

@@ -115,6 +115,9 @@ impl MembershipState {
 }
 
 /// Decides a command. That the service is declared is checked where all scopes are seen.
+///
+/// # Errors
+/// If the state does not allow it, or the registration makes no sense.
 pub fn decide(
     instance: &InstanceId,
     state: &MembershipState,

@@ -46,6 +46,9 @@ pub type MeshCommand = MeshDefaults;
 pub type MeshState = MeshDefaults;
 
 /// Decides a command.
+///
+/// # Errors
+/// If a value is out of its range.
 pub fn decide(state: &MeshState, wanted: &MeshCommand) -> Result<Vec<MeshEvent>, Rejection> {
     if !PROPAGATION_BOUND_MS.contains(&wanted.propagation_bound_ms) {
         return Err(Rejection::invalid("propagation_bound", "from 10 ms to 1 h"));

@@ -153,6 +153,9 @@ pub enum SecurityCommand {
 pub type SecurityState = Option<SecurityPolicy>;
 
 /// Decides a command. That the named services are declared is checked where all scopes are seen.
+///
+/// # Errors
+/// If the policy makes no sense, or there is none to delete.
 pub fn decide(
     scope: &SecurityScope,
     state: &SecurityState,

@@ -57,6 +57,9 @@ pub enum ServiceCommand {
 pub type ServiceState = Option<ServiceDeclared>;
 
 /// Decides a command. That no instance is left and the address is free is checked where all scopes are seen.
+///
+/// # Errors
+/// If the shape makes no sense, or there is nothing to delete.
 pub fn decide(
     service: &ServiceName,
     state: &ServiceState,

@@ -5,6 +5,10 @@ use crate::id::{InstanceId, Name, ServiceName};
 use crate::rejection::Rejection;
 use crate::time::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Longest life of a join token: a rollout that takes longer than a day makes new ones.
+pub const LIFETIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 event_family! {
     /// What can happen in a `token` scope.
@@ -61,6 +65,9 @@ pub enum TokenState {
 }
 
 /// Decides a command.
+///
+/// # Errors
+/// If the token cannot be created, or not be redeemed by this caller now.
 pub fn decide(
     state: &TokenState,
     command: &TokenCommand,
@@ -68,8 +75,12 @@ pub fn decide(
 ) -> Result<Vec<TokenEvent>, Rejection> {
     match (command, state) {
         (TokenCommand::Create(token), TokenState::Absent) => {
-            if token.expires_at <= now {
-                return Err(Rejection::invalid("expires_at", "must lie in the future"));
+            if token.expires_at <= now || token.expires_at > now.after(LIFETIME_MAX) {
+                return Err(Rejection::invalid("expires_at", "must lie in the next 24 hours"));
+            }
+            if token.secret_sha256.len() != 64 || !token.secret_sha256.bytes().all(|b| b.is_ascii_hexdigit())
+            {
+                return Err(Rejection::invalid("secret_sha256", "64 hex digits"));
             }
             Ok(vec![token.clone().into()])
         }
@@ -131,15 +142,19 @@ mod tests {
 
     fn created() -> JoinTokenCreated {
         JoinTokenCreated {
-            secret_sha256: "aa".into(),
+            secret_sha256: digest("aa"),
             service: "default/api".parse().unwrap(),
             instance: None,
             expires_at: Timestamp(2_000),
         }
     }
 
+    fn digest(secret: &str) -> String {
+        secret.repeat(32)
+    }
+
     fn redeem(secret: &str, instance: &str) -> TokenCommand {
-        TokenCommand::Redeem { secret_sha256: secret.into(), instance: instance.parse().unwrap() }
+        TokenCommand::Redeem { secret_sha256: digest(secret), instance: instance.parse().unwrap() }
     }
 
     #[test]
@@ -173,7 +188,13 @@ mod tests {
         assert_eq!(decide(&TokenState::Absent, &join, NOW), Err(Rejection::TokenUnknown));
         let late = Timestamp(2_000);
         assert_eq!(decide(&state, &join, late), Err(Rejection::TokenExpired { at: late }));
+        assert!(decide(&TokenState::Absent, &TokenCommand::Create(created()), NOW).is_ok());
         assert!(decide(&TokenState::Absent, &TokenCommand::Create(created()), late).is_err());
+        let for_ever = JoinTokenCreated { expires_at: Timestamp(i64::MAX), ..created() };
+        let no_digest = JoinTokenCreated { secret_sha256: "aa".into(), ..created() };
+        for bad in [for_ever, no_digest] {
+            assert!(decide(&TokenState::Absent, &TokenCommand::Create(bad), NOW).is_err());
+        }
         assert!(decide(&state, &TokenCommand::Create(created()), NOW).is_err());
     }
 }

@@ -96,6 +96,9 @@ pub enum TrafficCommand {
 pub type TrafficState = Option<TrafficPolicy>;
 
 /// Decides a command. That the services are declared is checked where all scopes are seen.
+///
+/// # Errors
+/// If the policy makes no sense, or there is none to delete.
 pub fn decide(
     scope: &TrafficScope,
     state: &TrafficState,

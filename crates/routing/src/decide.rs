@@ -4,13 +4,21 @@
 
 use crate::state::RoutingState;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use weft_model::health::HealthState;
 use weft_model::membership::{MembershipCommand, MembershipState};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
 use weft_model::{
-    Command, Event, Rejection, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope, Version, ca,
-    health, identity, membership, mesh, security, service, token, traffic,
+    Command, Event, InstanceId, Rejection, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope,
+    Version, ca, health, identity, membership, mesh, security, service, token, traffic,
 };
+
+/// Most live instances of a service: their shard stays under [`SHARD_BYTES_MAX`](crate::snapshot::SHARD_BYTES_MAX), with
+/// at most 160 bytes each.
+pub const INSTANCES_PER_SERVICE_MAX: usize = 100_000;
+/// Most services that a mesh declares in its life: the manifest of a sidecar that sees all of them, deleted ones too,
+/// stays under [`SHARDS_MAX`](crate::manifest::SHARDS_MAX).
+pub const SERVICES_MAX: usize = 50_000;
 
 /// What became of one command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +51,7 @@ pub struct Refused {
 /// If a rule refuses a command. Nothing is to be appended.
 pub fn decide(state: &RoutingState, batch: &[Command], now: Timestamp) -> Result<Vec<Decision>, Refused> {
     let mut scopes = BTreeSet::new();
-    let view = BatchView { state, batch };
+    let view = BatchView::new(state, batch);
     let mut decisions = Vec::with_capacity(batch.len());
     for (index, command) in batch.iter().enumerate() {
         let scope = command.scope();
@@ -71,13 +79,48 @@ pub fn decide(state: &RoutingState, batch: &[Command], now: Timestamp) -> Result
     Ok(decisions)
 }
 
-/// The state as the rest of the batch will leave it.
+/// The state, and what the batch as a whole makes of it.
 struct BatchView<'a> {
     state: &'a RoutingState,
-    batch: &'a [Command],
+    /// Services that it declares (true) or deletes.
+    services: BTreeMap<&'a ServiceName, bool>,
+    /// Addresses that it asks for.
+    addresses: BTreeMap<Ipv4Addr, &'a ServiceName>,
+    /// Instances that it deregisters.
+    leaving: BTreeSet<&'a InstanceId>,
 }
 
-impl BatchView<'_> {
+impl<'a> BatchView<'a> {
+    fn new(state: &'a RoutingState, batch: &'a [Command]) -> Self {
+        let mut view =
+            Self { state, services: BTreeMap::new(), addresses: BTreeMap::new(), leaving: BTreeSet::new() };
+        for command in batch {
+            match command {
+                Command::Service(name, ServiceCommand::Declare(declared)) => {
+                    view.services.insert(name, true);
+                    if let Some(address) = declared.address {
+                        view.addresses.entry(address).or_insert(name);
+                    }
+                }
+                Command::Service(name, ServiceCommand::Delete) => {
+                    view.services.insert(name, false);
+                }
+                Command::Membership(instance, MembershipCommand::Deregister) => {
+                    view.leaving.insert(instance);
+                }
+                Command::Membership(_, MembershipCommand::Register(_) | MembershipCommand::Drain)
+                | Command::Health(..)
+                | Command::Traffic(..)
+                | Command::Security(..)
+                | Command::Identity(..)
+                | Command::Token(..)
+                | Command::Ca(_)
+                | Command::Mesh(_) => {}
+            }
+        }
+        view
+    }
+
     fn decide_one(&self, command: &Command, now: Timestamp) -> Result<Vec<Event>, Rejection> {
         let state = self.state;
         match command {
@@ -91,7 +134,12 @@ impl BatchView<'_> {
             }
             Command::Health(instance, report) => {
                 let current: HealthState = state.health(instance).and_then(|entry| entry.state.clone());
-                into_events(health::decide(instance, &current, report)?)
+                let events = health::decide(&current, report)?;
+                if events.is_empty() && state.health_seen(instance) != report.health {
+                    // The repeat of a report that was forgotten when the instance left or moved: it must be made anew.
+                    return Err(Rejection::StaleObservation { current: report.revision });
+                }
+                into_events(events)
             }
             Command::Traffic(scope, command) => {
                 let current = state.traffic_policy(scope).and_then(|entry| entry.state);
@@ -101,10 +149,7 @@ impl BatchView<'_> {
                 let current = state.security_policy(scope).and_then(|entry| entry.state.clone());
                 into_events(security::decide(scope, &current, command)?)
             }
-            Command::Identity(instance, leaf) => {
-                let current = state.identity(instance).and_then(|entry| entry.state.clone());
-                into_events(identity::decide(&current, leaf))
-            }
+            Command::Identity(_, leaf) => into_events(identity::decide(leaf)),
             Command::Token(id, command) => {
                 let current = state.token(id).map(|entry| entry.state.clone()).unwrap_or_default();
                 into_events(token::decide(&current, command, now)?)
@@ -119,7 +164,7 @@ impl BatchView<'_> {
         match command {
             Command::Service(name, ServiceCommand::Declare(declared)) => self.admit_address(name, declared),
             Command::Service(name, ServiceCommand::Delete) => self.admit_deletion(name),
-            Command::Membership(instance, MembershipCommand::Register(_)) => self.needs([&instance.service]),
+            Command::Membership(instance, MembershipCommand::Register(_)) => self.admit_instance(instance),
             Command::Membership(_, MembershipCommand::Drain | MembershipCommand::Deregister) => {
                 Ok(BTreeSet::new())
             }
@@ -167,48 +212,52 @@ impl BatchView<'_> {
         Ok(scopes)
     }
 
+    fn admit_instance(&self, instance: &InstanceId) -> Result<BTreeSet<Scope>, Rejection> {
+        let new = self.state.membership(instance).is_none_or(|entry| entry.state.registration().is_none());
+        if new && self.state.live_count(&instance.service) >= INSTANCES_PER_SERVICE_MAX {
+            return Err(Rejection::invalid(
+                "instance",
+                format!("a service has at most {INSTANCES_PER_SERVICE_MAX}"),
+            ));
+        }
+        self.needs([&instance.service])
+    }
+
     fn admit_address(
         &self,
         name: &ServiceName,
         declared: &ServiceDeclared,
     ) -> Result<BTreeSet<Scope>, Rejection> {
-        let Some(address) = declared.address else { return Ok(BTreeSet::new()) };
-        let in_batch = self.batch.iter().find_map(|command| match command {
-            Command::Service(other, ServiceCommand::Declare(declared))
-                if other != name && declared.address == Some(address) =>
-            {
-                Some(other)
-            }
-            _ => None,
-        });
-        let owner = in_batch.or_else(|| self.state.address_owner(address).filter(|owner| *owner != name));
+        let current = self.state.service(name);
+        if current.is_none() && self.state.services_ever().len() >= SERVICES_MAX {
+            return Err(Rejection::invalid(
+                "name",
+                format!("a mesh has at most {SERVICES_MAX} services in its life"),
+            ));
+        }
+        let unchanged = current.and_then(|entry| entry.state.as_ref()) == Some(declared);
+        let Some(address) = declared.address.filter(|_| !unchanged) else { return Ok(BTreeSet::new()) };
+        let in_batch = self.addresses.get(&address).copied();
+        let owner =
+            in_batch.into_iter().chain(self.state.address_owner(address)).find(|owner| *owner != name);
         match owner {
             Some(owner) => Err(Rejection::AddressTaken { address, owner: owner.clone() }),
             None => Ok(BTreeSet::new()),
         }
     }
 
+    /// A registration that is appended between this decision and its own append is not seen. Such an instance gets no
+    /// traffic, because its service is gone, and takes part again if the service is declared anew.
     fn admit_deletion(&self, name: &ServiceName) -> Result<BTreeSet<Scope>, Rejection> {
-        let leaves = |id: &_| {
-            self.batch.iter().any(|command| {
-                matches!(command, Command::Membership(other, MembershipCommand::Deregister) if other == id)
-            })
-        };
-        let live = self.state.instances_of(name).filter(|(_, entry)| entry.state.registration().is_some());
-        match live.filter(|(id, _)| !leaves(*id)).count() {
+        let staying = self.state.live_instances_of(name).filter(|(id, ..)| !self.leaving.contains(id));
+        match staying.count() {
             0 => Ok(BTreeSet::new()),
             instances => Err(Rejection::ServiceInUse { service: name.clone(), instances }),
         }
     }
 
     fn is_declared(&self, service: &ServiceName) -> bool {
-        let in_batch = self.batch.iter().find_map(|command| match command {
-            Command::Service(name, command) if name == service => {
-                Some(matches!(command, ServiceCommand::Declare(_)))
-            }
-            _ => None,
-        });
-        in_batch.unwrap_or_else(|| self.state.is_declared(service))
+        self.services.get(service).copied().unwrap_or_else(|| self.state.is_declared(service))
     }
 }
 

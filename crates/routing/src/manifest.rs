@@ -7,7 +7,7 @@ use prost::Message;
 use std::collections::BTreeMap;
 use weft_model::Position;
 
-/// Most shards in one manifest: a mesh of 30,000 services seen whole. Bounds what a sidecar decodes.
+/// Most shards in one manifest, hence what a sidecar decodes; twice the services that a mesh may have, to leave room.
 pub const SHARDS_MAX: usize = 100_000;
 
 /// The shards of a snapshot, each with the hash of its bytes and the last event that touched it.

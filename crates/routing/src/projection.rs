@@ -58,7 +58,7 @@ pub struct Wanted<'a> {
     pub manifest: &'a Class,
 }
 
-/// What a batch of events changed.
+/// What a batch of events changed. A new epoch is not in it: it raises every sidecar's version, and changes no content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Shards that were touched. One that is no more in the projection was never built.
@@ -155,15 +155,21 @@ impl Projection {
         Ok(changes)
     }
 
-    /// Everything, built from the state alone. Equal to `self` unless the incremental path has a fault.
+    /// Everything, built from the state alone but for the positions, which only the log's order tells. Equal to `self`
+    /// unless the incremental path has a fault.
     #[must_use]
     pub fn recompute(&self) -> Self {
         let mut fresh = Self { state: self.state.clone(), ..Self::default() };
-        for (key, BuiltShard { position, .. }) in &self.shards {
-            fresh.rebuild_shard(key, *position);
+        let of_service = |service: &ServiceName| {
+            [ShardKey::Endpoints(service.clone()), ShardKey::Inbound(service.clone())]
+        };
+        for key in self.state.services_ever().flat_map(of_service).chain([ShardKey::Trust]) {
+            let position = self.shards.get(&key).map(|shard| shard.position).unwrap_or_default();
+            fresh.rebuild_shard(&key, position);
         }
-        for (instance, Sidecar { since, .. }) in &self.sidecars {
-            fresh.assign(instance, *since);
+        for instance in self.state.live_instances() {
+            let since = self.sidecars.get(&instance).map(|sidecar| sidecar.since).unwrap_or_default();
+            fresh.assign(&instance, since);
         }
         let classes: Vec<_> = fresh.classes.keys().cloned().collect();
         for class in &classes {

@@ -7,15 +7,15 @@ use std::net::Ipv4Addr;
 use weft_model::ca::{self, CaState};
 use weft_model::health::{self, Health, HealthEvent, HealthState};
 use weft_model::identity::{self, IdentityState};
-use weft_model::membership::{self, MembershipEvent, MembershipState};
+use weft_model::membership::{self, InstanceRegistered, MembershipEvent, MembershipState};
 use weft_model::mesh::{self, MeshState};
 use weft_model::security::{self, SecurityState};
 use weft_model::service::{self, ServiceEvent, ServiceState};
 use weft_model::token::{self, TokenState};
 use weft_model::traffic::{self, TrafficState};
 use weft_model::{
-    ConfigVersion, Epoch, Event, Fact, InstanceId, Position, Scope, ScopeVersion, SecurityScope, ServiceName,
-    Timestamp, TokenId, TrafficScope, Version,
+    ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Position, Scope, ScopeVersion, SecurityScope,
+    ServiceName, Timestamp, TokenId, TrafficScope, Version,
 };
 
 /// A scope's state and its last writer.
@@ -36,7 +36,8 @@ pub struct Entry<S> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct EffectiveHealth {
     pub(crate) health: Health,
-    pub(crate) position: Position,
+    /// The observation that made it so.
+    pub(crate) source: ScopeVersion,
 }
 
 /// The mesh as of one position: the fold of every event up to it.
@@ -55,6 +56,8 @@ pub struct RoutingState {
     mesh: Entry<MeshState>,
     mesh_security: ScopeVersion,
     addresses: Addresses,
+    /// The instances that are ready or draining; what an instance costs ends with it.
+    live: BTreeMap<ServiceName, BTreeSet<Name>>,
     effective_health: BTreeMap<InstanceId, EffectiveHealth>,
 }
 
@@ -196,6 +199,37 @@ impl RoutingState {
         self.membership
             .range(InstanceId::first_of(service)..)
             .take_while(move |(id, _)| id.service == *service)
+    }
+
+    /// The ready and draining instances of a service, by name.
+    pub fn live_instances_of<'a>(
+        &'a self,
+        service: &'a ServiceName,
+    ) -> impl Iterator<Item = (InstanceId, &'a Entry<MembershipState>, &'a InstanceRegistered)> {
+        self.live.get(service).into_iter().flatten().filter_map(move |name| {
+            let id = InstanceId { service: service.clone(), instance: name.clone() };
+            let entry = self.membership.get(&id)?;
+            Some((id, entry, entry.state.registration()?))
+        })
+    }
+
+    /// How many instances of a service are ready or draining.
+    #[must_use]
+    pub fn live_count(&self, service: &ServiceName) -> usize {
+        self.live.get(service).map_or(0, BTreeSet::len)
+    }
+
+    /// Every ready or draining instance, by name.
+    pub(crate) fn live_instances(&self) -> impl Iterator<Item = InstanceId> {
+        self.live.iter().flat_map(|(service, names)| {
+            let id = |name: &Name| InstanceId { service: service.clone(), instance: name.clone() };
+            names.iter().map(id)
+        })
+    }
+
+    /// Every service that was ever declared, deleted ones too, by name.
+    pub(crate) fn services_ever(&self) -> impl ExactSizeIterator<Item = &ServiceName> {
+        self.services.keys()
     }
 
     /// An instance's membership, if it ever took part.
@@ -384,16 +418,33 @@ impl RoutingState {
     }
 
     fn apply_membership(&mut self, fact: &Fact, instance: &InstanceId, event: &MembershipEvent) -> Touched {
+        let place = |state: &MembershipState| state.registration().map(|it| (it.address, it.port));
         let entry = self.membership.entry(instance.clone()).or_default();
-        let was_in = entry.state.registration().is_some();
+        let before = place(&entry.state);
         fold(entry, fact, |state| membership::apply(state, event));
-        let is_in = entry.state.registration().is_some();
-        if was_in != is_in {
+        let after = place(&entry.state);
+        if before != after {
+            // Nobody looked at what is reached there now.
             self.effective_health.remove(instance);
+        }
+        match after {
+            Some(_) => {
+                self.live.entry(instance.service.clone()).or_default().insert(instance.instance.clone());
+            }
+            None => self.leave(instance),
         }
         Touched {
             shards: [ShardKey::Endpoints(instance.service.clone())].into(),
             instance: Some(instance.clone()),
+        }
+    }
+
+    fn leave(&mut self, instance: &InstanceId) {
+        if let Some(names) = self.live.get_mut(&instance.service) {
+            names.remove(&instance.instance);
+            if names.is_empty() {
+                self.live.remove(&instance.service);
+            }
         }
     }
 
@@ -404,7 +455,8 @@ impl RoutingState {
         if !takes_part || self.health_seen(instance) == report.health {
             return Touched::default();
         }
-        let seen = EffectiveHealth { health: report.health, position: fact.position };
+        let source = ScopeVersion { version: fact.version, position: fact.position };
+        let seen = EffectiveHealth { health: report.health, source };
         self.effective_health.insert(instance.clone(), seen);
         Touched::shards([ShardKey::Endpoints(instance.service.clone())])
     }

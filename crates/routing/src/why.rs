@@ -5,7 +5,7 @@ use crate::projection::Projection;
 use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey};
 use crate::verdict::{Decider, authorize};
 use weft_model::health::Health;
-use weft_model::{CloseReason, ConfigVersion, Port, Scope, ScopeVersion, ServiceName};
+use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, Scope, ScopeVersion, ServiceName};
 
 /// Whether a connection would pass, and every step of the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub fn explain(
         declared(projection, "destination", destination),
         has_port(projection, destination, endpoints.as_ref(), port),
         in_view(projection, source, destination),
-        has_endpoint(destination, endpoints.as_ref()),
+        has_endpoint(projection, destination, endpoints.as_ref()),
     ];
     steps.extend(inbound.iter().map(|inbound| allowed(inbound, source, port)));
 
@@ -111,10 +111,7 @@ fn has_port(
 
 fn in_view(projection: &Projection, source: &ServiceName, destination: &ServiceName) -> Step {
     let state = projection.state();
-    let live: Vec<_> = state
-        .instances_of(source)
-        .filter_map(|(id, entry)| Some((id, entry, entry.state.registration()?)))
-        .collect();
+    let live: Vec<_> = state.live_instances_of(source).collect();
     let with =
         live.iter().filter(|(_, _, registration)| registration.upstreams.contains(destination)).count();
     let without = live.iter().find(|(_, _, registration)| !registration.upstreams.contains(destination));
@@ -129,11 +126,11 @@ fn in_view(projection: &Projection, source: &ServiceName, destination: &ServiceN
         question: format!("do sidecars of {source} hold {destination} in their snapshots?"),
         answer,
         refusal: (!passes).then_some(CloseReason::NoSnapshot),
-        rests_on: witness.map(|(id, entry, _)| (Scope::Membership((*id).clone()), entry.source)),
+        rests_on: witness.map(|(id, entry, _)| (Scope::Membership(id.clone()), entry.source)),
     }
 }
 
-fn has_endpoint(service: &ServiceName, endpoints: Option<&EndpointsShard>) -> Step {
+fn has_endpoint(projection: &Projection, service: &ServiceName, endpoints: Option<&EndpointsShard>) -> Step {
     let all = endpoints.map(|shard| shard.endpoints.as_slice()).unwrap_or_default();
     let eligible = all.iter().filter(|endpoint| endpoint.eligible()).count();
     let ailing: Vec<_> = all
@@ -157,10 +154,15 @@ fn has_endpoint(service: &ServiceName, endpoints: Option<&EndpointsShard>) -> St
         question: format!("how many endpoints of {service} take new connections?"),
         answer,
         refusal: (eligible == 0).then_some(CloseReason::NoHealthyEndpoint),
-        rests_on: newest.map(|endpoint| {
-            let id = weft_model::InstanceId { service: service.clone(), instance: endpoint.instance.clone() };
-            let source = ScopeVersion { position: endpoint.position, ..ScopeVersion::default() };
-            (Scope::Membership(id), source)
+        rests_on: newest.and_then(|endpoint| {
+            let id = InstanceId { service: service.clone(), instance: endpoint.instance.clone() };
+            let membership = projection.state().membership(&id)?.source;
+            let health = projection.state().effective_health(&id).source;
+            Some(if health.position > membership.position {
+                (Scope::Health(id), health)
+            } else {
+                (Scope::Membership(id), membership)
+            })
         }),
     }
 }

@@ -145,6 +145,7 @@ fn explain(error: CallError, wanted: &[Wanted<'_>]) -> Failure {
             Failure::fault(place(*change, "", message)).next("mend it and apply again; nothing was changed")
         }
         CallError::Unreachable(_)
+        | CallError::Unavailable(_)
         | CallError::NotFound(_)
         | CallError::Denied(_)
         | CallError::Overloaded(_)

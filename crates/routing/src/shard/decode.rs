@@ -42,6 +42,9 @@ impl EndpointsShard {
         let shard = wire::Endpoints::decode(bytes)?;
         let mut service_wide = None;
         let mut overrides = BTreeMap::new();
+        if !shard.endpoints.is_sorted_by(|a, b| a.instance < b.instance) {
+            return Err(ShardError::NotUnderstood);
+        }
         for traffic in &shard.traffic {
             let resolved = resolved_traffic(traffic)?;
             if traffic.source.is_empty() {
