@@ -170,7 +170,7 @@ pub fn local(port: u16) -> SocketAddr {
 /// Progress of a start, for who waits.
 pub fn say(progress: Progress) {
     match progress {
-        Progress::Doing(what) => eprintln!("     {what} …"),
+        Progress::Doing(what) | Progress::Note(what) => eprintln!("     {what} …"),
         Progress::Done { what, detail, took } => {
             eprintln!("     {what}: {detail} ({} ms)", took.as_millis());
         }

@@ -21,7 +21,15 @@ use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let arguments = args::Arguments::parse();
+    let arguments = match args::Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help is an answer; a mistyped command is a fault, and clap's own status for it means another thing here.
+            let exit = if error.use_stderr() { Exit::Fault } else { Exit::Ok };
+            let _ = error.print();
+            return exit.into();
+        }
+    };
     match run(arguments) {
         Ok(exit) => exit.into(),
         Err(failure) => {

@@ -35,9 +35,14 @@ pub(crate) struct Resource {
 }
 
 impl Resource {
-    /// A controller's complaint about a field of this resource, with the field's place in the file.
+    /// A controller's complaint about a field of this resource, with the field's place in the file. A complaint that
+    /// names no field may name a value, such as a service that nobody declared: then that value's place.
     pub(crate) fn explain(&self, field: &str, message: &str) -> FileError {
-        let place = self.node.locate(field).clone();
+        let named = |text: &str| {
+            text != self.name && text.len() > 2 && message.split([' ', ',', ';']).any(|word| word == text)
+        };
+        let value = if field.is_empty() { self.node.find(&named) } else { None };
+        let place = value.unwrap_or_else(|| self.node.locate(field)).clone();
         FileError { place, message: format!("{} {}: {message}", self.kind.word(), self.name) }
     }
 }

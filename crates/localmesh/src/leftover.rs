@@ -62,33 +62,30 @@ impl Records {
     }
 }
 
-/// Stops what an earlier owner of the home left, the last started first. Returns the names of what was stopped.
+/// Stops what an earlier owner of the home left. Returns the names of what was stopped. Blocks.
 pub fn stop_all(home: &Home) -> Vec<String> {
     Records::load(home).map(|records| stop(&records)).unwrap_or_default()
 }
 
+/// Asks all to end, the last started first, and ends what does not. PostgreSQL is stopped by its own watchdog at the same
+/// time, so there is no order in which everybody could end well, and waiting for one after another would gain nothing.
 fn stop(records: &Records) -> Vec<String> {
     if records.boot != boot_id() {
         return Vec::new();
     }
-    let mut stopped = Vec::new();
-    for process in records.processes.iter().rev() {
-        if !lives(process) {
-            continue;
-        }
-        stopped.push(process.name.clone());
-        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+    let mut left: Vec<&Recorded> = records.processes.iter().rev().filter(|process| lives(process)).collect();
+    let names = left.iter().map(|process| process.name.clone()).collect();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        for process in &left {
             let _ = kill(Pid::from_raw(process.pid.cast_signed()), signal);
-            let mut polls = 0..POLLS_MAX;
-            while lives(process) && polls.next().is_some() {
-                thread::sleep(POLL);
-            }
-            if !lives(process) {
-                break;
-            }
+        }
+        let mut polls = 0..POLLS_MAX;
+        while !left.is_empty() && polls.next().is_some() {
+            thread::sleep(POLL);
+            left.retain(|process| lives(process));
         }
     }
-    stopped
+    names
 }
 
 /// Whether the recorded process still runs. One that ended and waits to be reaped does not.

@@ -18,7 +18,7 @@
 //!   every later start signal only processes that are proven to be ours, by start time.
 //! - Secrets are files of mode 0600 in a folder of mode 0700; join tokens are removed once used.
 //!
-//! The tests with real meshes are in the end-to-end package; `tests/supervise.rs` has the ones with simple children.
+//! The tests with real meshes are in the end-to-end package; `supervisor.rs` has the ones with simple children.
 
 mod admin;
 mod child;
@@ -41,6 +41,8 @@ pub use ports::{BASE_PORT, PortChoice};
 pub enum Progress {
     /// This takes a moment.
     Doing(String),
+    /// This is worth knowing.
+    Note(String),
     /// This is done: what, where or with what result, and how long it took.
     Done {
         /// What was to be done.

@@ -38,10 +38,10 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let name = args.kind.full_name(&args.name);
     let name = if args.kind == Kind::MeshDefaults { String::new() } else { name };
     let request = v1::GetRequest { kind: args.kind.wire().into(), name: name.clone(), at: args.at.wire() };
-    let response = answer(client.get(request).await)?;
+    let list = format!("list what there is with `weft get {}`", args.kind.aliases()[0]);
+    let response = answer(client.get(request).await).map_err(|failure| failure.or_next(&list))?;
     let [resource] = response.resources.as_slice() else {
-        return Err(Failure::fault(format!("there is no {} {name}", args.kind.word()))
-            .next(format!("list what there is with `weft get {}`", args.kind.aliases()[0])));
+        return Err(Failure::fault(format!("there is no {} {name}", args.kind.word())).next(list));
     };
     let request = v1::ReadLogRequest {
         scope_prefix: resource.scope.clone(),

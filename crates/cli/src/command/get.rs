@@ -32,10 +32,12 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
         name: name.clone().unwrap_or_default(),
         at: args.at.wire(),
     };
-    let response = answer(context.load()?.client()?.get(request).await)?;
+    let list =
+        format!("list what there is with `weft get {}`", args.kind.map_or("", |kind| kind.aliases()[0]));
+    let response = answer(context.load()?.client()?.get(request).await);
+    let response = response.map_err(|failure| failure.or_next(list.trim_end()))?;
     if let (Some(kind), Some(name), []) = (args.kind, &name, response.resources.as_slice()) {
-        return Err(Failure::fault(format!("there is no {} {name}", kind.word()))
-            .next(format!("list what there is with `weft get {}`", kind.aliases()[0])));
+        return Err(Failure::fault(format!("there is no {} {name}", kind.word())).next(list));
     }
     print(&match args.output.format {
         Format::Table => tables(&response.resources, now_ms()),
@@ -53,12 +55,13 @@ pub(crate) fn documents(resources: &[v1::Resource]) -> Outcome<String> {
         if !text.is_empty() {
             text.push_str("---\n");
         }
-        text.push_str(&format!(
-            "# changed {} by {}, event {}\n",
-            point(resource.changed_at_ms),
-            printable(&resource.actor),
-            resource.position
-        ));
+        text.push_str(&match resource.position {
+            0 => "# as it is from the beginning\n".to_owned(),
+            position => {
+                let by = printable(&resource.actor);
+                format!("# changed {} by {by}, event {position}\n", point(resource.changed_at_ms))
+            }
+        });
         if let Some(Spec::Instance(instance)) = &resource.spec {
             let health = document::health(instance.health());
             text.push_str(&format!("# state {}, health {health}\n", printable(&instance.state)));

@@ -105,12 +105,14 @@ fn refused(error: &tokio_postgres::Error) -> Failure {
     }
     let failure = Failure::fault(what);
     match db.code().code() {
-        // insufficient_privilege, read_only_sql_transaction
-        "42501" | "25006" => failure.next("`weft sql` reads the schemas status and audit; change the mesh with `weft apply`"),
+        // insufficient_privilege, read_only_sql_transaction, object_not_in_prerequisite_state (a view)
+        "42501" | "25006" | "55000" => failure.next("`weft sql` reads the schemas status and audit; change the mesh with `weft apply`"),
         // undefined_table
         "42P01" => failure.next(
             "list the views with `weft sql \"select schemaname, viewname from pg_views where schemaname in ('status', 'audit')\"`",
         ),
+        // syntax_error
+        "42601" => failure.next("give one statement, in quotes"),
         // query_canceled
         "57014" => failure.next("give it longer with --timeout"),
         _ => failure,

@@ -198,13 +198,17 @@ impl Sidecar {
 }
 
 fn text(status: &Status, past: bool, now_ms: i64) -> String {
-    let leader = match status.leader.holder.as_str() {
-        "" => "no controller projects".to_owned(),
-        holder => format!("{holder} projects (term {})", status.leader.term),
-    };
+    if status.as_of.is_empty() {
+        return format!("before the first event; the log is at {}\n", status.head);
+    }
     let age = ago(now_ms, status.as_of_ms);
-    let mut text =
-        format!("as of {} ({age}), log at {}, {}\n", status.as_of, status.head, printable(&leader));
+    let mut text = format!("as of {} ({age}), log at {}", status.as_of, status.head);
+    // Who leads is known of now only.
+    text.push_str(&match status.leader.holder.as_str() {
+        _ if past => "\n".to_owned(),
+        "" => ", no controller projects\n".to_owned(),
+        holder => format!(", {} projects (term {})\n", printable(holder), status.leader.term),
+    });
     let mut section = |table: Table| {
         if !table.is_empty() {
             text.push('\n');

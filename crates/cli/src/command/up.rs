@@ -3,6 +3,8 @@
 use crate::failure::{Exit, Failure, Outcome, chain};
 use crate::output::print;
 use crate::output::table::Table;
+use crate::output::text::printable;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use weft_localmesh::home::{HOME_DIR, Home};
@@ -49,13 +51,15 @@ pub(crate) async fn run(args: Args) -> Outcome<Exit> {
 
     let started = tokio::select! {
         started = mesh.start(&mut report) => started.map_err(|error| failure(&error)),
-        () = ends.next() => Ok(()).and(Err(Failure::fault("stopped before it was up"))),
+        () = ends.next() => Err(Failure::fault("stopped before it was up")),
     };
     let outcome = match started {
         Ok(()) => watch(&mut mesh, &mut ends).await,
         Err(failure) => Err(failure),
     };
-    eprintln!("stopping");
+    if !mesh.processes().is_empty() {
+        eprintln!("stopping");
+    }
     // A second Ctrl-C changes nothing: everything in here is bounded.
     let stopped = mesh.stop(&mut report).await;
     for name in &stopped.forced {
@@ -97,15 +101,17 @@ impl Ends {
     }
 }
 
+/// One line per step. On a terminal the line is there while the step takes, too.
 fn show(progress: &Progress) {
+    let terminal = std::io::stderr().is_terminal();
+    let again = if terminal { "\r\x1b[2K" } else { "" };
     match progress {
-        Progress::Doing(what) => eprintln!("  …   {what}"),
+        Progress::Doing(what) if terminal => eprint!("{again}  …   {what}"),
+        Progress::Doing(_) => {}
+        Progress::Note(what) => eprintln!("{again}      {}", printable(what)),
         Progress::Done { what, detail, took } => {
-            eprintln!(
-                "  ok  {what:<16}{:>6} ms  {}",
-                took.as_millis(),
-                crate::output::text::printable(detail)
-            );
+            let line = format!("  ok  {what:<16}{:>6} ms  {}", took.as_millis(), printable(detail));
+            eprintln!("{again}{}", line.trim_end());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::command::answer;
 use crate::context::ContextArgs;
-use crate::failure::{Exit, Failure, Outcome};
+use crate::failure::{Exit, Outcome};
 use crate::moment::AtArgs;
 use crate::output::text::{printable, printable_lines};
 use crate::output::{Format, OutputArgs, json, print, yaml};
@@ -81,10 +81,9 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     };
     let destination = format!("{}:{}", args.target.service, args.target.port);
     let response = context.load()?.client()?.why(request).await;
-    let response = answer(response).map_err(|failure| match failure.exit {
-        Exit::Fault => failure.or_next("see the services with `weft get services`"),
-        Exit::Ok | Exit::CheckFailed | Exit::Conflict | Exit::Denied => failure,
-    })?;
+    let response = answer(response);
+    let response =
+        response.map_err(|failure| failure.or_next("see the services with `weft get services`"))?;
     let answer = Answer::of(args.source.to_string(), destination, response);
     print(&match args.output.format {
         Format::Table => text(&answer),
@@ -92,13 +91,6 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
         Format::Yaml => yaml(&answer)?,
     })?;
     Ok(if answer.permitted { Exit::Ok } else { Exit::CheckFailed })
-}
-
-impl Failure {
-    /// The next step, unless there is one.
-    fn or_next(self, next: &str) -> Self {
-        if self.has_next() { self } else { self.next(next) }
-    }
 }
 
 impl Answer {
@@ -140,7 +132,8 @@ fn text(answer: &Answer) -> String {
             printable(&step.answer)
         ));
         if let Some(Evidence { scope, version, position }) = &step.event {
-            text.push_str(&format!("         {scope} version {version}: `weft log {position}`\n"));
+            let version = if *version == 0 { String::new() } else { format!(" version {version}") };
+            text.push_str(&format!("         {scope}{version}: `weft log {position}`\n"));
         }
     }
     printable_lines(&text)

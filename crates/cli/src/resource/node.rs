@@ -90,6 +90,16 @@ impl Node {
         }
     }
 
+    /// Where the first value stands that is as wanted.
+    pub(crate) fn find(&self, wanted: &impl Fn(&str) -> bool) -> Option<&Place> {
+        match &self.value {
+            Value::Null => None,
+            Value::Text(text) => wanted(text).then_some(&self.place),
+            Value::List(items) => items.iter().find_map(|item| item.find(wanted)),
+            Value::Map(entries) => entries.iter().find_map(|(_, value)| value.find(wanted)),
+        }
+    }
+
     /// Where the field of this path stands, such as `rules[2].ports`: the deepest part of the path that is there.
     pub(crate) fn locate(&self, path: &str) -> &Place {
         let mut here = self;

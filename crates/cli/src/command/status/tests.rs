@@ -82,7 +82,15 @@ security/default/db   3         60s ago   admin/admin   default deny; api-may-qu
 
 #[test]
 fn the_past_has_no_sidecars() {
-    assert!(!text(&Status::of(response()), true, NOW).contains("SIDECAR  "));
+    let text = text(&Status::of(response()), true, NOW);
+    assert!(text.starts_with("as of 1.42 (5s ago), log at 1.43\n"), "{text}");
+    assert!(!text.contains("SIDECAR  "));
+}
+
+#[test]
+fn there_is_a_time_before_everything() {
+    let nothing = v1::StatusResponse { head: response().head, ..v1::StatusResponse::default() };
+    assert_eq!(text(&Status::of(nothing), true, NOW), "before the first event; the log is at 1.43\n");
 }
 
 #[test]

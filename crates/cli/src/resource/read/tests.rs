@@ -62,6 +62,11 @@ fn what_a_controller_refuses_is_traced_to_its_line() {
     let place = resources[0].explain("rules[0].from", "no").place.to_string();
     assert_eq!(place, "mesh.yaml:6:11");
     assert_eq!(resources[0].explain("", "no").place.to_string(), "mesh.yaml:1:1");
+
+    let text = "kind: SecurityPolicy\nscope: default/db\nrules:\n  - name: a\n    action: allow\n    from: { services: [default/ghost] }\n";
+    let resources = read(text).unwrap();
+    let unknown = "service default/ghost is not declared; declare it first, or in the same apply";
+    assert_eq!(resources[0].explain("", unknown).place.to_string(), "mesh.yaml:6:24");
 }
 
 /// The reference names every field that can be written, and its examples can be applied.
