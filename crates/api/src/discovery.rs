@@ -31,6 +31,9 @@ use crate::status::ApiError;
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Full snapshots that are put together at once; a reconnecting fleet with known manifests needs none.
 const FULL_PULLS_MAX: usize = 64;
+/// How long a pull waits for a registration to be published. With a leader that takes milliseconds; without one, the
+/// next comes after a lease at most.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Advice to a full pull that found no place.
 const FULL_PULL_RETRY_MS: u64 = 100;
 
@@ -74,15 +77,30 @@ impl Discovery {
         Ok(())
     }
 
+    /// Who has just registered need not poll: its first snapshot is a commit away.
+    async fn wait_until_published(&self, instance: &InstanceId) -> Result<(), ApiError> {
+        let view = &self.context.view;
+        if view.published(|published| published.wanted(instance).is_some()) {
+            return Ok(());
+        }
+        let registered = view.read(|projection| Some(projection.wanted(instance)?.version));
+        let version = registered.ok_or_else(|| not_registered(instance))?;
+        let mut publications = view.publications();
+        let published = publications.wait_for(|published| *published >= version);
+        match tokio::time::timeout(PUBLISH_WAIT_MAX, published).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(ApiError::Unavailable("nothing is published now; try again".into())),
+        }
+    }
+
     async fn pull(&self, request: Request<pb::PullRequest>) -> Result<Response<pb::PullResponse>, ApiError> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
         let have = convert::header("have", request.into_inner().have)?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
+        self.wait_until_published(instance).await?;
         let plan = pull::plan(&self.context.view, instance, have.map(|have| have.1))?;
-        let plan = plan.ok_or_else(|| {
-            ApiError::NotFound(format!("{instance} is not registered; register it, then pull again"))
-        })?;
+        let plan = plan.ok_or_else(|| not_registered(instance))?;
         if have.is_some_and(|(version, _)| version > plan.version) {
             return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
         }
@@ -96,6 +114,10 @@ impl Discovery {
         };
         Ok(Response::new(plan.into_response()?))
     }
+}
+
+fn not_registered(instance: &InstanceId) -> ApiError {
+    ApiError::NotFound(format!("{instance} is not registered; register it, then pull again"))
 }
 
 /// One subscriber's stream.

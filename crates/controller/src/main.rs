@@ -2,11 +2,13 @@
 
 use clap::Parser;
 use metrics_exporter_prometheus::PrometheusBuilder;
+use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weft_controller::config::{Cli, Command, Config, LogFormat, OperatorCommand, RunArgs};
-use weft_controller::{Controller, issue_operator};
+use weft_controller::{Controller, clock, issue_operator};
 
 fn main() -> ExitCode {
     let Cli { command, run } = Cli::parse();
@@ -32,7 +34,7 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let starting = Controller::start(config, Some(metrics));
+        let starting = Controller::start(config, Arc::new(clock::now), Some(metrics));
         let controller = tokio::select! {
             started = starting => started?,
             _ = terminate.recv() => return Ok(()),
@@ -50,7 +52,10 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
 /// `RUST_LOG` chooses what is logged, `info` by default. Lines go to stderr.
 fn init_logging(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().init(),

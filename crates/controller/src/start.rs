@@ -66,11 +66,15 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Starts, in this order, and returns once it serves.
+    /// Starts, in this order, and returns once it serves. `clock` tells the time that leaves and tokens live by.
     ///
     /// # Errors
     /// What could not be started, why, and what to do about it. Nothing is left running.
-    pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
+    pub async fn start(
+        config: Config,
+        clock: Clock,
+        metrics: Option<PrometheusHandle>,
+    ) -> anyhow::Result<Self> {
         let listener = Listener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
@@ -110,7 +114,6 @@ impl Controller {
             let _ = projecting.await;
         });
 
-        let clock: Clock = Arc::new(clock::now);
         let acks = Arc::new(Acks::default());
         background.spawn(Arc::clone(&acks).run(store.clone(), config.name.to_string(), drain.clone()));
         let context = Context {

@@ -1,0 +1,209 @@
+//! What sidecars are told and given.
+
+use crate::support::{
+    LIMIT, TestMesh, allow_from, declare, deny_all, discovery, health, register, wait_until,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::Code;
+use tonic::transport::Channel;
+use weft_model::{ConfigVersion, Epoch, Position, ServiceName};
+use weft_proto::v1 as pb;
+use weft_proto::v1::discovery_client::DiscoveryClient;
+use weft_proto::v1::mesh_client::MeshClient;
+use weft_routing::verdict::authorize;
+use weft_routing::{Hash, Manifest, Snapshot};
+
+const SHARD_BYTES_MAX: usize = weft_routing::snapshot::SHARD_BYTES_MAX;
+
+/// A sidecar as simple as can be: the shards that it holds, and what it runs.
+struct Sidecar {
+    client: DiscoveryClient<Channel>,
+    shards: BTreeMap<Hash, Arc<[u8]>>,
+    have: Option<pb::SnapshotHeader>,
+}
+
+impl Sidecar {
+    fn new(mesh: &TestMesh, instance: &str) -> Self {
+        Self { client: discovery(mesh.sidecar(instance)), shards: BTreeMap::new(), have: None }
+    }
+
+    async fn pull(&mut self) -> (Snapshot, pb::PullResponse) {
+        let answer =
+            self.client.pull(pb::PullRequest { have: self.have.clone() }).await.unwrap().into_inner();
+        if answer.full {
+            self.shards.clear();
+        }
+        for shard in &answer.shards {
+            let bytes = zstd::bulk::decompress(&shard.body_zstd, SHARD_BYTES_MAX).unwrap();
+            assert_eq!(bytes.len(), shard.length as usize);
+            self.shards.insert(Hash::of(&bytes), bytes.into());
+        }
+        let header = answer.header.clone().unwrap();
+        let hash = Hash::from_slice(&header.manifest_hash).unwrap();
+        let snapshot =
+            Snapshot::assemble(version(header.version.as_ref()), hash, &answer.manifest, &self.shards)
+                .unwrap();
+        self.have = Some(header);
+        (snapshot, answer)
+    }
+}
+
+fn version(version: Option<&pb::ConfigVersion>) -> ConfigVersion {
+    let version = version.unwrap();
+    ConfigVersion::new(Epoch(version.epoch), Position(version.position))
+}
+
+/// The next notice whose wanted snapshot is not `old`.
+async fn news(
+    stream: &mut tonic::Streaming<pb::Notice>,
+    old: Option<&pb::SnapshotHeader>,
+) -> pb::SnapshotHeader {
+    let next = async {
+        loop {
+            let notice = stream.message().await.unwrap().unwrap();
+            if let Some(wanted) = notice.wanted.filter(|wanted| Some(wanted) != old) {
+                return wanted;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, next).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web", "default/other"]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    let mut notices = api.client.subscribe(pb::SubscribeRequest { have: None }).await.unwrap().into_inner();
+    let wanted = news(&mut notices, None).await;
+    let (snapshot, answer) = api.pull().await;
+    assert!(answer.full);
+    assert_eq!(answer.header.as_ref(), Some(&wanted));
+    assert_eq!(snapshot.endpoints.len(), 3);
+    let web: ServiceName = "default/web".parse().unwrap();
+    let port = weft_model::Port::new(80).unwrap();
+    assert!(!authorize(&snapshot.inbound, &web, port).permitted());
+
+    mesh.apply(vec![allow_from("default/api", "default/web")]).await;
+    let newer = news(&mut notices, Some(&wanted)).await;
+    let (snapshot, answer) = api.pull().await;
+    assert_eq!(answer.header.as_ref(), Some(&newer));
+    assert!(!answer.full);
+    assert_eq!(
+        answer.shards.iter().map(|shard| shard.key.as_str()).collect::<Vec<_>>(),
+        ["inbound/default/api"]
+    );
+    assert!(authorize(&snapshot.inbound, &web, port).permitted());
+
+    // Nothing new: the answer carries no shard.
+    let (_, answer) = api.pull().await;
+    assert!(!answer.full && answer.shards.is_empty());
+
+    let ack = pb::AckRequest { applied: Some(newer.clone()), took_ms: 7, error: String::new() };
+    api.client.ack(ack).await.unwrap();
+    let mut admin = mesh.admin();
+    wait_until("the acknowledgement to show", LIMIT, async || {
+        let status = admin.status(pb::StatusRequest::default()).await.unwrap().into_inner();
+        let one = status.sidecars.iter().find(|sidecar| sidecar.instance == "default/api/one").unwrap();
+        one.applied == newer.version && one.connected && one.lag_ms == 0
+    })
+    .await;
+    drop(notices);
+    wait_until("the sidecar to have left", LIMIT, async || {
+        let status = admin.status(pb::StatusRequest::default()).await.unwrap().into_inner();
+        status.sidecars.iter().all(|sidecar| !sidecar.connected)
+    })
+    .await;
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn what_does_not_concern_a_sidecar_changes_nothing_for_it() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    let only = pb::change::Change::RegisterInstance(pb::RegisterInstance {
+        all_upstreams: false,
+        upstreams: vec!["default/web".into()],
+        ..crate::support::registration("default/api/two", 9100)
+    });
+    mesh.apply(vec![only]).await;
+    let mut two = Sidecar::new(&mesh, "default/api/two");
+    let (snapshot, _) = two.pull().await;
+    assert_eq!(snapshot.endpoints.len(), 1);
+    mesh.apply(vec![declare("default/unseen", 80), deny_all("default/web")]).await;
+    mesh.projected().await;
+    let (_, answer) = two.pull().await;
+    assert!(answer.shards.is_empty());
+    assert_eq!(version(answer.header.unwrap().version.as_ref()), snapshot.version);
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_known_manifest_gets_the_difference_and_an_unknown_one_everything() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    api.pull().await;
+    let first = api.have.clone();
+    for revision in 1..=3 {
+        let mut report = health("default/web/one", revision);
+        if revision % 2 == 0 {
+            report.health = pb::Health::Unhealthy.into();
+        }
+        MeshClient::new(mesh.sidecar("default/web/one")).report_health(report).await.unwrap();
+    }
+    mesh.projected().await;
+    let (snapshot, answer) = api.pull().await;
+    assert!(!answer.full);
+    assert_eq!(
+        answer.shards.iter().map(|shard| shard.key.as_str()).collect::<Vec<_>>(),
+        ["endpoints/default/web"]
+    );
+    let web = &snapshot.endpoints[&"default/web".parse().unwrap()];
+    assert_eq!(web.eligible().count(), 1);
+
+    let mut unknown = first.unwrap();
+    unknown.manifest_hash = vec![7; 32].into();
+    api.have = Some(unknown);
+    let (again, answer) = api.pull().await;
+    assert!(answer.full);
+    assert_eq!(again, snapshot);
+    let listed = Manifest::decode(&answer.manifest).unwrap().entries.len();
+    assert_eq!(answer.shards.len(), listed);
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_version_from_nowhere_is_a_rewound_log() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api"]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    api.pull().await;
+    let mut ahead = api.have.clone().unwrap();
+    ahead.version = Some(pb::ConfigVersion { epoch: 1, position: 1_000_000 });
+    let status = api.client.pull(pb::PullRequest { have: Some(ahead.clone()) }).await.unwrap_err();
+    assert_eq!(status.code(), Code::DataLoss);
+    assert!(status.message().contains("LOG_REWOUND"), "{status:?}");
+    let status = api.client.subscribe(pb::SubscribeRequest { have: Some(ahead) }).await.unwrap_err();
+    assert!(status.message().contains("LOG_REWOUND"), "{status:?}");
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn who_registers_later_hears_of_it_on_the_open_stream() {
+    let mesh = TestMesh::start().await;
+    mesh.apply(vec![declare("default/api", 80)]).await;
+    let mut client = discovery(mesh.sidecar("default/api/one"));
+    let mut notices = client.subscribe(pb::SubscribeRequest { have: None }).await.unwrap().into_inner();
+    let first = notices.message().await.unwrap().unwrap();
+    assert!(first.wanted.is_none());
+    assert_eq!(first.heartbeat_ms, 5_000);
+    mesh.apply(vec![register("default/api/one", 9000)]).await;
+    news(&mut notices, None).await;
+    // With nothing to say, a heartbeat comes all the same.
+    let heartbeat = tokio::time::timeout(Duration::from_secs(8), notices.message()).await;
+    assert!(heartbeat.unwrap().unwrap().unwrap().wanted.is_some());
+    mesh.controller.stop().await;
+}
