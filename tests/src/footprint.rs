@@ -44,11 +44,9 @@ impl Footprint {
     /// The system does not tell.
     pub fn look(&mut self) -> anyhow::Result<()> {
         let seen = processes(&self.home)?;
-        for process in seen.keys() {
-            for inode in sockets(process.pid) {
-                self.listening.extend(listeners()?.get(&inode).cloned());
-            }
-        }
+        let listeners = listeners()?;
+        let inodes = seen.keys().flat_map(|process| sockets(process.pid));
+        self.listening.extend(inodes.filter_map(|inode| listeners.get(&inode).cloned()));
         self.processes.extend(seen);
         Ok(())
     }

@@ -11,6 +11,7 @@
 //! Waiting is on conditions and bounded ([`wait::until`]); times are printed, never asserted.
 
 pub mod app;
+pub mod blob;
 pub mod footprint;
 pub mod http;
 pub mod mesh;

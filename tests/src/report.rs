@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 /// Longest that one step may take. Steps wait on conditions with bounds of their own; this one only keeps a step that
 /// hangs from hanging the run.
-const STEP_LIMIT: Duration = Duration::from_secs(60);
+const STEP_LIMIT: Duration = Duration::from_secs(120);
 /// Room for the names of steps.
 const NAME_WIDTH: usize = 38;
 

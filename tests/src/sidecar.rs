@@ -1,4 +1,4 @@
-//! A sidecar for an app of the test's own, joined as an operator joins one: a token from `weft`, then `weft-proxy`.
+//! A sidecar of the test's own, joined as an operator joins one: a token from `weft`, then `weft-proxy`.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -28,6 +28,25 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// that is killed.
 const LEASH: &str = "\"$@\" </dev/null & read -r _; kill $! 2>/dev/null; wait $!";
 
+/// What a sidecar is for.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// It stands before an app, which serves the service's `port` at `app`.
+    Before {
+        /// The service's port.
+        port: u16,
+        /// Where the app listens.
+        app: SocketAddr,
+    },
+    /// It leads to a service.
+    Towards {
+        /// `<namespace>/<service>:<port>`
+        upstream: String,
+        /// Where connections are taken for it.
+        listen: SocketAddr,
+    },
+}
+
 /// A running sidecar.
 #[derive(Debug)]
 pub struct OwnSidecar {
@@ -39,8 +58,8 @@ pub struct OwnSidecar {
 }
 
 impl OwnSidecar {
-    /// Starts a sidecar for `<namespace>/<service>/<instance>` before the app at `app`, which serves the service's `port`,
-    /// and waits until it is ready. Joins first, unless it has before.
+    /// Starts a sidecar for `<namespace>/<service>/<instance>` and waits until it is ready. Joins first, unless it has
+    /// before.
     ///
     /// # Errors
     ///
@@ -49,8 +68,7 @@ impl OwnSidecar {
         mesh: &Mesh,
         weft_proxy: &Path,
         instance: &str,
-        port: u16,
-        app: SocketAddr,
+        place: &Place,
     ) -> anyhow::Result<Self> {
         let home = mesh.local.home();
         let (service, name) = instance.rsplit_once('/').context("an instance is ns/service/instance")?;
@@ -70,7 +88,13 @@ impl OwnSidecar {
             command.arg("--join-token-file").arg(token);
         }
         command.args(["--inbound-listen", &inbound.to_string(), "--admin-listen", &admin.to_string()]);
-        command.args(["--app", &format!("{port}={app}"), "--probe-interval", "1s", "--drain-deadline", "3s"]);
+        match place {
+            Place::Before { port, app } => command.args(["--app", &format!("{port}={app}")]),
+            Place::Towards { upstream, listen } => {
+                command.args(["--upstream", &format!("{upstream}={listen}")])
+            }
+        };
+        command.args(["--probe-interval", "1s", "--drain-deadline", "3s"]);
         command.arg("--connection-log").arg(&records);
         command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output).process_group(0);
         let mut leash = command.spawn().context("/bin/sh could not be run")?;

@@ -4,8 +4,7 @@
 //! leaves the mesh as the next one needs it; one that fails does not keep the later ones from being tried. Each step is
 //! a function in a module below this one.
 //!
-//! Beside the sample services there is one of our own, `default/blob`: an app in this process of which both ends of every
-//! connection are in our hands, behind a sidecar that joins as any other.
+//! Beside the sample services there is one of our own ([`Blob`]), of which both ends of every connection are in our hands.
 
 mod end;
 mod instances;
@@ -18,22 +17,15 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use tempfile::TempDir;
 use weft_localmesh::Programs;
 use weft_localmesh::home::{HOME_DIR, Home};
 
-use crate::app::{App, Pair};
+use crate::blob::Blob;
 use crate::footprint::Footprint;
 use crate::mesh::Mesh;
 use crate::programs;
 use crate::report::Report;
-use crate::sidecar::OwnSidecar;
-
-/// The port of our own service.
-const BLOB_PORT: u16 = 9000;
-/// The sidecar before our own app.
-const BLOB_INSTANCE: &str = "default/blob/blob-1";
 
 /// What a run consists of.
 #[derive(Debug)]
@@ -49,10 +41,9 @@ pub struct Smoke {
 #[derive(Debug)]
 struct Bench {
     mesh: Mesh,
-    blob: App,
-    blob_sidecar: OwnSidecar,
-    /// Where `web`'s sidecar takes connections for our service.
-    blob_address: SocketAddr,
+    blob: Blob,
+    /// Where `web` reaches `db`, which it may not; asked once, since the answer needs a controller.
+    db_from_web: SocketAddr,
 }
 
 impl Smoke {
@@ -128,14 +119,9 @@ impl Smoke {
 }
 
 impl Bench {
-    /// A connection to our own service, as an app beside `web` would open it.
-    async fn open(&self) -> anyhow::Result<Pair> {
-        self.blob.open(self.blob_address).await
-    }
-
-    /// Stops our sidecar and the mesh.
+    /// Stops our sidecars and the mesh.
     async fn stop(self) -> anyhow::Result<()> {
-        let own = self.blob_sidecar.stop().await.context("stopping our own sidecar");
+        let own = self.blob.stop().await;
         // Whatever became of ours, the mesh is stopped.
         self.mesh.stop().await?;
         own

@@ -1,38 +1,21 @@
 //! The beginning and the end of the mesh.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use crate::app::App;
+use crate::blob::Blob;
 use crate::http;
 use crate::mesh::Mesh;
-use crate::sidecar::OwnSidecar;
-use crate::smoke::{BLOB_INSTANCE, BLOB_PORT, Bench, Smoke, policy};
+use crate::smoke::{Bench, Smoke};
 use crate::wait::until;
-
-/// How long the first connection to our own service may take to pass.
-const REACH_LIMIT: Duration = Duration::from_secs(20);
-/// How far our service's address is from that of `web`: the local mesh uses the first four of each sixteen.
-const ADDRESS_OFFSET: u8 = 8;
 
 impl Smoke {
     /// Everything, from nothing.
     pub(super) async fn start(&mut self) -> anyhow::Result<String> {
-        let mesh = Mesh::start(self.home().dir(), &self.programs, self.database_url.clone()).await?;
-        let blob = App::listen().await?;
-        let answer = http::body(mesh.app("web-1").await?, "/").await?;
-        match add_blob(&mesh, &self.programs.proxy, &blob).await {
-            Ok((blob_sidecar, blob_address)) => {
-                self.bench = Some(Bench { mesh, blob, blob_sidecar, blob_address });
-            }
-            Err(why) => {
-                mesh.stop().await?;
-                return Err(why.context("adding a service of our own"));
-            }
-        }
+        let bench = self.start_bench().await?;
+        let answer = http::body(bench.mesh.app("web-1").await?, "/").await?;
         self.footprint.look()?;
         Ok(format!(
             "{} processes, {} listening sockets; web says: {}",
@@ -42,31 +25,30 @@ impl Smoke {
         ))
     }
 
+    /// The mesh and our own service in it.
+    async fn start_bench(&mut self) -> anyhow::Result<&Bench> {
+        let mesh = Mesh::start(self.home().dir(), &self.programs, self.database_url.clone()).await?;
+        let joined = async {
+            let db_from_web = (mesh.service_address("default/db").await?, 5432).into();
+            anyhow::Ok((Blob::join(&mesh, &self.programs.proxy).await?, db_from_web))
+        };
+        match joined.await {
+            Ok((blob, db_from_web)) => Ok(self.bench.insert(Bench { mesh, blob, db_from_web })),
+            Err(why) => {
+                mesh.stop().await?;
+                Err(why)
+            }
+        }
+    }
+
     /// Stops the mesh and starts it again: the log goes on where it ended.
     pub(super) async fn resume(&mut self) -> anyhow::Result<String> {
         let Some(bench) = self.bench.take() else { anyhow::bail!("there is no mesh") };
         self.footprint.look()?;
         let before = log_state(&bench.mesh).await?;
-        let Bench { mesh, blob, blob_sidecar, blob_address } = bench;
-        let stopped = blob_sidecar.stop().await;
-        mesh.stop().await?;
-        stopped?;
+        bench.stop().await?;
 
-        let mesh = Mesh::start(self.home().dir(), &self.programs, self.database_url.clone()).await?;
-        let blob_sidecar =
-            match OwnSidecar::start(&mesh, &self.programs.proxy, BLOB_INSTANCE, BLOB_PORT, blob.address())
-                .await
-            {
-                Ok(sidecar) => sidecar,
-                Err(why) => {
-                    mesh.stop().await?;
-                    return Err(why.context("starting our own sidecar again"));
-                }
-            };
-        let bench = self.bench.insert(Bench { mesh, blob, blob_sidecar, blob_address });
-        self.footprint.look()?;
-        let mut pair = until("web to reach blob", REACH_LIMIT, async || bench.open().await).await?;
-        pair.ping().await?;
+        let bench = self.start_bench().await?;
         let after = log_state(&bench.mesh).await?;
         ensure!(after.first == before.first, "the log begins otherwise than before");
         ensure!(after.head >= before.head, "the log was at {}, and is at {}", before.head, after.head);
@@ -77,6 +59,7 @@ impl Smoke {
             .json(&["sql", "select count(*) as events, max(position) as head from audit.events"]);
         let rows = rows.await?;
         ensure!(rows[0]["events"] == rows[0]["head"], "positions have gaps: {rows}");
+        self.footprint.look()?;
         Ok(format!(
             "head {}.{} → {}.{}, first event {}… as before, no gap; traffic passes",
             before.epoch,
@@ -108,24 +91,6 @@ impl Smoke {
             self.footprint.listeners()
         ))
     }
-}
-
-/// Declares our service, starts its sidecar, and waits until `web` reaches it.
-async fn add_blob(
-    mesh: &Mesh,
-    weft_proxy: &std::path::Path,
-    blob: &App,
-) -> anyhow::Result<(OwnSidecar, SocketAddr)> {
-    let [a, b, c, last] = mesh.service_address("default/web").await?.octets();
-    // Beside those of the same mesh, so that two meshes on one machine do not want the same.
-    let address = Ipv4Addr::new(a, b, c, last.wrapping_add(ADDRESS_OFFSET));
-    let said = mesh.weft.apply(&policy::blob_service(address)).await?;
-    ensure!(said.status == Some(0), "{said}");
-    let sidecar = OwnSidecar::start(mesh, weft_proxy, BLOB_INSTANCE, BLOB_PORT, blob.address()).await?;
-    let address = SocketAddr::from((address, BLOB_PORT));
-    let reached = until("web to reach blob", REACH_LIMIT, async || blob.open(address).await?.ping().await);
-    reached.await?;
-    Ok((sidecar, address))
 }
 
 /// Where the log is, and how it begins.

@@ -6,10 +6,11 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use crate::smoke::Bench;
 use crate::smoke::instances::requests;
-use crate::smoke::{Bench, policy};
+use crate::smoke::policy;
 use crate::wait::until;
-use crate::{http, sql};
+use crate::{blob, http, sql};
 
 /// How long sidecars may take to find the controller again: the longest pause between two attempts, and room.
 const BACK_LIMIT: Duration = Duration::from_secs(30);
@@ -18,7 +19,7 @@ const REQUESTS: usize = 60;
 
 /// The controller is killed; a connection that was open stays, and new ones are made.
 pub(super) async fn controller_dies(bench: &mut Bench) -> anyhow::Result<String> {
-    let mut pair = bench.open().await?;
+    let mut pair = bench.blob.open().await?;
     pair.ping().await?;
     bench.mesh.local.kill("controller").await?;
     pair.ping().await.context("the open connection")?;
@@ -45,10 +46,10 @@ pub(super) async fn sidecar_restarts(bench: &mut Bench) -> anyhow::Result<String
         ensure!(after == before, "{instance} ran {before}, and now {after}");
         told.push(format!("{instance} at {after} again {} ms after the kill", killed.elapsed().as_millis()));
     }
-    bench.open().await?.ping().await.context("through web-1 to blob")?;
     let answer = http::body(bench.mesh.app("web-1").await?, "/").await.context("web → api → db")?;
     ensure!(answer.contains("api-"), "web answers {answer}");
-    Ok(format!("{}; web → api → db and web → blob work", told.join(", ")))
+    policy::refused_connection(bench).await.context("web may still not query db")?;
+    Ok(format!("{}; web → api → db works, and refusals are refused", told.join(", ")))
 }
 
 /// The controller comes back: every sidecar is connected and runs what it should, also what is decided from then on.
@@ -60,7 +61,7 @@ pub(super) async fn controller_returns(bench: &mut Bench) -> anyhow::Result<Stri
     let settled = returning.elapsed();
     // And news reach them: our service's policy as it is, at a new version, because a rule has another name.
     let said =
-        bench.mesh.weft.apply(&policy::ALLOW.replace("web-may-connect", "web-may-still-connect")).await?;
+        bench.mesh.weft.apply(&blob::ALLOW.replace("caller-may-connect", "caller-may-still-connect")).await?;
     ensure!(said.status == Some(0), "{said}");
     let (_, later) = everyone_at_head(bench).await?;
     ensure!(later > head, "the log did not grow: {head}, then {later}");
@@ -86,7 +87,7 @@ pub(super) async fn everyone_at_head(bench: &Bench) -> anyhow::Result<(usize, u6
             ensure!(truth(&row["connected"]), "not connected: {row}");
             ensure!(row["wanted"].is_string() && row["wanted"] == row["applied"], "behind: {row}");
         }
-        let expected = bench.mesh.local.sidecars().await.len() + 1;
+        let expected = bench.mesh.local.sidecars().await.len() + 2;
         ensure!(rows.len() == expected, "{} sidecars in status.sidecars, not {expected}", rows.len());
         Ok((rows.len(), head))
     })

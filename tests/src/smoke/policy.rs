@@ -8,33 +8,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use crate::mesh::Mesh;
+use crate::blob;
 use crate::records::Record;
-use crate::smoke::{BLOB_PORT, Bench};
+use crate::smoke::Bench;
 use crate::sql::Session;
 use crate::wait::until;
 
 /// How long a refusal, a cut or a permission may take to be felt. The mesh's own bound is a second.
 const FELT_LIMIT: Duration = Duration::from_secs(10);
 
-/// The policies of our own service: who may connect, and the one that takes it back.
-pub(super) const ALLOW: &str = "kind: SecurityPolicy
-scope: default/blob
-default: deny
-rules:
-  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
-";
-const DENY: &str = "kind: SecurityPolicy
-scope: default/blob
-default: deny
-rules:
-  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
-  - { name: web-is-cut-off, action: deny, from: { services: [default/web] } }
-";
-
 /// `web` may not query `db`: the client is cut off, and both ends of the connection recorded the same reason.
 pub(super) async fn refusal(bench: &mut Bench) -> anyhow::Result<String> {
-    let (outbound, inbound) = refused_connection(&bench.mesh).await?;
+    let (outbound, inbound) = refused_connection(bench).await?;
     Ok(format!(
         "connection {}: {} rule {:?} in the records of web-1 and db-1, at {} and {}",
         outbound.text("connection_id"),
@@ -46,12 +31,11 @@ pub(super) async fn refusal(bench: &mut Bench) -> anyhow::Result<String> {
 }
 
 /// Tries to reach `db` from `web`, and returns the records of both sidecars.
-async fn refused_connection(mesh: &Mesh) -> anyhow::Result<(Record, Record)> {
-    let (outbound, inbound) = (mesh.records("web-1"), mesh.records("db-1"));
+pub(super) async fn refused_connection(bench: &Bench) -> anyhow::Result<(Record, Record)> {
+    let (outbound, inbound) = (bench.mesh.records("web-1"), bench.mesh.records("db-1"));
     let (outbound_mark, inbound_mark) = (outbound.mark()?, inbound.mark()?);
-    let address = (mesh.service_address("default/db").await?, 5432);
     let refused = async {
-        let mut stream = TcpStream::connect(address).await?;
+        let mut stream = TcpStream::connect(bench.db_from_web).await?;
         // As a client that waits for its turn: what it wants to say must not pass.
         let mut answer = Vec::new();
         let sent = stream.write_all(b"anything").await;
@@ -83,7 +67,7 @@ async fn refused_connection(mesh: &Mesh) -> anyhow::Result<(Record, Record)> {
 
 /// The command line gives the verdict that the sidecar gave, with the same rule, and the other one for `api`.
 pub(super) async fn why(bench: &mut Bench) -> anyhow::Result<String> {
-    let (outbound, _) = refused_connection(&bench.mesh).await?;
+    let (outbound, _) = refused_connection(bench).await?;
     let weft = &bench.mesh.weft;
     let refused = weft.run(["why", "web", "db:5432", "-o", "json"]).await?;
     ensure!(refused.status == Some(2), "a refusal has exit status 2: {refused}");
@@ -105,12 +89,12 @@ pub(super) async fn why(bench: &mut Bench) -> anyhow::Result<String> {
 
 /// A deny cuts what it forbids, and only that.
 pub(super) async fn deny_cuts(bench: &mut Bench) -> anyhow::Result<String> {
-    let mut pair = bench.open().await?;
+    let mut pair = bench.blob.open().await?;
     pair.ping().await?;
     let bystander = Session::open(&bench.mesh.database_through("api-1").await?).await?;
     let backend = bystander.query("select pg_backend_pid()").await?;
-    let outbound = bench.mesh.records("web-1");
-    let (outbound_mark, inbound_mark) = (outbound.mark()?, bench.blob_sidecar.records().mark()?);
+    let (outbound, inbound) = (bench.blob.client.records(), bench.blob.server.records());
+    let (outbound_mark, inbound_mark) = (outbound.mark()?, inbound.mark()?);
 
     // Both at once: the cut may be felt before the command has ended.
     let cut = timeout(FELT_LIMIT, async {
@@ -122,7 +106,7 @@ pub(super) async fn deny_cuts(bench: &mut Bench) -> anyhow::Result<String> {
         }
     });
     let applied = async {
-        let said = bench.mesh.weft.apply(DENY).await?;
+        let said = bench.mesh.weft.apply(blob::DENY).await?;
         ensure!(said.status == Some(0), "{said}");
         Ok((Instant::now(), said))
     };
@@ -135,11 +119,11 @@ pub(super) async fn deny_cuts(bench: &mut Bench) -> anyhow::Result<String> {
     };
 
     let cut_off = |record: &Record| record.text("close_reason") == "policy_changed";
-    let inbound = bench.blob_sidecar.records().find(inbound_mark, "the cut", cut_off).await?;
+    let inbound = inbound.find(inbound_mark, "the cut", cut_off).await?;
     let id = inbound.text("connection_id").to_owned();
     outbound.find(outbound_mark, "the cut", |record| record.text("connection_id") == id).await?;
-    ensure!(inbound.text("rule").contains("web-is-cut-off"), "another rule cut it: {inbound:?}");
-    ensure!(bench.open().await.is_err(), "a new connection still passes");
+    ensure!(inbound.text("rule").contains("caller-is-cut-off"), "another rule cut it: {inbound:?}");
+    ensure!(bench.blob.open().await.is_err(), "a new connection still passes");
     let same = bystander
         .query("select pg_backend_pid()")
         .await
@@ -154,26 +138,19 @@ pub(super) async fn deny_cuts(bench: &mut Bench) -> anyhow::Result<String> {
 
 /// The old policy as a new version: connections pass again, and the version has risen.
 pub(super) async fn rollback(bench: &mut Bench) -> anyhow::Result<String> {
-    let before = bench.blob_sidecar.config().await?.version;
-    let said = bench.mesh.weft.apply(ALLOW).await?;
+    let before = bench.blob.server.config().await?.version;
+    let said = bench.mesh.weft.apply(blob::ALLOW).await?;
     ensure!(said.status == Some(0), "{said}");
     let acknowledged = Instant::now();
-    let mut pair = until("web to reach blob again", FELT_LIMIT, async || bench.open().await).await?;
+    let mut pair = until("caller to reach blob again", FELT_LIMIT, async || bench.blob.open().await).await?;
     let felt = acknowledged.elapsed();
     pair.ping().await?;
-    let after = bench.blob_sidecar.config().await?.version;
+    let after = bench.blob.server.config().await?.version;
     ensure!(after > before, "the version did not rise: {before}, then {after}");
     Ok(format!(
         "config version {before} → {after}; a connection passed {} ms after the apply",
         felt.as_millis()
     ))
-}
-
-/// Our own service, at an address of its own.
-pub(super) fn blob_service(address: std::net::Ipv4Addr) -> String {
-    format!(
-        "kind: Service\nname: default/blob\naddress: {address}\nports: [{{ name: bytes, port: {BLOB_PORT} }}]\n---\n{ALLOW}"
-    )
 }
 
 fn text(value: &Value) -> String {

@@ -33,7 +33,7 @@ pub(super) async fn select(bench: &mut Bench) -> anyhow::Result<String> {
     let id = sent.text("connection_id").to_owned();
     let same = format!("connection {id}");
     let received = inbound.find(inbound_mark, &same, |record| record.text("connection_id") == id).await?;
-    ensure!(sent.text("tls").contains("1.3"), "no TLS 1.3 between the sidecars: {sent:?}");
+    ensure!(sent.text("tls") == "TLSv1_3", "no TLS 1.3 between the sidecars: {sent:?}");
     ensure!(sent.number("bytes_down") == received.number("bytes_down"), "{sent:?} is not {received:?}");
     Ok(format!(
         "{} through api-1 and db-1: {}; {} {}, connection {id} in both records",
@@ -46,7 +46,7 @@ pub(super) async fn select(bench: &mut Bench) -> anyhow::Result<String> {
 
 /// Much data in both directions at once.
 pub(super) async fn transfer(bench: &mut Bench) -> anyhow::Result<String> {
-    let Pair { mut client, mut server } = bench.open().await?;
+    let Pair { mut client, mut server } = bench.blob.open().await?;
     let (mut client_read, mut client_write) = client.split();
     let (mut server_read, mut server_write) = server.split();
     let start = Instant::now();
@@ -76,10 +76,10 @@ pub(super) async fn transfer(bench: &mut Bench) -> anyhow::Result<String> {
 
 /// Each side closes its direction first, and the other one still gets everything through.
 pub(super) async fn half_close(bench: &mut Bench) -> anyhow::Result<String> {
-    let records = bench.mesh.records("web-1");
+    let records = bench.blob.client.records();
     for client_first in [true, false] {
         let mark = records.mark()?;
-        let Pair { client, server } = bench.open().await?;
+        let Pair { client, server } = bench.blob.open().await?;
         let (first, second) = if client_first { (client, server) } else { (server, client) };
         let passing = close_in_turn(first, second);
         let who = if client_first { "the client closes first" } else { "the server closes first" };

@@ -8,27 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use tokio::task::JoinSet;
 use weft_pgserver::{Binaries, Cluster, ClusterConfig, Server};
-use weft_tests::app::App;
+use weft_tests::blob::{self, Blob};
 use weft_tests::mesh::Mesh;
 use weft_tests::programs;
-use weft_tests::sidecar::OwnSidecar;
 use weft_tests::wait::until;
 
 /// How long the controller may take to have everything in order again.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
-
-/// A service whose connections do not need the database, and a policy to change.
-const SERVICE: &str = "kind: Service
-name: default/clock
-address: 127.127.255.254
-ports: [{ name: tick, port: 9000 }]
----
-kind: SecurityPolicy
-scope: default/clock
-default: deny
-rules:
-  - { name: web-may-connect, action: allow, from: { services: [default/web] }, ports: [9000] }
-";
 
 #[tokio::test]
 async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server() -> anyhow::Result<()> {
@@ -39,23 +25,17 @@ async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server(
     let programs = programs::built()?;
     let mesh = Mesh::start(&dir.path().join("home"), &programs, Some(server.url("postgres"))).await?;
 
-    // Connections through the mesh go on all the while, from web to an app of our own.
-    let app = App::listen().await?;
-    let said = mesh.weft.apply(SERVICE).await?;
-    ensure!(said.status == Some(0), "{said}");
-    let sidecar =
-        OwnSidecar::start(&mesh, &programs.proxy, "default/clock/clock-1", 9000, app.address()).await?;
-    let address = (mesh.service_address("default/clock").await?, 9000).into();
-    let opened = until("web to reach clock", RECOVERY_LIMIT, async || app.open(address).await).await;
-    let mut lasting = opened?;
+    // Connections through the mesh go on all the while, between sidecars of our own.
+    let blob = Arc::new(Blob::join(&mesh, &programs.proxy).await?);
+    let mut lasting = blob.open().await?;
     let over = Arc::new(AtomicBool::new(false));
     let mut traffic = JoinSet::new();
     traffic.spawn({
-        let over = Arc::clone(&over);
+        let (over, blob) = (Arc::clone(&over), Arc::clone(&blob));
         async move {
             let mut passed = 0_u32;
             while !over.load(Ordering::Relaxed) {
-                app.open(address).await?.ping().await?;
+                blob.open().await?.ping().await?;
                 passed += 1;
             }
             anyhow::Ok(passed)
@@ -82,7 +62,7 @@ async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server(
 
     let said = mesh.weft.run(["verify"]).await?;
     ensure!(said.status == Some(0), "{said}");
-    sidecar.stop().await?;
+    Arc::into_inner(blob).context("the traffic is over")?.stop().await?;
     mesh.stop().await?;
     tokio::task::spawn_blocking(move || server.stop().map(drop)).await??;
     Ok(())
@@ -90,8 +70,7 @@ async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server(
 
 /// Changes a policy, as soon as somebody takes the change, and waits until every sidecar runs it; returns the log's head.
 async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
-    let policy = SERVICE.split_once("---\n").context("two documents")?.1;
-    let changed = policy.replace("web-may-connect", &format!("web-may-connect-{number}"));
+    let changed = blob::ALLOW.replace("caller-may-connect", &format!("caller-may-connect-{number}"));
     until("a change to be taken", RECOVERY_LIMIT, async || {
         let said = mesh.weft.apply(&changed).await?;
         ensure!(said.status == Some(0), "{said}");
@@ -103,7 +82,7 @@ async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
         from status.sidecars";
     until("every sidecar to run the change", RECOVERY_LIMIT, async || {
         let rows = mesh.weft.json(&["sql", late]).await?;
-        ensure!(rows[0]["late"] == 0 && rows[0]["lag"] == 0 && rows[0]["sidecars"] == 5, "{rows}");
+        ensure!(rows[0]["late"] == 0 && rows[0]["lag"] == 0 && rows[0]["sidecars"] == 6, "{rows}");
         rows[0]["head"].as_u64().context("no head")
     })
     .await

@@ -1,0 +1,104 @@
+//! A service of the test's own in a mesh: `default/blob`, reached from `default/caller`, with a sidecar of its own at either
+//! end and both ends of every connection in the test's hands.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use weft_pgserver::reserve_loopback_port;
+
+use crate::app::{App, Pair};
+use crate::mesh::{Mesh, local};
+use crate::sidecar::{OwnSidecar, Place};
+use crate::wait::until;
+
+/// The service and its port.
+const PORT: u16 = 9000;
+/// How long the first connection may take to pass.
+const REACH_LIMIT: Duration = Duration::from_secs(20);
+
+/// The two services. The caller serves nothing, but a service has a port.
+const SERVICES: &str = "kind: Service
+name: default/blob
+ports: [{ name: bytes, port: 9000 }]
+---
+kind: Service
+name: default/caller
+ports: [{ name: unused, port: 9001 }]
+---
+";
+
+/// The policy that lets the caller connect.
+pub const ALLOW: &str = "kind: SecurityPolicy
+scope: default/blob
+default: deny
+rules:
+  - { name: caller-may-connect, action: allow, from: { services: [default/caller] }, ports: [9000] }
+";
+
+/// The policy that takes it back.
+pub const DENY: &str = "kind: SecurityPolicy
+scope: default/blob
+default: deny
+rules:
+  - { name: caller-may-connect, action: allow, from: { services: [default/caller] }, ports: [9000] }
+  - { name: caller-is-cut-off, action: deny, from: { services: [default/caller] } }
+";
+
+/// The service, its caller, and the sidecars of both.
+#[derive(Debug)]
+pub struct Blob {
+    app: App,
+    address: SocketAddr,
+    /// The sidecar before the app.
+    pub server: OwnSidecar,
+    /// The sidecar that leads there.
+    pub client: OwnSidecar,
+}
+
+impl Blob {
+    /// Joins a mesh, or joins it again, and waits until a connection passes.
+    ///
+    /// # Errors
+    ///
+    /// The mesh does not take the services or the sidecars, or no connection passes.
+    pub async fn join(mesh: &Mesh, weft_proxy: &Path) -> anyhow::Result<Self> {
+        let declared = mesh.weft.run(["get", "service", "default/blob"]).await?.status == Some(0);
+        if !declared {
+            let said = mesh.weft.apply(&format!("{SERVICES}{ALLOW}")).await?;
+            ensure!(said.status == Some(0), "{said}");
+        }
+        let app = App::listen().await?;
+        let address = local(reserve_loopback_port()?);
+        let before = Place::Before { port: PORT, app: app.address() };
+        let server = OwnSidecar::start(mesh, weft_proxy, "default/blob/blob-1", &before).await?;
+        let towards = Place::Towards { upstream: format!("default/blob:{PORT}"), listen: address };
+        let client = OwnSidecar::start(mesh, weft_proxy, "default/caller/caller-1", &towards).await?;
+        let blob = Self { app, address, server, client };
+        let reached =
+            until("caller to reach blob", REACH_LIMIT, async || blob.open().await?.ping().await).await;
+        reached.context("a service of our own")?;
+        Ok(blob)
+    }
+
+    /// A connection from the caller to the service.
+    ///
+    /// # Errors
+    ///
+    /// It is refused, or does not arrive in time.
+    pub async fn open(&self) -> anyhow::Result<Pair> {
+        self.app.open(self.address).await
+    }
+
+    /// Stops both sidecars.
+    ///
+    /// # Errors
+    ///
+    /// One does not stop in time.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        let (client, server) = tokio::join!(self.client.stop(), self.server.stop());
+        client.context("the caller's sidecar")?;
+        server.context("the service's sidecar")
+    }
+}
