@@ -171,3 +171,59 @@ impl Session {
         self.run("close databases", &format!("revoke all on database {name} from public")).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_pgserver::{Binaries, Cluster, Server};
+
+    fn server() -> Server {
+        let mut say = |line: &str| eprintln!("{line}");
+        let cluster = Cluster::open_scratch(Binaries::find().unwrap(), &mut say).unwrap();
+        cluster.start(&mut say).unwrap()
+    }
+
+    fn url(home: &Home, file: &str) -> Config {
+        fs::read_to_string(home.secret(file)).unwrap().trim().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn each_role_reaches_its_own_database_and_a_second_start_changes_nothing() {
+        let server = tokio::task::spawn_blocking(server).await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut home = Home::at(dir.path().join(".weft"));
+        home.create().unwrap();
+        let databases =
+            Databases { admin_url: server.url("postgres"), host: "127.0.0.1".into(), port: server.port() };
+        databases.prepare(&home).await.unwrap();
+        let first = fs::read_to_string(home.secret("shop.url")).unwrap();
+        let shop = Session::open(&url(&home, "shop.url")).await.unwrap();
+        shop.run("sell out", "delete from orders where id > 1").await.unwrap();
+
+        databases.prepare(&home).await.unwrap();
+        assert_eq!(fs::read_to_string(home.secret("shop.url")).unwrap(), first);
+        let orders: i64 = shop.client.query_one("select count(*) from orders", &[]).await.unwrap().get(0);
+        assert_eq!(orders, 1, "what is there is not seeded again");
+
+        let owner = Session::open(&url(&home, "controller.url")).await.unwrap();
+        owner.run("own the database", "create schema mine").await.unwrap();
+        let reader = Session::open(&url(&home, "reader.url")).await.unwrap();
+        assert!(reader.run("write", "create schema mine_too").await.is_err());
+        for (file, database) in [("shop.url", MESH), ("shop.url", "postgres"), ("reader.url", SHOP)] {
+            let mut elsewhere = url(&home, file);
+            elsewhere.dbname(database);
+            let entered = Session::open(&elsewhere).await.is_ok();
+            // Everybody may enter `postgres`, in which there is nothing.
+            assert_eq!(entered, database == "postgres", "{file} in {database}");
+        }
+        tokio::task::spawn_blocking(move || server.stop().unwrap()).await.unwrap();
+    }
+
+    #[test]
+    fn only_urls_of_one_reachable_host_are_taken() {
+        let databases = Databases::of_url("postgres://a:b@db.example:5433/x").unwrap();
+        assert_eq!((databases.host.as_str(), databases.port), ("db.example", 5433));
+        assert!(Databases::of_url("mysql://a").is_err());
+        assert!(Databases::of_url("postgres://a@%2Frun%2Fpg/x").is_err());
+    }
+}

@@ -20,6 +20,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use weft_pgserver::Server;
 
@@ -119,6 +120,8 @@ pub struct LocalMesh {
     instances: Vec<Instance>,
     databases: Option<Databases>,
     postgres: Option<Server>,
+    /// The start of a server that nobody has taken over yet.
+    starting: Option<JoinHandle<start::Started>>,
     supervisor: Supervisor,
     /// Declared last, so released after everything else.
     _lock: HomeLock,
@@ -148,8 +151,8 @@ impl LocalMesh {
         }
         let ports = Ports::choose(&home, config.ports)?;
         let supervisor = Supervisor::new(&home, &config.programs.weft)?;
-        let (instances, databases, postgres) = (Instance::initial(), None, None);
-        Ok(Self { home, config, ports, instances, databases, postgres, supervisor, _lock: lock })
+        let (instances, databases, postgres, starting) = (Instance::initial(), None, None, None);
+        Ok(Self { home, config, ports, instances, databases, postgres, starting, supervisor, _lock: lock })
     }
 
     /// Starts everything and waits until a request passes through the whole mesh.
@@ -368,6 +371,11 @@ impl LocalMesh {
                 step.done(String::new());
             }
         }
+        if let Some(starting) = self.starting.take()
+            && let Ok((Ok(server), _)) = starting.await
+        {
+            self.postgres = Some(server);
+        }
         if let Some(server) = self.postgres.take() {
             let step = Step::begin("stop PostgreSQL", report);
             let ended = blocking(move || server.stop().map(drop)).await;
@@ -405,6 +413,6 @@ impl<'r> Step<'r> {
 
 /// Runs what blocks where that harms nobody.
 #[expect(clippy::expect_used, reason = "the closures passed here do not panic, and are never cancelled")]
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("the work does not panic")
 }

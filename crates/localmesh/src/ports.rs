@@ -53,12 +53,9 @@ impl Ports {
         Ok(Self { home: home.clone(), base, ports })
     }
 
-    /// The port for something, found if need be and remembered. It is free now, except that `ours` may hold it.
+    /// The port for something, found if need be, and remembered. It is free now.
     pub(crate) fn reserve(&mut self, what: &str) -> Result<u16, StartError> {
-        let port = match self.ports.get(what) {
-            Some(port) => *port,
-            None => self.next(what)?,
-        };
+        let port = self.find(what)?;
         match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -66,11 +63,27 @@ impl Ports {
             }
             Err(source) => return Err(StartError::io(format!("trying port {port}"))(source)),
         }
-        if self.ports.insert(what.to_owned(), port).is_none() {
-            let path = self.home.ports();
-            write_json(&path, &self.ports).map_err(StartError::io(format!("writing {}", path.display())))?;
-        }
+        self.remember(what, port)?;
         Ok(port)
+    }
+
+    /// As [`reserve`](Self::reserve), for something that checks by itself whether its port is free.
+    pub(crate) fn assign(&mut self, what: &str) -> Result<u16, StartError> {
+        let port = self.find(what)?;
+        self.remember(what, port)?;
+        Ok(port)
+    }
+
+    fn find(&self, what: &str) -> Result<u16, StartError> {
+        self.ports.get(what).map_or_else(|| self.next(what), |port| Ok(*port))
+    }
+
+    fn remember(&mut self, what: &str, port: u16) -> Result<(), StartError> {
+        if self.ports.insert(what.to_owned(), port).is_some() {
+            return Ok(());
+        }
+        let path = self.home.ports();
+        write_json(&path, &self.ports).map_err(StartError::io(format!("writing {}", path.display())))
     }
 
     /// The port for something that was reserved before.

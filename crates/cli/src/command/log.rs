@@ -138,28 +138,35 @@ pub(crate) async fn read(
     Ok(events)
 }
 
+/// Shows what a request asks for up to now, then what is yet to come. The limit is one of the past only.
 async fn follow(
     client: &mut MeshClient<Channel>,
-    request: v1::ReadLogRequest,
+    mut request: v1::ReadLogRequest,
     format: Format,
 ) -> Outcome<Exit> {
-    let mut batches = answer(client.read_log(request).await)?;
     if format == Format::Table {
         print(&line(&HEADINGS.map(str::to_owned)))?;
     }
+    if request.last {
+        let now = answer(client.status(v1::StatusRequest { at: None }).await)?.head.unwrap_or_default();
+        let until = Some(Moment::Position(now.position).wire());
+        let past = v1::ReadLogRequest { follow: false, until, ..request.clone() };
+        show_lines(&read(client, past).await?, format)?;
+        request = v1::ReadLogRequest { after: now.position, limit: 0, last: false, ..request };
+    }
+    let mut batches = answer(client.read_log(request).await)?;
     while let Some(batch) = batches.message().await.map_err(CallError::from)? {
-        let events: Vec<Event> = batch.events.into_iter().map(Event::from).collect();
-        match format {
-            // A table cannot know how wide its next row will be.
-            Format::Table => {
-                for event in &events {
-                    print(&line(&cells(event)))?;
-                }
-            }
-            Format::Json | Format::Yaml => print(&shown(&events, format)?)?,
-        }
+        show_lines(&batch.events.into_iter().map(Event::from).collect::<Vec<_>>(), format)?;
     }
     Err(Failure::fault("the controller ended the log").next("follow it again with `weft log -f`"))
+}
+
+fn show_lines(events: &[Event], format: Format) -> Outcome<()> {
+    match format {
+        // A table cannot know how wide its next row will be.
+        Format::Table => events.iter().try_for_each(|event| print(&line(&cells(event)))),
+        Format::Json | Format::Yaml => print(&shown(events, format)?),
+    }
 }
 
 async fn one(client: &mut MeshClient<Channel>, position: u64, format: Format) -> Outcome<Exit> {

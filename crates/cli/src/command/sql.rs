@@ -162,4 +162,25 @@ mod tests {
         assert_eq!(value(&Type::FLOAT8, Some("NaN")), json!("NaN"));
         assert_eq!(value(&Type::INT8, None), Value::Null);
     }
+
+    #[tokio::test]
+    async fn answers_are_bounded_and_one_statement_is_all() {
+        let database = weft_testkit::TestDatabase::create().await;
+        let client = database.connect().await;
+        let query = "select n, n::text as t, null as nothing from generate_series(1, 10) n";
+        let (columns, rows, more) = ask(&client, query, 3).await.unwrap();
+        assert!(more);
+        let first = serde_json::to_value(objects(&columns, &rows)).unwrap();
+        assert_eq!(first[0], json!({ "n": 1, "t": "1", "nothing": null }));
+        assert_eq!(rows.len(), 3);
+
+        let (_, rows, more) = ask(&client, query, 10).await.unwrap();
+        assert_eq!((rows.len(), more), (10, false));
+
+        let two = ask(&client, "select 1; drop schema public", 1).await.unwrap_err();
+        assert!(refused(&two).to_string().contains("one statement"));
+        let absent = ask(&client, "select * from status.nothing", 1).await.unwrap_err();
+        assert!(refused(&absent).to_string().contains("pg_views"));
+        database.close().await;
+    }
 }

@@ -5,7 +5,7 @@ use crate::child::{ChildState, Exited};
 use crate::database::Databases;
 use crate::error::StartError;
 use crate::home::{tail, write_json, write_private};
-use crate::mesh::{LocalMesh, blocking};
+use crate::mesh::LocalMesh;
 use crate::sample::{self, CONTROLLER, Instance, POSTGRES, Service, local};
 use crate::{Progress, Report};
 use serde_json::json;
@@ -25,7 +25,8 @@ impl LocalMesh {
         self.ports.reserve(CONTROLLER)?;
         self.ports.reserve("controller admin")?;
         if self.config.database_url.is_none() {
-            self.ports.reserve(POSTGRES)?;
+            // One that an earlier run left may still hold it; whoever starts the new one stops that first.
+            self.ports.assign(POSTGRES)?;
         }
         for port in self.instances.iter().flat_map(Instance::ports) {
             self.ports.reserve(&port)?;
@@ -43,7 +44,13 @@ impl LocalMesh {
             None => {
                 let port = self.ports.get(POSTGRES);
                 let dir = self.home.postgres();
-                let (server, said) = blocking(move || start_server(dir, port)).await;
+                // Kept where a stop finds it, should this future be dropped meanwhile.
+                let starting =
+                    self.starting.insert(tokio::task::spawn_blocking(move || start_server(dir, port)));
+                let started = starting.await;
+                self.starting = None;
+                let (server, said) =
+                    started.map_err(|error| StartError::io("starting PostgreSQL")(error.into()))?;
                 for line in said {
                     report(Progress::Note(line));
                 }
@@ -183,13 +190,21 @@ impl LocalMesh {
     }
 }
 
-fn start_server(dir: PathBuf, port: u16) -> (Result<Server, StartError>, Vec<String>) {
+/// A server, or why there is none, and what was said meanwhile.
+pub(super) type Started = (Result<Server, StartError>, Vec<String>);
+
+fn start_server(dir: PathBuf, port: u16) -> Started {
     let mut said = Vec::new();
     let start = || -> Result<Server, StartError> {
         let mut say = |line: &str| said.push(line.to_owned());
         let binaries = Binaries::find_or_install(&mut say)?;
         let config = ClusterConfig { port: Some(port), ..ClusterConfig::new(dir) };
-        Ok(Cluster::open(binaries, config, &mut say)?.start(&mut say)?)
+        Cluster::open(binaries, config, &mut say)?.start(&mut say).map_err(|error| match error {
+            weft_pgserver::StartError::PortBusy { port } => {
+                StartError::PortBusy { port, what: POSTGRES.to_owned() }
+            }
+            error => StartError::Server(error),
+        })
     };
     let server = start();
     (server, said)
