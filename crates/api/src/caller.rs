@@ -137,7 +137,6 @@ impl Caller {
 }
 
 /// Lets anybody with a leaf of the mesh pass.
-#[expect(clippy::result_large_err, reason = "the signature of an interceptor")]
 pub(crate) fn any_member(request: Request<()>) -> Result<Request<()>, Status> {
     let known = request.extensions().get::<Peer>().is_some_and(|peer| peer.identity.is_some());
     if known { Ok(request) } else { Err(Status::unauthenticated("this call needs a client certificate")) }

@@ -4,12 +4,13 @@
 //! make sense) are the model's. Nothing here looks at state.
 
 mod answer;
+pub(crate) mod resources;
 
-pub(crate) use answer::{config_version, log_event, resources, service_ports};
+pub(crate) use answer::{config_version, log_event, service_ports};
 
 use std::net::Ipv4Addr;
 use uuid::Uuid;
-use weft_eventlog::{REASON_BYTES_MAX, UnixMicros};
+use weft_eventlog::UnixMicros;
 use weft_model::health::{Health, HealthReported};
 use weft_model::membership::{
     InstanceRegistered, METADATA_ENTRIES_MAX, MembershipCommand, UPSTREAMS_MAX, Upstreams,
@@ -30,6 +31,8 @@ use crate::status::ApiError;
 
 /// Changes in one apply: a directory of resources; the log takes four times as many events at once.
 pub const CHANGES_MAX: usize = 1_000;
+/// Longest reason of a command: a sentence or two, or a link. The log takes twice as much.
+const REASON_BYTES_MAX: usize = 512;
 
 /// A command's id and reason.
 pub(crate) struct Meta {
@@ -51,8 +54,8 @@ pub(crate) fn meta(meta: Option<pb::CommandMeta>) -> Result<Meta, ApiError> {
     };
     let id = Uuid::try_parse(&command_id).ok().filter(|id| id.get_version_num() == 7);
     let command_id = id.ok_or_else(|| ApiError::invalid("meta.command_id", "must be a UUID of version 7"))?;
-    if reason.len() > REASON_BYTES_MAX.min(512) || reason.contains(char::is_control) {
-        return Err(ApiError::invalid("meta.reason", "printable, at most 512 bytes"));
+    if reason.len() > REASON_BYTES_MAX || reason.contains(char::is_control) {
+        return Err(ApiError::invalid("meta.reason", format!("printable, at most {REASON_BYTES_MAX} bytes")));
     }
     Ok(Meta { command_id, reason: Some(reason).filter(|reason| !reason.is_empty()) })
 }

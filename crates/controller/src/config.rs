@@ -9,7 +9,7 @@ use weft_identity::spiffe::Role;
 use weft_model::{Name, TrustDomain};
 
 /// The Weft control plane: records what happens to the mesh in PostgreSQL and tells every sidecar what to run.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(
     name = "weft-controller",
     version,
@@ -61,7 +61,7 @@ pub struct OperatorIssue {
 }
 
 /// How the controller runs.
-#[derive(Debug, Args)]
+#[derive(Args)]
 pub struct RunArgs {
     /// The database: postgres://user:password@host:port/database.
     #[arg(long, env = "WEFT_DATABASE_URL", hide_env_values = true, value_name = "URL")]
@@ -101,8 +101,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// A checked configuration.
-#[derive(Clone, Debug)]
+/// A checked configuration. Not `Debug`: the URL holds a password.
+#[derive(Clone)]
 pub struct Config {
     /// The database. Holds a password: never log it.
     pub database_url: String,

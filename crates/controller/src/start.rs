@@ -56,8 +56,10 @@ pub struct Controller {
     log: EventLog,
     store: Store,
     view: View,
-    /// Told first: no new work, streams end, leases are given back.
+    /// Told first: nothing new is accepted, streams end.
     drain: CancellationToken,
+    /// Told when requests are done, which until then need the fold: the lease is given back, what sidecars said is written.
+    quiesce: CancellationToken,
     /// Told last: the admin port ends.
     ended: CancellationToken,
     server: JoinSet<()>,
@@ -99,6 +101,7 @@ impl Controller {
 
         let view = View::new();
         let drain = CancellationToken::new();
+        let quiesce = CancellationToken::new();
         let ended = CancellationToken::new();
         let mut background = JoinSet::new();
         let projector = Projector::new(
@@ -108,14 +111,14 @@ impl Controller {
             config.name.to_string(),
             Uuid::new_v4(),
         );
-        let projecting = projector.run(drain.clone());
+        let projecting = projector.run(quiesce.clone());
         background.spawn(async move {
             // The view keeps the fault: /ready says it, and commands are refused with it.
             let _ = projecting.await;
         });
 
         let acks = Arc::new(Acks::default());
-        background.spawn(Arc::clone(&acks).run(store.clone(), config.name.to_string(), drain.clone()));
+        background.spawn(Arc::clone(&acks).run(store.clone(), config.name.to_string(), quiesce.clone()));
         let context = Context {
             view: view.clone(),
             appender: log.appender(),
@@ -142,7 +145,7 @@ impl Controller {
             identity.clone(),
             Arc::clone(&authority),
             config.name.clone(),
-            drain.clone(),
+            quiesce.clone(),
         ));
         let tls = identity.server_config(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"]);
         let connections = listener.run(&mut background, TlsAcceptor::from(tls), drain.clone());
@@ -170,6 +173,7 @@ impl Controller {
             store,
             view,
             drain,
+            quiesce,
             ended,
             server,
             background,
@@ -210,6 +214,7 @@ impl Controller {
             tracing::warn!("requests were still under way and are cut");
             self.server.abort_all();
         }
+        self.quiesce.cancel();
         let rest = async {
             join(&mut self.background).await;
             self.log.shutdown().await;

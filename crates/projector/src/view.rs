@@ -177,3 +177,36 @@ impl Pending {
         self.0.drain(..ready).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_model::Epoch;
+
+    fn delta(position: u64) -> Delta {
+        Delta { version: ConfigVersion::new(Epoch(1), Position(position)), ..Delta::default() }
+    }
+
+    #[test]
+    fn only_what_the_checkpoint_covers_is_published() {
+        let (view, mut pending) = (View::new(), Pending::default());
+        [3, 7, 9].into_iter().for_each(|position| pending.push(delta(position)));
+        let published = |view: &View| view.published(|published| published.version().position.0);
+        for (checkpoint, expected) in [(2, 0), (3, 3), (8, 7), (7, 7), (9, 9)] {
+            view.publish(&mut pending, Position(checkpoint));
+            assert_eq!(published(&view), expected, "checkpoint {checkpoint}");
+        }
+        assert!(pending.is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_that_does_not_move_does_not_make_memory_grow() {
+        let mut pending = Pending::default();
+        (1..=1_000).for_each(|position| pending.push(delta(position)));
+        assert_eq!(pending.0.len(), PENDING_MAX);
+        assert_eq!(pending.merged().map(|all| all.version.position), Some(Position(1_000)));
+        // The merged ones are published together, not before the last of them is covered.
+        assert_eq!(pending.take_until(Position(999)).len(), PENDING_MAX - 1);
+        assert_eq!(pending.take_until(Position(1_000)).len(), 1);
+    }
+}

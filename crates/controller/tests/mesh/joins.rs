@@ -30,7 +30,7 @@ async fn of_many_joins_with_one_token_one_gets_a_leaf() {
         match result.unwrap() {
             Ok(_) => leaves += 1,
             Err(CallError::Rejected { message, .. }) => {
-                assert!(message.contains("already used"), "{message}")
+                assert!(message.contains("already used"), "{message}");
             }
             // Sixty-four competitors for one scope: who lost every attempt is told to come back.
             Err(CallError::Overloaded(_)) => {}

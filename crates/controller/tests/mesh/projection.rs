@@ -54,8 +54,6 @@ async fn the_rows_equal_the_fold_and_tampering_shows() {
     assert_eq!(found, expected);
 
     // A controller that begins to lead brings the rows back to what the log says.
-    let TestMesh { controller, .. } = &mesh;
-    let view = controller.view().clone();
     let next = mesh.another("c2").await;
     let database = mesh.database.connect().await;
     database
@@ -64,7 +62,6 @@ async fn the_rows_equal_the_fold_and_tampering_shows() {
         .unwrap();
     wait_until("somebody to lead anew and correct the rows", LIMIT, async || verify(&mesh).await.is_empty())
         .await;
-    drop(view);
     next.stop().await;
     mesh.controller.stop().await;
 }
@@ -124,7 +121,7 @@ async fn a_leader_that_was_overtaken_writes_nothing_and_publishes_nothing() {
     let mut role = view.role();
     tokio::time::timeout(LIMIT, role.wait_for(|role| *role == Role::Follower)).await.unwrap().unwrap();
     assert_eq!(mesh.store().checkpoint().await.unwrap(), before);
-    assert_eq!(view.published(|published| published.version()), before);
+    assert_eq!(view.published(weft_projector::Published::version), before);
     // It still folds, and takes commands.
     assert!(view.read(|projection| projection.version().position.0) >= outcome.version.unwrap().position);
 

@@ -1,0 +1,144 @@
+//! The resources of the mesh: what exists, each with its last writer.
+
+use weft_identity::spiffe::{SpiffeId, Subject};
+use weft_model::health::Health;
+use weft_model::membership::{InstanceRegistered, Upstreams};
+use weft_model::mesh::MeshDefaults;
+use weft_model::security::{Action, Mode, Rule, SecurityPolicy};
+use weft_model::traffic::{Balance, TrafficPolicy};
+use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
+use weft_proto::v1 as pb;
+use weft_proto::v1::resource::Spec;
+use weft_routing::RoutingState;
+use weft_routing::state::Entry;
+
+use super::service_ports;
+
+fn resource<S>(scope: &Scope, entry: &Entry<S>, spec: Spec) -> pb::Resource {
+    pb::Resource {
+        scope: scope.to_string(),
+        version: entry.source.version.0,
+        position: entry.source.position.0,
+        changed_at_ms: entry.at.0,
+        actor: entry.actor.clone(),
+        spec: Some(spec),
+    }
+}
+
+pub(crate) fn service(state: &RoutingState, name: &ServiceName) -> Option<pb::Resource> {
+    let entry = state.service(name)?;
+    let declared = entry.state.as_ref()?;
+    let spec = pb::DeclareService {
+        name: name.to_string(),
+        ports: service_ports(&declared.ports),
+        address: state.address(name).map(|address| address.to_string()).unwrap_or_default(),
+    };
+    Some(resource(&Scope::Service(name.clone()), entry, Spec::Service(spec)))
+}
+
+pub(crate) fn instance(state: &RoutingState, id: &InstanceId) -> Option<pb::Resource> {
+    let entry = state.membership(id)?;
+    let registration = entry.state.registration()?;
+    let report = state.health(id).and_then(|entry| Some((entry.at, entry.state.as_ref()?)));
+    let leaf = state.identity(id).and_then(|entry| entry.state.as_ref());
+    let trust_domain = state.ca().state.first().map(|root| root.trust_domain.clone());
+    let identity = trust_domain
+        .map(|trust_domain| SpiffeId { trust_domain, subject: Subject::Instance(id.clone()) }.to_string());
+    let spec = pb::Instance {
+        registration: Some(register_instance(id, registration)),
+        state: entry.state.as_str().into(),
+        health: health(state.health_seen(id)).into(),
+        health_revision: report.map_or(0, |(_, report)| report.revision),
+        health_detail: report.map(|(_, report)| report.detail.clone()).unwrap_or_default(),
+        health_at_ms: report.map_or(0, |(at, _)| at.0),
+        identity: identity.unwrap_or_default(),
+        leaf_not_after_ms: leaf.map_or(0, |leaf| leaf.not_after.0),
+    };
+    Some(resource(&Scope::Membership(id.clone()), entry, Spec::Instance(spec)))
+}
+
+pub(crate) fn traffic_policy(state: &RoutingState, scope: &TrafficScope) -> Option<pb::Resource> {
+    let entry = state.traffic_policy(scope)?;
+    let policy = entry.state.as_ref()?;
+    let spec = pb::PutTrafficPolicy { scope: scope.to_string(), policy: Some(traffic(policy)) };
+    Some(resource(&Scope::Traffic(scope.clone()), entry, Spec::TrafficPolicy(spec)))
+}
+
+pub(crate) fn security_policy(state: &RoutingState, scope: &SecurityScope) -> Option<pb::Resource> {
+    let entry = state.security_policy(scope)?;
+    let policy = entry.state.as_ref()?;
+    let spec = pb::PutSecurityPolicy { scope: scope.to_string(), policy: Some(security(policy)) };
+    Some(resource(&Scope::Security(scope.clone()), entry, Spec::SecurityPolicy(spec)))
+}
+
+/// Also where nobody ever set them: they hold all the same.
+pub(crate) fn mesh_defaults(state: &RoutingState) -> pb::Resource {
+    let entry = state.mesh();
+    let MeshDefaults { security, propagation_bound_ms } = entry.state;
+    let spec = pb::MeshDefaults { security: action(Some(security)).into(), propagation_bound_ms };
+    resource(&Scope::Mesh, entry, Spec::MeshDefaults(spec))
+}
+
+fn register_instance(id: &InstanceId, registration: &InstanceRegistered) -> pb::RegisterInstance {
+    let (upstreams, all_upstreams) = match &registration.upstreams {
+        Upstreams::All => (Vec::new(), true),
+        Upstreams::Only(services) => (services.iter().map(ToString::to_string).collect(), false),
+    };
+    pb::RegisterInstance {
+        instance: id.to_string(),
+        address: registration.address.to_string(),
+        port: u32::from(registration.port.number()),
+        upstreams,
+        all_upstreams,
+        metadata: registration.metadata.clone(),
+    }
+}
+
+const fn health(health: Health) -> pb::Health {
+    match health {
+        Health::Unknown => pb::Health::Unknown,
+        Health::Healthy => pb::Health::Healthy,
+        Health::Unhealthy => pb::Health::Unhealthy,
+    }
+}
+
+const fn action(action: Option<Action>) -> pb::Action {
+    match action {
+        None => pb::Action::Unspecified,
+        Some(Action::Allow) => pb::Action::Allow,
+        Some(Action::Deny) => pb::Action::Deny,
+    }
+}
+
+fn traffic(policy: &TrafficPolicy) -> pb::TrafficPolicy {
+    let balance = match policy.balance {
+        Balance::LeastConnections => pb::Balance::LeastConnections,
+        Balance::RoundRobin => pb::Balance::RoundRobin,
+        Balance::Random => pb::Balance::Random,
+    };
+    pb::TrafficPolicy {
+        balance: balance.into(),
+        connect_timeout_ms: policy.connect.timeout_ms,
+        connect_retries: u32::from(policy.connect.retries),
+    }
+}
+
+fn security(policy: &SecurityPolicy) -> pb::SecurityPolicy {
+    let mode = match policy.mode {
+        Mode::Enforce => pb::Mode::Enforce,
+        Mode::Audit => pb::Mode::Audit,
+    };
+    let rule = |rule: &Rule| pb::Rule {
+        name: rule.name.to_string(),
+        action: action(Some(rule.action)).into(),
+        from_any: rule.from.any,
+        from_services: rule.from.services.iter().map(ToString::to_string).collect(),
+        from_namespaces: rule.from.namespaces.iter().map(ToString::to_string).collect(),
+        ports: rule.ports.iter().map(|port| u32::from(port.number())).collect(),
+    };
+    pb::SecurityPolicy {
+        default: action(policy.default).into(),
+        mode: mode.into(),
+        rules: policy.rules.iter().map(rule).collect(),
+    }
+}
