@@ -110,6 +110,9 @@ impl From<CallError> for Failure {
             CallError::Denied(_) => Self::new(Exit::Denied, what).next(
                 "use a credential with a role that may do this: `weft-controller operator issue --help`",
             ),
+            CallError::Unreachable(why) if why.contains("UnknownIssuer") => Self::fault(what).next(
+                "another mesh answers at this address; name the right one with --context or WEFT_CONTEXT",
+            ),
             CallError::Unreachable(_) => Self::fault(what).next(
                 "start a local mesh with `weft up`, or name another mesh with --context or WEFT_CONTEXT",
             ),
@@ -147,6 +150,8 @@ mod tests {
         assert_eq!(away.exit, Exit::Fault);
         let text = away.to_string();
         assert!(text.contains("127.0.0.1:7400") && text.contains("`weft up`"), "{text}");
+        let other = Failure::from(CallError::Unreachable("127.0.0.1:7400: UnknownIssuer".into()));
+        assert!(other.to_string().contains("another mesh answers"));
         assert_eq!(Failure::from(CallError::Denied("viewer".into())).exit, Exit::Denied);
     }
 

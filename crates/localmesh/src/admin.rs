@@ -26,21 +26,25 @@ pub(crate) async fn get(port: u16, path: &str) -> Result<(u16, String), String> 
     timeout(ANSWER_TIMEOUT, ask).await.unwrap_or_else(|_| Err(format!("no answer on port {port} in time")))
 }
 
-/// Whether it says that it is ready; else why not.
-pub(crate) async fn ready(port: u16) -> Result<(), String> {
+/// Whether it says that it is ready, and what it warns of; else why not.
+pub(crate) async fn ready(port: u16) -> Result<Vec<String>, String> {
     match get(port, "/ready").await? {
-        (200, _) => Ok(()),
+        (200, answer) => Ok(texts(&answer, &["warnings"]).unwrap_or_default()),
         (_, answer) => Err(reasons(&answer)),
     }
 }
 
 /// The reasons and warnings of an answer that says no; all of it, if it has another form.
 fn reasons(answer: &str) -> String {
-    let told: Option<Vec<String>> = serde_json::from_str(answer).ok().map(|answer: Value| {
-        let lists = ["reasons", "warnings"].into_iter().filter_map(|name| answer.get(name)?.as_array());
-        lists.flatten().filter_map(|reason| reason.as_str().map(str::to_owned)).collect()
-    });
-    told.filter(|told| !told.is_empty()).map_or_else(|| answer.trim().to_owned(), |told| told.join("; "))
+    let told = texts(answer, &["reasons", "warnings"]).filter(|told| !told.is_empty());
+    told.map_or_else(|| answer.trim().to_owned(), |told| told.join("; "))
+}
+
+/// The texts in these lists of an answer; none if it is no JSON.
+fn texts(answer: &str, lists: &[&str]) -> Option<Vec<String>> {
+    let answer: Value = serde_json::from_str(answer).ok()?;
+    let lists = lists.iter().filter_map(|name| answer.get(name)?.as_array());
+    Some(lists.flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect())
 }
 
 /// What a sidecar runs: `1.42`. None if it runs nothing yet or does not answer.

@@ -177,8 +177,11 @@ impl LocalMesh {
 
         for instance in self.instances.clone() {
             let step = Step::begin(&instance.name, report);
-            self.start_instance(&instance).await?;
+            let warnings = self.start_instance(&instance).await?;
             step.done(format!("{} at {}", instance.id(), local(self.ports.get(&instance.port("inbound")))));
+            for warning in warnings {
+                report(Progress::Note(format!("{}: {warning}", instance.name)));
+            }
         }
         let step = Step::begin("web → api → db", report);
         let detail = self.wait_for_traffic().await?;
@@ -306,7 +309,7 @@ impl LocalMesh {
         let instances = self.instances.clone();
         for instance in &instances {
             if instance.name == name {
-                return self.start_sidecar(instance).await;
+                return self.start_sidecar(instance).await.map(drop);
             }
             if instance.app().as_deref() == Some(name) {
                 return self.start_app(instance);

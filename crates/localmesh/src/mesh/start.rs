@@ -75,7 +75,7 @@ impl LocalMesh {
         let path = self.home.context();
         write_json(&path, &context).map_err(StartError::io(format!("writing {}", path.display())))?;
         self.supervisor.start(sample::controller(&self.home, &self.config.programs, &self.ports))?;
-        self.wait_ready(CONTROLLER, self.ports.get("controller admin")).await
+        self.wait_ready(CONTROLLER, self.ports.get("controller admin")).await.map(drop)
     }
 
     /// Applies the sample resources, unless they have been: what somebody made of them since is theirs.
@@ -94,7 +94,8 @@ impl LocalMesh {
         Ok(file.display().to_string())
     }
 
-    pub(super) async fn start_instance(&mut self, instance: &Instance) -> Result<(), StartError> {
+    /// Starts app and sidecar; returns what the sidecar warns of.
+    pub(super) async fn start_instance(&mut self, instance: &Instance) -> Result<Vec<String>, StartError> {
         self.start_app(instance)?;
         self.start_sidecar(instance).await
     }
@@ -104,7 +105,7 @@ impl LocalMesh {
         app.map_or(Ok(()), |app| self.supervisor.start(app))
     }
 
-    pub(super) async fn start_sidecar(&mut self, instance: &Instance) -> Result<(), StartError> {
+    pub(super) async fn start_sidecar(&mut self, instance: &Instance) -> Result<Vec<String>, StartError> {
         let token = self.token(instance).await?;
         let (home, programs) = (&self.home, &self.config.programs);
         let recipe = sample::sidecar(home, programs, &self.ports, instance, token.as_deref());
@@ -132,12 +133,12 @@ impl LocalMesh {
         Ok(Some(file))
     }
 
-    /// Waits until a process says that it is ready, or ends.
-    async fn wait_ready(&mut self, name: &str, admin_port: u16) -> Result<(), StartError> {
+    /// Waits until a process says that it is ready, or ends; returns what it warns of.
+    async fn wait_ready(&mut self, name: &str, admin_port: u16) -> Result<Vec<String>, StartError> {
         let started = Instant::now();
         loop {
             let why = match admin::ready(admin_port).await {
-                Ok(()) => return Ok(()),
+                Ok(warnings) => return Ok(warnings),
                 Err(why) => why,
             };
             self.check_alive(name)?;
