@@ -193,8 +193,13 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         let chain = Chain(&error).to_string();
         match error {
-            StoreError::Undecodable { .. } => Self::DataLoss(chain),
-            _ => Self::Unavailable(chain),
+            StoreError::Connect(_)
+            | StoreError::Statement { .. }
+            | StoreError::Unfit(_)
+            | StoreError::NotMigrated
+            | StoreError::Unanswered => Self::Unavailable(chain),
+            // What is stored is at fault, not whether it can be reached.
+            _ => Self::DataLoss(chain),
         }
     }
 }

@@ -17,6 +17,12 @@ pub enum Fault {
     /// Events do not follow each other.
     #[error("the log is not in order; run `weft verify`")]
     Fold(#[source] FoldError),
+    /// The log lost events that were folded, or is damaged. What was folded cannot be taken back: a restart folds the log
+    /// as it is.
+    #[error(
+        "the log does not continue what was read of it; find out what was lost, then restart this controller"
+    )]
+    History(#[source] weft_eventlog::StoreError),
     /// The log is shorter than what was projected from it, and does not say that it began a new epoch.
     #[error(
         "LOG_REWOUND: events up to {projected} were projected, and the log now ends at {head}; restore the lost events"

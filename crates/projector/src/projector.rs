@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_eventlog::{Reader, RecordedEvent, Tail};
+use weft_eventlog::{Reader, RecordedEvent, StoreError as LogError, Tail};
 use weft_model::{Fact, Position};
 
 use crate::decode::{Undecodable, decode};
@@ -136,18 +136,17 @@ impl Projector {
         Ok(())
     }
 
-    /// Folds a page. What is wrong with it is a fault; that it could not be read is not.
-    async fn take_in(
-        &mut self,
-        page: Result<Vec<RecordedEvent>, weft_eventlog::StoreError>,
-    ) -> Result<(), Fault> {
+    /// Folds a page. What is wrong with it, or that it does not follow the last one, is a fault; that it could not be
+    /// read is not.
+    async fn take_in(&mut self, page: Result<Vec<RecordedEvent>, LogError>) -> Result<(), Fault> {
         let page = match page {
             Ok(page) => page,
-            Err(error) => {
+            Err(error) if may_pass(&error) => {
                 tracing::warn!(error = %Chain(&error), "the log cannot be read, trying again");
                 sleep(READ_RETRY).await;
                 return Ok(());
             }
+            Err(error) => return Err(Fault::History(error)),
         };
         let facts: Vec<Fact> = page.iter().map(decode).collect::<Result<_, Undecodable>>()?;
         let delta = self.view.fold(&facts)?;
@@ -301,6 +300,12 @@ impl Projector {
     }
 }
 
+/// Whether the log may well be readable soon. What is wrong with its content does not pass.
+fn may_pass(error: &LogError) -> bool {
+    use LogError::{Connect, Statement, Unanswered, Unfit};
+    matches!(error, Connect(_) | Statement { .. } | Unanswered | Unfit(_))
+}
+
 /// Why the lease could not be looked after.
 enum LeaseError {
     Store(StoreError),
@@ -319,8 +324,8 @@ impl From<Fault> for LeaseError {
     }
 }
 
-impl From<weft_eventlog::StoreError> for LeaseError {
-    fn from(error: weft_eventlog::StoreError) -> Self {
+impl From<LogError> for LeaseError {
+    fn from(error: LogError) -> Self {
         Self::Store(StoreError::Log(error))
     }
 }

@@ -4,7 +4,8 @@ use crate::support::{
     LIMIT, TestMesh, allow_from, declare, deny_all, discovery, health, register, wait_until,
 };
 use weft_client::command;
-use weft_projector::{Difference, Role, fold_to, verify_rows};
+use weft_eventlog::Reader;
+use weft_projector::{Difference, Role, Store, fold_to, verify_rows};
 use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_client::MeshClient;
 
@@ -25,9 +26,13 @@ async fn busy() -> TestMesh {
     mesh
 }
 
+/// Verifies with the rights of `weft_reader`, as `weft verify` does.
 async fn verify(mesh: &TestMesh) -> Vec<Difference> {
-    let store = mesh.store();
-    let report = verify_rows(&mesh.reader(), &store, |_| ()).await.unwrap();
+    let url = mesh.database.url();
+    let separator = if url.contains('?') { '&' } else { '?' };
+    let url = format!("{url}{separator}options=-c%20role%3Dweft_reader");
+    let (reader, store) = (Reader::new(url.parse().unwrap()), Store::new(&url).unwrap());
+    let report = verify_rows(&reader, &store, |_| ()).await.unwrap();
     store.close().await;
     report.differences
 }
