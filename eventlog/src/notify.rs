@@ -7,7 +7,7 @@
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::sleep;
-use tokio_postgres::{Config, Notification};
+use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 use weft_model::version::Position;
 
@@ -68,8 +68,10 @@ pub(crate) async fn listen(config: Config, wake: watch::Sender<Position>) {
 
 async fn listen_once(config: &Config, wake: &watch::Sender<Position>) -> Result<(), StoreError> {
     let heard = wake.clone();
-    let mut session =
-        Session::open_with(config, Access::ReadOnly, move |notification| hear(notification, &heard)).await?;
+    let mut session = Session::open_with(config, Access::ReadOnly, move |notification| {
+        hear(notification.channel(), notification.payload(), &heard);
+    })
+    .await?;
     let listening = session.client.batch_execute(&format!("listen {CHANNEL}")).await;
     listening.map_err(StoreError::while_doing("listen for hints"))?;
     // What was committed while nobody listened is news too.
@@ -78,14 +80,35 @@ async fn listen_once(config: &Config, wake: &watch::Sender<Position>) -> Result<
     Ok(())
 }
 
-/// Our own appends come back as hints; they are not news.
-fn hear(notification: &Notification, wake: &watch::Sender<Position>) {
-    let Ok(position) = notification.payload().parse().map(Position) else { return };
-    wake.send_if_modified(|known| {
-        let news = notification.channel() == CHANNEL && position > *known;
-        if news {
-            *known = position;
-        }
-        news
-    });
+/// Any other position than the last one heard of is a reason to look, also a smaller one: the log may have become
+/// shorter, or the larger one may have been a lie. Our own appends come back as hints; they are not news.
+fn hear(channel: &str, payload: &str, wake: &watch::Sender<Position>) {
+    if channel != CHANNEL {
+        return;
+    }
+    let Ok(position) = payload.parse().map(Position) else { return };
+    wake.send_if_modified(|known| std::mem::replace(known, position) != position);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_hint_but_a_repetition_wakes_whatever_was_said_before() {
+        let wake = watch::Sender::new(Position(7));
+        let mut listener = wake.subscribe();
+        let mut wakes = |channel, payload| {
+            listener.mark_unchanged();
+            hear(channel, payload, &wake);
+            listener.has_changed().unwrap()
+        };
+        assert!(!wakes(CHANNEL, "7"), "our own append");
+        assert!(wakes(CHANNEL, "8"));
+        assert!(wakes(CHANNEL, "18446744073709551615"), "a lie");
+        assert!(wakes(CHANNEL, "9"), "the truth after a lie");
+        assert!(wakes(CHANNEL, "3"), "a log that became shorter");
+        assert!(!wakes("another", "10"));
+        assert!(!wakes(CHANNEL, "-1") && !wakes(CHANNEL, "x") && !wakes(CHANNEL, ""));
+    }
 }
