@@ -2,7 +2,7 @@
 
 use sqlx::PgPool;
 use sqlx::migrate::{MigrateError as SqlxError, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
 use tokio_postgres::Config;
 use tokio_postgres::config::Host;
 
@@ -53,7 +53,7 @@ pub async fn migrate(config: &Config) -> Result<(), MigrateError> {
 /// A pool of one, because the future that migrates a lone connection cannot be sent between threads.
 async fn connect(config: &Config) -> Result<PgPool, sqlx::Error> {
     let mut result = Err(sqlx::Error::Configuration("the configuration names no host".into()));
-    for options in candidates(config) {
+    for options in candidates(config)? {
         result = PgPoolOptions::new().max_connections(1).connect_with(options).await;
         if result.is_ok() {
             break;
@@ -62,19 +62,34 @@ async fn connect(config: &Config) -> Result<PgPool, sqlx::Error> {
     result
 }
 
-fn candidates(config: &Config) -> Vec<PgConnectOptions> {
-    // The table of applied migrations is named without a schema. A login called "weft" would otherwise look for it in
-    // schema "weft" as soon as that exists, find none, and apply everything again.
-    let mut base = PgConnectOptions::new_without_pgpass().options([("search_path", "public")]);
-    if let Some(user) = config.get_user() {
-        base = base.username(user);
-    }
-    if let Some(password) = config.get_password() {
-        base = base.password(&String::from_utf8_lossy(password));
-    }
-    if let Some(database) = config.get_dbname() {
-        base = base.database(database);
-    }
+/// Settings of the session, over those of the login. The table of applied migrations is named without a schema: a login
+/// called "weft" would otherwise look for it in schema "weft" as soon as that exists, find none, and apply everything
+/// again. The others are what would keep a migration from being done.
+const SETTINGS: [(&str, &str); 4] = [
+    ("search_path", "public"),
+    ("default_transaction_read_only", "off"),
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+];
+
+/// One set of options per host. Everything is said explicitly, because sqlx fills what is left out from the `PG…`
+/// variables of whoever started us, and the log would be migrated elsewhere or otherwise than it is opened. Of
+/// `PGOPTIONS`, which cannot be taken out, whatever is set here does not count.
+fn candidates(config: &Config) -> Result<Vec<PgConnectOptions>, sqlx::Error> {
+    let user = match config.get_user() {
+        Some(user) => user.to_owned(),
+        None => whoami::username().map_err(|error| sqlx::Error::Configuration(error.into()))?,
+    };
+    // A server that asks for a password refuses an empty one.
+    let password = String::from_utf8_lossy(config.get_password().unwrap_or_default());
+    let base = PgConnectOptions::new_without_pgpass()
+        .username(&user)
+        .password(&password)
+        .database(config.get_dbname().unwrap_or(&user))
+        .ssl_mode(PgSslMode::Disable)
+        .application_name(config.get_application_name().unwrap_or("weft-migrate"))
+        .options(given_settings(config.get_options().unwrap_or_default()))
+        .options(SETTINGS);
     let ports = config.get_ports();
     let hosts = config.get_hosts().iter().enumerate();
     let options = hosts.map(|(i, host)| {
@@ -85,5 +100,38 @@ fn candidates(config: &Config) -> Vec<PgConnectOptions> {
             Host::Unix(directory) => base.clone().socket(directory).port(port),
         }
     });
-    options.collect()
+    Ok(options.collect())
+}
+
+/// The settings in a configuration's `options`: `-c name=value` or `--name=value`, without blanks in values.
+fn given_settings(options: &str) -> Vec<(String, String)> {
+    let words = options.split_whitespace().filter(|word| *word != "-c");
+    let settings = words.filter_map(|word| word.trim_start_matches("--").split_once('='));
+    settings.map(|(name, value)| (name.trim_start_matches("-c").to_owned(), value.to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_configuration_leaves_out_is_not_left_to_the_environment() {
+        let config: Config = "host=a,b port=1,2 user=u".parse().unwrap();
+        let options = candidates(&config).unwrap();
+        let found: Vec<_> = options.iter().map(|options| (options.get_host(), options.get_port())).collect();
+        assert_eq!(found, [("a", 1), ("b", 2)]);
+        assert_eq!((options[0].get_username(), options[0].get_database()), ("u", Some("u")));
+        assert!(matches!(options[0].get_ssl_mode(), PgSslMode::Disable));
+    }
+
+    #[test]
+    fn settings_given_with_the_address_are_kept_and_ours_come_last() {
+        let config: Config =
+            "host=a user=u options='-c role=owner --search_path=x -cwork_mem=8MB'".parse().unwrap();
+        let options = candidates(&config).unwrap();
+        let text = options[0].get_options().unwrap();
+        let role = text.find("role=owner").unwrap();
+        assert!(text.contains("work_mem=8MB") && role < text.rfind("search_path=public").unwrap(), "{text}");
+        assert!(text.find("search_path=x") < text.find("search_path=public"), "{text}");
+    }
 }

@@ -27,6 +27,32 @@ async fn applied_migrations_are_found_again_whatever_the_search_path() {
     }
 }
 
+/// Not a test of its own: what the next test runs with other variables set. The last argument says where.
+#[tokio::test]
+#[ignore = "run by another test"]
+async fn migrate_where_told() {
+    if let Some(url) = std::env::args().next_back().filter(|last| last.starts_with("postgres")) {
+        weft_eventlog::migrate(&url.parse().unwrap()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_variables_of_whoever_starts_us_do_not_say_where_or_how_to_migrate() {
+    let database = TestDatabase::create().await;
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "schema::migrate_where_told", "--ignored", "--", database.url()])
+        .env("PGHOST", "192.0.2.1")
+        .env("PGPORT", "1")
+        .env("PGDATABASE", "template1")
+        .env("PGUSER", "nobody")
+        .env("PGPASSWORD", "wrong")
+        .env("PGSSLMODE", "verify-full")
+        .env("PGOPTIONS", "-c default_transaction_read_only=on -c search_path=nowhere -c statement_timeout=1")
+        .status();
+    assert!(status.unwrap().success());
+    open(&database).await.shutdown().await;
+}
+
 #[tokio::test]
 async fn an_unknown_migration_means_a_newer_weft() {
     let database = migrated().await;
