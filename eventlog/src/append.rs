@@ -29,8 +29,9 @@ pub(crate) use writer::{Unusable, Writer};
 const QUEUE_MAX: usize = 2 * task::BATCH_REQUESTS_MAX;
 /// Bytes of requests that may wait or be written, in KiB, because many large requests must not add up.
 const QUEUE_KIB_MAX: u32 = 64 * 1024;
-/// How long a caller waits for its answer. Longer than the task itself tries ([`task::STORE_WAIT_MAX`]), so it is
-/// reached only when the server holds a commit back, for example for an absent standby.
+/// How long a caller waits for its answer. Longer than the task goes on beginning attempts for a batch
+/// ([`task::STORE_WAIT_MAX`]) and than the last of them takes on a server that is gone. Reached when the server holds a
+/// commit back, for example for an absent standby, and by those who queued behind a batch that took that long.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Bounds of the advice given to callers that come while the queue is full.
 const RETRY_AFTER_MS: (u64, u64) = (5, 1_000);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use weft_model::version::Position;
@@ -16,6 +16,9 @@ use super::{AppendError, Item, Queue};
 pub(super) const BATCH_REQUESTS_MAX: usize = 2_048;
 /// Bytes at which a batch is full; the request that crosses it still belongs to it.
 const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Events at which a batch is full, likewise: with the largest request on top the insert still takes well under a
+/// second, where the bytes alone would admit a hundred thousand events of few bytes.
+const BATCH_EVENTS_MAX: usize = 4_096;
 /// How long a batch is tried again while the database is away: long enough for a restart, short enough for people.
 pub(super) const STORE_WAIT_MAX: Duration = Duration::from_secs(10);
 /// Pause before a failed batch is tried again; doubled each time up to the second value.
@@ -37,33 +40,23 @@ impl AppendTask {
     pub(crate) async fn run(mut self) {
         loop {
             let next = tokio::select! {
+                // First, because a busy queue may never be found empty.
                 biased;
-                next = self.queue.items.recv() => next,
                 () = self.closing.cancelled(), if !self.queue.items.is_closed() => {
                     self.queue.items.close();
                     continue;
                 }
+                next = self.queue.items.recv() => next,
             };
             let Some(first) = next else { return };
             // Callers answered by the last batch are about to send again; let them, then take them all.
             tokio::task::yield_now().await;
-            let batch = self.fill(first);
+            let batch = fill(first, &mut self.queue.items);
             let started = Instant::now();
             self.write(batch).await;
             let took = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.queue.batch_ms.store(took, Ordering::Relaxed);
         }
-    }
-
-    fn fill(&mut self, first: Item) -> Vec<Item> {
-        let mut bytes = first.bytes;
-        let mut batch = vec![first];
-        while batch.len() < BATCH_REQUESTS_MAX && bytes < BATCH_BYTES_MAX {
-            let Ok(item) = self.queue.items.try_recv() else { break };
-            bytes += item.bytes;
-            batch.push(item);
-        }
-        batch
     }
 
     /// Writes a batch and answers everybody in it. If the database refuses the batch because of something in it, it
@@ -124,6 +117,19 @@ impl AppendTask {
     }
 }
 
+/// Takes what has queued behind `first`, until the batch is full.
+fn fill(first: Item, queue: &mut mpsc::Receiver<Item>) -> Vec<Item> {
+    let (mut bytes, mut events) = (first.bytes, first.request.events());
+    let mut batch = vec![first];
+    while batch.len() < BATCH_REQUESTS_MAX && bytes < BATCH_BYTES_MAX && events < BATCH_EVENTS_MAX {
+        let Ok(item) = queue.try_recv() else { break };
+        bytes += item.bytes;
+        events += item.request.events();
+        batch.push(item);
+    }
+    batch
+}
+
 /// Prints an error and its sources, for the log line where it is handled.
 pub(crate) struct Chain<'a>(pub(crate) &'a dyn std::error::Error);
 
@@ -136,5 +142,47 @@ impl std::fmt::Display for Chain<'_> {
             source = error.source();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use tokio::sync::{Semaphore, oneshot};
+    use uuid::Uuid;
+    use weft_model::version::ExpectedVersion;
+
+    use super::*;
+    use crate::event::NewEvent;
+    use crate::request::{AppendRequest, ScopeAppend};
+
+    fn item(events: usize, bytes: usize) -> Item {
+        let event = NewEvent { event_type: "Happened".into(), schema: 1, payload: "{}".into() };
+        let part =
+            ScopeAppend { scope: "s".into(), expected: ExpectedVersion::Any, events: vec![event; events] };
+        let command_id = Uuid::from_u128(1);
+        let (actor, scopes) = ("a".into(), vec![part]);
+        let request =
+            AppendRequest { command_id, fingerprint: None, actor, reason: None, cause: None, scopes };
+        let budget = Arc::new(Semaphore::new(1)).try_acquire_many_owned(1).unwrap();
+        Item { request, fingerprint: [0; 32], bytes, respond: oneshot::channel().0, _budget: budget }
+    }
+
+    /// How many of `QUEUED` like items make a batch.
+    fn taken(events: usize, bytes: usize) -> usize {
+        const QUEUED: usize = 2 * BATCH_REQUESTS_MAX;
+        let (queue, mut items) = mpsc::channel(QUEUED);
+        for _ in 0..QUEUED {
+            queue.try_send(item(events, bytes)).unwrap();
+        }
+        fill(item(events, bytes), &mut items).len()
+    }
+
+    #[test]
+    fn a_batch_is_bounded_in_requests_bytes_and_events() {
+        assert_eq!(taken(1, 1), BATCH_REQUESTS_MAX);
+        assert_eq!(taken(1, BATCH_BYTES_MAX / 4), 4);
+        assert_eq!(taken(1_000, 1), 5);
+        assert_eq!(taken(4_096, 1), 1);
     }
 }
