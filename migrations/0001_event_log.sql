@@ -86,7 +86,9 @@ create table weft.command_outcome (
     first_position bigint      not null check (first_position > 0),
     last_position  bigint      not null check (last_position >= first_position),
     recorded_at    timestamptz not null,
-    fingerprint    bytea       not null check (octet_length(fingerprint) = 32)
+    fingerprint    bytea       not null check (octet_length(fingerprint) = 32),
+    -- In the order of the events, for the last one acknowledged and for verification.
+    unique (last_position)
 );
 comment on table weft.command_outcome is
     'What each accepted command recorded, so that a repeat gets the first answer. Refused commands changed nothing and are not kept.';

@@ -13,7 +13,8 @@
 //! - An accepted command is recorded exactly once, whatever is retried (`append.rs`).
 //! - A recorded event never changes (triggers in `migrations/0001_event_log.sql`), and if it does, that shows
 //!   ([`hash`], [`verify()`]).
-//! - A database that lost events is noticed, and its next life is another epoch (`epoch.rs`).
+//! - A database that lost events is noticed, by whoever appended or read them (`append/writer.rs`, `tail.rs`), and its
+//!   next life is another epoch (`epoch.rs`).
 //! - Reading never waits for writing ([`Reader`], [`Tail`]); notifications are only hints (`notify.rs`).
 //!
 //! Called by the controller (append), the projector and the API (read, tail) and the command line (verify). Calls
@@ -37,7 +38,7 @@ mod verify;
 pub use append::{AppendError, Appender};
 pub use event::{NewEvent, RecordedEvent, UnixMicros};
 pub use hash::EventHash;
-pub use log::{EventLog, LogConfig, OpenError};
+pub use log::{EventLog, LogConfig, OpenError, SHUTDOWN_MAX};
 pub use migrate::{MigrateError, migrate};
 pub use read::{CommandOutcome, Head, PAGE_BYTES_MAX, PAGE_EVENTS_MAX, Reader};
 pub use request::{

@@ -1,7 +1,9 @@
 //! An open log: the owner of the tasks behind an [`Appender`] and its [`Reader`]s.
 
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 use weft_model::version::Position;
@@ -11,6 +13,11 @@ use crate::notify;
 use crate::read::Reader;
 use crate::session::StoreError;
 use crate::settings::SettingsError;
+use crate::tail::Delivered;
+
+/// How long a shutdown waits for what is queued: a batch that began when the database went away is tried for ten
+/// seconds, and a healthy database writes a full queue in one.
+pub const SHUTDOWN_MAX: Duration = Duration::from_secs(15);
 
 /// How to open a log.
 #[derive(Clone, Debug)]
@@ -75,9 +82,10 @@ impl EventLog {
     /// See [`OpenError`]. Nothing is retried: whoever opens the log knows how long to wait for it.
     pub async fn open(config: LogConfig) -> Result<Self, OpenError> {
         let connect = config.connect.clone();
-        let writer = Writer::open(config).await?;
+        let delivered = Delivered::default();
+        let writer = Writer::open(config, delivered.clone()).await?;
         let wake = watch::Sender::new(writer.position());
-        let reader = Reader::with_wake(connect.clone(), wake.clone());
+        let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered);
         let (committed, announced) = watch::channel(writer.position());
         let (appender, queue) = Appender::channel();
         let closing = CancellationToken::new();
@@ -106,10 +114,25 @@ impl EventLog {
         self.committed.clone()
     }
 
-    /// Refuses further appends, answers those that are queued, and ends the log's tasks.
-    pub async fn shutdown(mut self) {
+    /// Refuses further appends, answers those that are queued, and ends the log's tasks, within
+    /// [`SHUTDOWN_MAX`]; see [`shutdown_within`](Self::shutdown_within).
+    pub async fn shutdown(self) {
+        self.shutdown_within(SHUTDOWN_MAX).await;
+    }
+
+    /// As [`shutdown`](Self::shutdown), within a time of one's own. What is not answered by then is abandoned: its
+    /// callers get [`StoreError::Unanswered`], and whether it was accepted is unknown to them; a repeat with the same
+    /// command id, at any open log, finds out.
+    pub async fn shutdown_within(mut self, limit: Duration) {
         self.closing.cancel();
-        while self.tasks.join_next().await.is_some() {}
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        if timeout(limit, ended).await.is_err() {
+            tracing::warn!(
+                ?limit,
+                "the log was closed before every append was answered; what became of them is unknown"
+            );
+            self.tasks.shutdown().await;
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod pool;
 mod rows;
 
 use futures_util::stream::{Stream, try_unfold};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -22,7 +23,7 @@ use crate::hash::EventHash;
 use crate::notify;
 use crate::request::Appended;
 use crate::session::StoreError;
-use crate::tail::Tail;
+use crate::tail::{Delivered, Tail};
 use pool::{Pool, Query};
 
 pub(crate) use rows::{OUTCOMES_SQL, decode_outcome};
@@ -58,6 +59,36 @@ pub struct CommandOutcome {
     pub appended: Appended,
 }
 
+/// What testifies about the log, all of one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Evidence {
+    pub(crate) head: Head,
+    /// What each epoch found when it was opened: the last position and its hash.
+    pub(crate) forks: Vec<(Epoch, Position, EventHash)>,
+    /// The last position that any accepted command was told.
+    pub(crate) acknowledged: Position,
+}
+
+/// What the outcome of a command says about the events that it recorded.
+#[derive(Clone, Debug)]
+pub(crate) struct Testimony {
+    pub(crate) command_id: Uuid,
+    pub(crate) epoch: Epoch,
+    pub(crate) positions: RangeInclusive<Position>,
+    pub(crate) recorded_at: UnixMicros,
+}
+
+/// What became of an event that was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Anchor {
+    /// An event is there, with this hash.
+    Stands { hash: EventHash, end: Position },
+    /// Not there, but this server is a standby, which may not have got so far yet.
+    NotYet,
+    /// Not there.
+    Gone { end: Position },
+}
+
 /// Reads a log. Cheap to clone; clones share a few connections, which are made when first needed.
 ///
 /// The role `weft_reader` is enough for everything here.
@@ -70,6 +101,8 @@ pub struct Reader {
 struct Shared {
     pool: Pool,
     wake: watch::Sender<Position>,
+    /// What tails have delivered; the writer of this process looks at it.
+    delivered: Delivered,
     /// Listens for hints once somebody tails; ends with the last clone of the reader.
     listener: Mutex<JoinSet<()>>,
 }
@@ -78,13 +111,13 @@ impl Reader {
     /// A reader of the log in the configured database. Connects when first used.
     #[must_use]
     pub fn new(connect: Config) -> Self {
-        Self::with_wake(connect, watch::Sender::new(Position::ZERO))
+        Self::with_shared(connect, watch::Sender::new(Position::ZERO), Delivered::default())
     }
 
     /// `wake` is told positions that exist, by whoever learns of them first.
-    pub(crate) fn with_wake(connect: Config, wake: watch::Sender<Position>) -> Self {
+    pub(crate) fn with_shared(connect: Config, wake: watch::Sender<Position>, delivered: Delivered) -> Self {
         let listener = Mutex::new(JoinSet::new());
-        Self { shared: Arc::new(Shared { pool: Pool::new(connect), wake, listener }) }
+        Self { shared: Arc::new(Shared { pool: Pool::new(connect), wake, delivered, listener }) }
     }
 
     /// The end of the log.
@@ -96,8 +129,8 @@ impl Reader {
         rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_head)
     }
 
-    /// Events after a position, in order: at most `limit` (but at least one), [`PAGE_EVENTS_MAX`], or about [`PAGE_BYTES_MAX`] bytes of
-    /// them, whichever is least. Only an empty answer means that there are no more.
+    /// Events after a position, in order: at most `limit` (but at least one), [`PAGE_EVENTS_MAX`], or about
+    /// [`PAGE_BYTES_MAX`] bytes of them, whichever is least. Only an empty answer means that there are no more.
     ///
     /// # Errors
     /// If the store fails or holds what the log never writes.
@@ -182,16 +215,27 @@ impl Reader {
         rows.first().map(decode_outcome).transpose()
     }
 
-    /// What each epoch found when it was opened: the last position and its hash.
-    pub(crate) async fn forks(&self) -> Result<Vec<(Epoch, Position, EventHash)>, StoreError> {
-        let rows = self.shared.pool.rows(Query::Forks, &[], usize::MAX).await?;
-        rows.iter().map(rows::decode_fork).collect()
+    /// What testifies about the log.
+    pub(crate) async fn evidence(&self) -> Result<Evidence, StoreError> {
+        let rows = self.shared.pool.rows(Query::Evidence, &[], usize::MAX).await?;
+        rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_evidence)
     }
 
-    /// The last position that any accepted command was told.
-    pub(crate) async fn acknowledged(&self) -> Result<Position, StoreError> {
-        let rows = self.shared.pool.rows(Query::Acknowledged, &[], usize::MAX).await?;
-        rows.first().map_or(Ok(Position::ZERO), |row| Ok(Position(rows::counter(row, 0)?)))
+    /// What commands were told, in the order of their events: a page of those whose events end after a position.
+    pub(crate) async fn testimony(&self, after: Position) -> Result<Vec<Testimony>, StoreError> {
+        let (after, limit) = (signed(after.0), signed(PAGE_EVENTS_MAX as u64));
+        let rows = self.shared.pool.rows(Query::Testimony, &[&after, &limit], usize::MAX).await?;
+        rows.iter().map(rows::decode_testimony).collect()
+    }
+
+    /// What became of the event at a position.
+    pub(crate) async fn anchor(&self, at: Position) -> Result<Anchor, StoreError> {
+        let rows = self.shared.pool.rows(Query::Anchor, &[&signed(at.0)], usize::MAX).await?;
+        rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_anchor)
+    }
+
+    pub(crate) fn delivered(&self) -> &Delivered {
+        &self.shared.delivered
     }
 }
 

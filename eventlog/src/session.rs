@@ -6,15 +6,26 @@ use tokio::task::JoinSet;
 use tokio_postgres::config::TargetSessionAttrs;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Config, NoTls, Notification};
+use weft_model::version::Position;
 
 /// How long a TCP connection attempt may take per address, unless the configuration says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// After this long without an acknowledgement from a peer that owes one, the connection is dead. A COMMIT that waits
 /// for a standby is not affected: the server's kernel acknowledges.
 const TCP_SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Pause between two probes of a connection on which nothing was sent. The silence above is only looked at when a probe
+/// is due, and the system's own pause is 75 s.
+const TCP_PROBE_EVERY: Duration = Duration::from_secs(2);
+/// How long a live server takes to let a login in, once the connection is made.
+const LOGIN_MAX: Duration = Duration::from_secs(5);
+/// Longest silence of the server while it works on what only reads. Each of these statements takes milliseconds, so a
+/// server that is silent for so long is gone, or has stopped, which its kernel's acknowledgements would hide.
+/// Commits have no such bound: see `append/writer.rs`.
+pub(crate) const READ_SILENCE_MAX: Duration = Duration::from_secs(5);
 
-/// Every statement of this crate walks one B-tree in order. Forbidding other plans keeps it so when statistics are
-/// missing or stale, as they are on a new log.
+/// Every statement of this crate that reads a table of the log walks a B-tree from a point on, and none reads more than
+/// a page or a batch needs. Forbidding other plans keeps it so when statistics are missing or stale, as they are on a
+/// new log.
 const ONE_PLAN: &str = "set enable_seqscan = off; set enable_bitmapscan = off; set jit = off;";
 
 /// The log's store could not do what it was asked. Repeating the operation is safe; an append must be repeated with
@@ -51,6 +62,22 @@ pub enum StoreError {
     /// The store did not answer in time; the operation may still happen.
     #[error("PostgreSQL did not answer in time")]
     Unanswered,
+    /// An event that a tail has delivered, or was told to begin after, is not in the log any more or is another one:
+    /// the database lost its tail, as a failover or a restored backup does. What was derived from the lost events is
+    /// wrong, so whoever follows must begin anew; going on or asking again does not help.
+    #[error("LOG_REWOUND: event {seen} is not in the log as it was read; the log now ends at {found}")]
+    Rewound {
+        /// The last event that was read before.
+        seen: Position,
+        /// Where the log ends now.
+        found: Position,
+    },
+    /// An event does not follow the one before it: one of the two was changed, or events between them were removed.
+    #[error("event {position} does not follow the one before it; run `weft verify`")]
+    Broken {
+        /// The later of the two.
+        position: Position,
+    },
 }
 
 impl StoreError {
@@ -63,7 +90,12 @@ impl StoreError {
     pub(crate) fn sql_state(&self) -> Option<&SqlState> {
         match self {
             Self::Connect(source) | Self::Statement { source, .. } => source.code(),
-            Self::Unfit(_) | Self::Undecodable { .. } | Self::NotMigrated | Self::Unanswered => None,
+            Self::Unfit(_)
+            | Self::Undecodable { .. }
+            | Self::NotMigrated
+            | Self::Unanswered
+            | Self::Rewound { .. }
+            | Self::Broken { .. } => None,
         }
     }
 }
@@ -96,7 +128,8 @@ impl Session {
     ) -> Result<Self, StoreError> {
         let config = hardened(config, access);
         let connect = |error| StoreError::Connect(Arc::new(error));
-        let (client, mut connection) = config.connect(NoTls).await.map_err(connect)?;
+        let login = within(open_max(&config), config.connect(NoTls)).await?;
+        let (client, mut connection) = login.map_err(connect)?;
         let mut driver = JoinSet::new();
         driver.spawn(async move {
             // An error here also reaches whoever waits for an answer, so it is not reported twice.
@@ -106,7 +139,7 @@ impl Session {
                 }
             }
         });
-        client.batch_execute(ONE_PLAN).await.map_err(connect)?;
+        within(LOGIN_MAX, client.batch_execute(ONE_PLAN)).await?.map_err(connect)?;
         Ok(Self { client, driver })
     }
 
@@ -114,6 +147,18 @@ impl Session {
     pub(crate) async fn closed(&mut self) {
         while self.driver.join_next().await.is_some() {}
     }
+}
+
+/// Waits for an answer of the server, for as long as it may take.
+pub(crate) async fn within<T>(limit: Duration, answer: impl Future<Output = T>) -> Result<T, StoreError> {
+    tokio::time::timeout(limit, answer).await.map_err(|_| StoreError::Unanswered)
+}
+
+/// Every host is tried in its turn, each for as long as a connection may take.
+fn open_max(config: &Config) -> Duration {
+    let hosts = u32::try_from(config.get_hosts().len()).unwrap_or(u32::MAX);
+    let connect = config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
+    connect.saturating_mul(hosts).saturating_add(LOGIN_MAX)
 }
 
 fn hardened(config: &Config, access: Access) -> Config {
@@ -124,6 +169,9 @@ fn hardened(config: &Config, access: Access) -> Config {
     if config.get_tcp_user_timeout().is_none() {
         config.tcp_user_timeout(TCP_SILENCE_MAX).keepalives_idle(TCP_SILENCE_MAX);
     }
+    if config.get_keepalives_interval().is_none() {
+        config.keepalives_interval(TCP_PROBE_EVERY);
+    }
     if config.get_application_name().is_none() {
         config.application_name("weft-eventlog");
     }
@@ -131,4 +179,25 @@ fn hardened(config: &Config, access: Access) -> Config {
         config.target_session_attrs(TargetSessionAttrs::ReadWrite);
     }
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_host_is_noticed_in_seconds_unless_the_configuration_says_otherwise() {
+        let given: Config = "host=a,b user=u".parse().unwrap();
+        let config = hardened(&given, Access::ReadWrite);
+        let found = config.get_keepalives_idle() + config.get_keepalives_interval().unwrap();
+        assert!(found <= Duration::from_secs(12), "{found:?}");
+        assert_eq!(open_max(&config), 2 * CONNECT_TIMEOUT + LOGIN_MAX);
+
+        let given: Config =
+            "host=a user=u keepalives_interval=30 tcp_user_timeout=7 connect_timeout=1".parse().unwrap();
+        let config = hardened(&given, Access::ReadOnly);
+        assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(30)));
+        assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(7)));
+        assert_eq!(open_max(&config), Duration::from_secs(1) + LOGIN_MAX);
+    }
 }

@@ -75,16 +75,22 @@ impl Settings {
         if self.encoding != "UTF8" {
             return Err(SettingsError::Encoding { found: self.encoding.clone() });
         }
-        for ((setting, fix), value) in DURABLE.into_iter().zip(&self.durable) {
-            if value != "off" {
-                continue;
-            }
+        if let Err(refused) = check_durable(self.durable.each_ref().map(String::as_str)) {
             if !allow_unsafe {
-                return Err(SettingsError::Unsafe { setting, fix });
+                return Err(refused);
             }
-            tracing::warn!(setting, "unsafe setting allowed: a crash can lose acknowledged events");
+            tracing::warn!(reason = %refused, "unsafe setting allowed");
         }
         Ok(())
+    }
+}
+
+/// Whether a server with these values of [`DURABLE`], in its order, keeps what it acknowledges. Asked again with every
+/// batch, because a server takes new values without a restart.
+pub(crate) fn check_durable(values: [&str; 3]) -> Result<(), SettingsError> {
+    match DURABLE.into_iter().zip(values).find(|(_, value)| *value == "off") {
+        Some(((setting, fix), _)) => Err(SettingsError::Unsafe { setting, fix }),
+        None => Ok(()),
     }
 }
 

@@ -2,17 +2,20 @@
 //!
 //! What the chain alone cannot show is a tail that was cut off, or a history rewritten from some point to the end
 //! with every hash made anew. Two other append-only tables testify against that: the outcomes that commands were
-//! given, and the hash that each epoch found when it was opened. Against somebody who rewrites all three, compare the
-//! reported head with one that was noted elsewhere.
+//! given, which say where, when and in which epoch each command's events are, and the hash that each epoch found when it
+//! was opened. Against somebody who rewrites all three, compare the reported head with one that was noted elsewhere.
+//!
+//! Not checked: the fingerprints in outcomes, which say what was asked for and not what was recorded.
 
 use futures_util::TryStreamExt;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
+use uuid::Uuid;
 use weft_model::version::{Epoch, Position, Version};
 
 use crate::event::{RecordedEvent, UnixMicros};
 use crate::hash::EventHash;
-use crate::read::{Head, Reader};
+use crate::read::{Evidence, Head, Reader, Testimony};
 use crate::session::StoreError;
 
 /// How far a verification has come.
@@ -103,6 +106,13 @@ pub enum Defect {
         /// The hash that it found.
         found: EventHash,
     },
+    /// The command that it names was not answered with this event: its outcome is missing, or names other positions,
+    /// another epoch or another time.
+    #[error("the outcome recorded for command {command} does not include the event")]
+    Outcome {
+        /// The event's command.
+        command: Uuid,
+    },
     /// The log ends before this position, which is known to have been recorded.
     #[error("the log ends at {end}, but events up to {acknowledged} were acknowledged")]
     CutOff {
@@ -122,16 +132,16 @@ pub async fn verify(
     reader: &Reader,
     mut progress: impl FnMut(VerifyProgress) + Send,
 ) -> Result<VerifyReport, VerifyError> {
-    // In this order, so that appends in between cannot look like a log that was cut off.
-    let forks = reader.forks().await?;
-    let acknowledged = reader.acknowledged().await?;
-    let head = reader.head().await?;
+    // All of one moment: an epoch that opens or an event that comes in between would not fit the rest.
+    let Evidence { head, forks, acknowledged } = reader.evidence().await?;
 
     let mut walk = Walk::new(&forks)?;
+    let mut outcomes = Outcomes::new(reader);
     let mut pages = pin!(reader.stream(Position::ZERO, head.position));
     while let Some(page) = pages.try_next().await? {
         for event in &page {
             walk.step(event).map_err(|(position, defect)| VerifyError::Damaged { position, defect })?;
+            outcomes.step(event).await?;
         }
         progress(VerifyProgress { checked: walk.position, of: head.position });
     }
@@ -142,6 +152,47 @@ pub async fn verify(
         scopes: walk.versions.len() as u64,
         epochs: forks.len() as u64,
     })
+}
+
+/// The outcomes of commands, in the order of their events. Together they cover the log, each event once.
+struct Outcomes<'a> {
+    reader: &'a Reader,
+    page: VecDeque<Testimony>,
+    /// The last event of the outcomes that were read.
+    read_to: Position,
+    /// The last event of the outcome before the first one of `page`.
+    done: Position,
+}
+
+impl<'a> Outcomes<'a> {
+    fn new(reader: &'a Reader) -> Self {
+        Self { reader, page: VecDeque::new(), read_to: Position::ZERO, done: Position::ZERO }
+    }
+
+    /// Checks the next event against the outcome of the command that it claims to be of.
+    async fn step(&mut self, event: &RecordedEvent) -> Result<(), VerifyError> {
+        if self.page.is_empty() {
+            self.page = self.reader.testimony(self.read_to).await?.into();
+            self.read_to = self.page.back().map_or(self.read_to, |last| *last.positions.end());
+        }
+        let Some(outcome) = self.page.front().filter(|outcome| agree(outcome, self.done, event)) else {
+            let defect = Defect::Outcome { command: event.command_id };
+            return Err(VerifyError::Damaged { position: event.position, defect });
+        };
+        if *outcome.positions.end() == event.position {
+            self.page.pop_front();
+            self.done = event.position;
+        }
+        Ok(())
+    }
+}
+
+fn agree(outcome: &Testimony, done: Position, event: &RecordedEvent) -> bool {
+    *outcome.positions.start() == done.next()
+        && outcome.positions.contains(&event.position)
+        && outcome.command_id == event.command_id
+        && outcome.epoch == event.epoch
+        && outcome.recorded_at == event.recorded_at
 }
 
 /// What holds after the events seen so far.

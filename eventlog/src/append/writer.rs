@@ -6,11 +6,13 @@
 //!
 //! Invariants:
 //! - `heads` is true as of `known`, and is brought up to date under the lock before it is used.
-//! - A commit is never cancelled. When its outcome is unknown the session is dropped and the batch attempted again;
-//!   what was committed is then found by its command id.
+//! - A commit is never cancelled, but by a shutdown that takes too long. When its outcome is unknown the session is
+//!   dropped and the batch attempted again; what was committed is then found by its command id.
+//! - Nothing is appended to a log that lacks an event that this process appended, or that a tail of it delivered.
 
 use futures_util::future::{join3, join5};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
@@ -19,13 +21,15 @@ use weft_model::version::{Epoch, Position, Version};
 use super::decide::{Decision, Ground, Outcome, decide};
 use super::heads::ScopeHeads;
 use super::{AppendError, Item};
-use crate::epoch::{LOCK_SQL, LogTail, TAIL_SQL, decode_tail, establish};
+use crate::epoch::{LOCK_SQL, LogTail, TAIL_SQL, decode_hash, decode_tail, establish};
 use crate::event::UnixMicros;
+use crate::hash::EventHash;
 use crate::log::LogConfig;
 use crate::read::{OUTCOMES_SQL, decode_outcome};
 use crate::request::Appended;
-use crate::session::{Access, Session, StoreError};
-use crate::settings::{Settings, SettingsError};
+use crate::session::{Access, Session, StoreError, within};
+use crate::settings::{Settings, SettingsError, check_durable};
+use crate::tail::Delivered;
 
 /// Foreign events that are read to keep the cached heads; if other writers have added more, forgetting is cheaper.
 const CATCH_UP_MAX: usize = 4_096;
@@ -35,7 +39,16 @@ const CATCH_UP_MAX: usize = 4_096;
 const SESSION_SQL: &str = "set lock_timeout = '2s'; set idle_in_transaction_session_timeout = '5s'; \
                            set statement_timeout = 0";
 
-const NOW_SQL: &str = "select clock_timestamp(), (select max(epoch) from weft.log_epoch)";
+/// How long everything may take that a batch is decided on: more than twice the wait for the lock, and the rest takes
+/// milliseconds. The same bounds what a new session does before its first batch, which commits an epoch at most; if
+/// that is cut off, the next session finds it.
+const GROUND_MAX: Duration = Duration::from_secs(5);
+
+/// The clock, the epoch, what stands where a tail has read, and the settings of
+/// [`check_durable`](crate::settings::check_durable).
+const NOW_SQL: &str = "select clock_timestamp(), (select max(epoch) from weft.log_epoch), \
+     (select hash from weft.event where position = $1), current_setting('fsync'), \
+     current_setting('full_page_writes'), current_setting('synchronous_commit')";
 
 const CATCH_UP_SQL: &str = "select position, hash, recorded_at, scope, version from weft.event \
                             where position >= $1 order by position limit $2";
@@ -119,14 +132,17 @@ pub(crate) struct Writer {
     live: Option<Live>,
     /// The last event known to be durable.
     known: LogTail,
+    /// What the tails of this process have read.
+    delivered: Delivered,
     heads: ScopeHeads,
-    /// Set for good once the database was found to have lost `known`.
+    /// Set for good once the database was found to have lost one of the two.
     rewound: Option<(Position, Position)>,
 }
 
 /// A session that holds what is valid as long as it lives.
 struct Live {
     session: Session,
+    allow_unsafe: bool,
     now: Statement,
     catch_up: Statement,
     outcomes: Statement,
@@ -137,9 +153,9 @@ struct Live {
 
 impl Writer {
     /// Connects, checks the server and opens an epoch if one is due.
-    pub(crate) async fn open(config: LogConfig) -> Result<Self, Unusable> {
+    pub(crate) async fn open(config: LogConfig, delivered: Delivered) -> Result<Self, Unusable> {
         let (live, known) = Live::open(&config).await?;
-        Ok(Self { config, live: Some(live), known, heads: ScopeHeads::default(), rewound: None })
+        Ok(Self { config, live: Some(live), known, delivered, heads: ScopeHeads::default(), rewound: None })
     }
 
     /// Position of the last event known to be durable.
@@ -177,7 +193,9 @@ impl Writer {
             _ => Live::open(&self.config).await.map_err(reopen_failure)?.0,
         };
         let live = self.live.insert(live);
-        let ground = live.ground(batch, &mut self.known, &mut self.heads).await?;
+        let read = self.delivered.newest();
+        let ground = live.ground(batch, &mut self.known, read, &mut self.heads);
+        let ground = within(GROUND_MAX, ground).await??;
         let decision = decide(ground, batch.iter().map(|item| (&item.request, item.fingerprint)));
         attempted.extend(&decision.outcomes.command_id);
         live.commit(&decision).await?;
@@ -210,15 +228,19 @@ fn reopen_failure(unusable: Unusable) -> Failure {
 impl Live {
     async fn open(config: &LogConfig) -> Result<(Self, LogTail), Unusable> {
         let session = Session::open(&config.connect, Access::ReadWrite).await.map_err(Unusable::Store)?;
+        within(GROUND_MAX, Self::begin(config, session)).await.map_err(Unusable::Store)?
+    }
+
+    async fn begin(config: &LogConfig, session: Session) -> Result<(Self, LogTail), Unusable> {
         let settings = Settings::read(&session.client).await.map_err(Unusable::Store)?;
         settings.check(config.allow_unsafe_settings).map_err(Unusable::Unfit)?;
         if !migrated(&session).await.map_err(Unusable::Store)? {
             return Err(Unusable::NotMigrated);
         }
-        Self::prepare(session).await.map_err(Unusable::Store)
+        Self::prepare(session, config.allow_unsafe_settings).await.map_err(Unusable::Store)
     }
 
-    async fn prepare(session: Session) -> Result<(Self, LogTail), StoreError> {
+    async fn prepare(session: Session, allow_unsafe: bool) -> Result<(Self, LogTail), StoreError> {
         let doing = StoreError::while_doing("prepare to append");
         let client = &session.client;
         client.batch_execute(SESSION_SQL).await.map_err(&doing)?;
@@ -229,7 +251,9 @@ impl Live {
         let heads = client.prepare(HEADS_SQL).await.map_err(&doing)?;
         let insert_events = client.prepare(INSERT_EVENTS_SQL).await.map_err(&doing)?;
         let insert_outcomes = client.prepare(INSERT_OUTCOMES_SQL).await.map_err(&doing)?;
-        Ok((Self { session, now, catch_up, outcomes, heads, insert_events, insert_outcomes }, tail))
+        let live =
+            Self { session, allow_unsafe, now, catch_up, outcomes, heads, insert_events, insert_outcomes };
+        Ok((live, tail))
     }
 
     /// Flight 1: locks the log and reads everything that the batch is decided on.
@@ -237,6 +261,7 @@ impl Live {
         &self,
         batch: &'a [Item],
         known: &mut LogTail,
+        read: Option<(Position, EventHash)>,
         heads: &mut ScopeHeads,
     ) -> Result<Ground<'a>, Failure> {
         let client = &self.session.client;
@@ -248,11 +273,12 @@ impl Live {
         let ids: Vec<Uuid> = batch.iter().map(|item| item.request.command_id).collect();
         let since = known.position.0.cast_signed();
         let limit = CATCH_UP_MAX as i64;
+        let read_at = read.map_or(0, |(position, _)| position.0.cast_signed());
 
         // Polled in this order, hence sent in this order; the lock comes first.
         let (locked, now, events, outcomes, looked_up) = join5(
             client.batch_execute(LOCK_SQL),
-            client.query_one(&self.now, &[]),
+            client.query_one(&self.now, &[&read_at]),
             client.query(&self.catch_up, &[&since, &limit]),
             client.query(&self.outcomes, &[&ids]),
             client.query(&self.heads, &[&unknown]),
@@ -264,8 +290,16 @@ impl Live {
         let outcomes = outcomes.map_err(StoreError::while_doing("look up command ids"))?;
         let looked_up = looked_up.map_err(StoreError::while_doing("look up scopes"))?;
 
+        self.check_settings(&now)?;
+        let Some((foreign, last)) = since_known(&events, known)? else {
+            return Err(self.lost(known.position).await);
+        };
+        if let Some((position, hash)) = read
+            && hash_at(&now)? != Some(hash)
+        {
+            return Err(self.lost(position).await);
+        }
         overlay(&mut current, &looked_up);
-        let (foreign, last) = since_known(&events, known)?;
         if events.len() < CATCH_UP_MAX {
             for row in foreign {
                 let (scope, version): (&str, _) = (row.get(3), Version(row.get::<_, i64>(4).cast_unsigned()));
@@ -292,9 +326,26 @@ impl Live {
         })
     }
 
+    /// The settings may have been changed under the session.
+    fn check_settings(&self, now: &Row) -> Result<(), Failure> {
+        match check_durable([now.get(3), now.get(4), now.get(5)]) {
+            Err(refused) if !self.allow_unsafe => Err(Failure::Final(StoreError::Unfit(refused.into()))),
+            _ => Ok(()),
+        }
+    }
+
     async fn tail(&self) -> Result<LogTail, StoreError> {
-        let row = self.session.client.query_one(TAIL_SQL, &[]).await;
-        decode_tail(&row.map_err(StoreError::while_doing("read the log's tail"))?)
+        let row = self.session.client.query_opt(TAIL_SQL, &[]).await;
+        let row = row.map_err(StoreError::while_doing("read the log's tail"))?;
+        row.as_ref().map_or(Ok(LogTail::EMPTY), decode_tail)
+    }
+
+    /// The log lacks an event that this process has seen.
+    async fn lost(&self, seen: Position) -> Failure {
+        match self.tail().await {
+            Ok(tail) => Failure::Rewound { seen, found: tail.position },
+            Err(error) => error.into(),
+        }
     }
 
     /// Flight 2: writes and commits. After an error the outcome is unknown.
@@ -346,22 +397,19 @@ impl Live {
     }
 }
 
-/// Of the events from `known` on, those after it, and the last of them all.
-fn since_known<'a>(events: &'a [Row], known: &LogTail) -> Result<(&'a [Row], LogTail), Failure> {
+/// Of the events from `known` on, those after it, and the last of them all; `None` if `known` is not there any more, as
+/// it was.
+fn since_known<'a>(events: &'a [Row], known: &LogTail) -> Result<Option<(&'a [Row], LogTail)>, StoreError> {
     let last = events.last().map(decode_tail).transpose()?.unwrap_or(LogTail::EMPTY);
     if known.position == Position::ZERO {
-        return Ok((events, last));
+        return Ok(Some((events, last)));
     }
-    // The event known as the last one must still be there, as it was.
-    let (first, foreign) = events.split_first().ok_or_else(|| lost(known, &last))?;
-    if decode_tail(first)? != *known {
-        return Err(lost(known, &last));
-    }
-    Ok((foreign, last))
+    let Some((first, foreign)) = events.split_first() else { return Ok(None) };
+    Ok((decode_tail(first)? == *known).then_some((foreign, last)))
 }
 
-fn lost(known: &LogTail, found: &LogTail) -> Failure {
-    Failure::Rewound { seen: known.position, found: found.position }
+fn hash_at(now: &Row) -> Result<Option<EventHash>, StoreError> {
+    now.get::<_, Option<&[u8]>>(2).map(decode_hash).transpose()
 }
 
 fn overlay(current: &mut BTreeMap<&str, Option<Version>>, rows: &[Row]) {

@@ -8,7 +8,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Config, Row, Statement};
 
 use super::rows;
-use crate::session::{Access, Session, StoreError};
+use crate::session::{Access, READ_SILENCE_MAX, Session, StoreError, within};
 
 /// Connections per reader. One page uses one connection for milliseconds; more would only compete with the appender
 /// for the server's cores.
@@ -22,20 +22,22 @@ pub(super) enum Query {
     Scope,
     PositionAt,
     Outcomes,
-    Forks,
-    Acknowledged,
+    Testimony,
+    Evidence,
+    Anchor,
 }
 
 impl Query {
     /// Every query, in the order of its declaration.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Head,
         Self::Range,
         Self::Scope,
         Self::PositionAt,
         Self::Outcomes,
-        Self::Forks,
-        Self::Acknowledged,
+        Self::Testimony,
+        Self::Evidence,
+        Self::Anchor,
     ];
 
     const fn sql(self) -> &'static str {
@@ -45,8 +47,9 @@ impl Query {
             Self::Scope => rows::SCOPE_SQL,
             Self::PositionAt => "select audit.position_at($1)",
             Self::Outcomes => rows::OUTCOMES_SQL,
-            Self::Forks => "select epoch, fork_position, fork_hash from weft.log_epoch order by epoch",
-            Self::Acknowledged => "select coalesce(max(last_position), 0) from weft.command_outcome",
+            Self::Testimony => rows::TESTIMONY_SQL,
+            Self::Evidence => rows::EVIDENCE_SQL,
+            Self::Anchor => rows::ANCHOR_SQL,
         }
     }
 
@@ -56,8 +59,9 @@ impl Query {
             Self::Range | Self::Scope => "read events",
             Self::PositionAt => "find a point in time",
             Self::Outcomes => "look up a command id",
-            Self::Forks => "read the epochs",
-            Self::Acknowledged => "read command outcomes",
+            Self::Testimony => "read command outcomes",
+            Self::Evidence => "read what testifies about the log",
+            Self::Anchor => "look for an event that was read before",
         }
     }
 }
@@ -87,7 +91,8 @@ impl Pool {
 
     /// Runs a query and returns its first rows, up to and including the one that reaches `bytes_max`.
     ///
-    /// A connection that had died while idle is replaced once; queries change nothing, so that is safe.
+    /// A connection that had died while idle is replaced once; queries change nothing, so that is safe. One that is
+    /// silent for too long is given up, and replaced likewise.
     pub(super) async fn rows(
         &self,
         query: Query,
@@ -138,16 +143,16 @@ impl Connection {
         let statement = match &self.statements[query as usize] {
             Some(statement) => statement.clone(),
             None => {
-                let statement = self.session.client.prepare(query.sql()).await.map_err(&failed)?;
+                let preparing = self.session.client.prepare(query.sql());
+                let statement = within(READ_SILENCE_MAX, preparing).await?.map_err(&failed)?;
                 self.statements[query as usize].insert(statement).clone()
             }
         };
-        let stream =
-            self.session.client.query_raw(&statement, params.iter().copied()).await.map_err(&failed)?;
-        let mut stream = pin!(stream);
+        let stream = self.session.client.query_raw(&statement, params.iter().copied());
+        let mut stream = pin!(within(READ_SILENCE_MAX, stream).await?.map_err(&failed)?);
         let (mut rows, mut bytes) = (Vec::new(), 0);
         while bytes < bytes_max
-            && let Some(row) = stream.next().await
+            && let Some(row) = within(READ_SILENCE_MAX, stream.next()).await?
         {
             let row = row.map_err(&failed)?;
             bytes = bytes.saturating_add(row.raw_size_bytes());

@@ -3,7 +3,7 @@
 use tokio_postgres::Row;
 use weft_model::version::{Epoch, Position, Version};
 
-use super::{CommandOutcome, Head};
+use super::{Anchor, CommandOutcome, Evidence, Head, Testimony};
 use crate::epoch::{decode_hash, decode_tail};
 use crate::event::{RecordedEvent, UnixMicros};
 use crate::hash::EventHash;
@@ -31,6 +31,23 @@ pub(super) const SCOPE_SQL: &str =
 pub(super) const HEAD_SQL: &str = "select tail.position, tail.hash, tail.recorded_at, (select coalesce(max(epoch), 0) from weft.log_epoch) \
      from (values (1)) as one left join lateral \
      (select position, hash, recorded_at from weft.event order by position desc limit 1) as tail on true";
+
+/// What testifies about the log, all of one moment: the columns of [`HEAD_SQL`], the epochs, and the last position that
+/// any command was told.
+pub(super) const EVIDENCE_SQL: &str = "select tail.position, tail.hash, tail.recorded_at, \
+     coalesce(epochs.epoch[array_upper(epochs.epoch, 1)], 0), epochs.epoch, epochs.fork_position, epochs.fork_hash, \
+     (select coalesce(max(last_position), 0) from weft.command_outcome) \
+     from (select array_agg(epoch order by epoch) as epoch, array_agg(fork_position order by epoch) as fork_position, \
+     array_agg(fork_hash order by epoch) as fork_hash from weft.log_epoch) as epochs left join lateral \
+     (select position, hash, recorded_at from weft.event order by position desc limit 1) as tail on true";
+
+/// Outcomes in the order of what they recorded, without looking at any event.
+pub(super) const TESTIMONY_SQL: &str = "select command_id, epoch, first_position, last_position, recorded_at \
+     from weft.command_outcome where last_position > $1 order by last_position limit $2";
+
+/// What stands at a position, and where the log ends. A standby may simply not have got so far yet.
+pub(super) const ANCHOR_SQL: &str = "select (select hash from weft.event where position = $1), \
+     (select coalesce(max(position), 0) from weft.event), pg_is_in_recovery()";
 
 /// Outcomes with the versions that their events brought each scope to. Columns of [`decode_outcome`].
 pub(crate) const OUTCOMES_SQL: &str = "select outcome.command_id, outcome.fingerprint, outcome.epoch, outcome.first_position, \
@@ -85,8 +102,38 @@ pub(crate) fn decode_outcome(row: &Row) -> Result<CommandOutcome, StoreError> {
     Ok(CommandOutcome { command_id: row.get(0), fingerprint, appended })
 }
 
-pub(super) fn decode_fork(row: &Row) -> Result<(Epoch, Position, EventHash), StoreError> {
-    Ok((Epoch(counter(row, 0)?), Position(counter(row, 1)?), decode_hash(row.get(2))?))
+pub(super) fn decode_evidence(row: &Row) -> Result<Evidence, StoreError> {
+    let epochs: Option<Vec<i64>> = row.get(4);
+    let positions: Option<Vec<i64>> = row.get(5);
+    let hashes: Option<Vec<&[u8]>> = row.get(6);
+    let forks = epochs.into_iter().flatten().zip(positions.into_iter().flatten());
+    let forks = forks.zip(hashes.into_iter().flatten()).map(|((epoch, position), hash)| {
+        Ok((Epoch(epoch.cast_unsigned()), Position(position.cast_unsigned()), decode_hash(hash)?))
+    });
+    Ok(Evidence {
+        head: decode_head(row)?,
+        forks: forks.collect::<Result<_, StoreError>>()?,
+        acknowledged: Position(counter(row, 7)?),
+    })
+}
+
+pub(super) fn decode_testimony(row: &Row) -> Result<Testimony, StoreError> {
+    Ok(Testimony {
+        command_id: row.get(0),
+        epoch: Epoch(counter(row, 1)?),
+        positions: Position(counter(row, 2)?)..=Position(counter(row, 3)?),
+        recorded_at: time(row, 4)?,
+    })
+}
+
+pub(super) fn decode_anchor(row: &Row) -> Result<Anchor, StoreError> {
+    let hash: Option<&[u8]> = row.get(0);
+    let end = Position(counter(row, 1)?);
+    Ok(match hash {
+        Some(hash) => Anchor::Stands { hash: decode_hash(hash)?, end },
+        None if row.get(2) => Anchor::NotYet,
+        None => Anchor::Gone { end },
+    })
 }
 
 /// A counter is never negative.

@@ -1,6 +1,6 @@
 //! When a new epoch opens, on real servers.
 
-use weft_eventlog::{ConnectConfig, EventLog, LogConfig, migrate, verify};
+use weft_eventlog::{AppendError, ConnectConfig, EventLog, LogConfig, StoreError, migrate, verify};
 use weft_model::version::{Epoch, Position};
 use weft_pgserver::{Binaries, Cluster};
 
@@ -37,6 +37,45 @@ async fn a_database_that_was_started_anew_is_in_a_new_epoch() {
     assert_eq!(log.appender().append(one("s")).await.unwrap().epoch, Epoch(2));
     assert_eq!(verify(&log.reader(), |_| ()).await.unwrap().epochs, 2);
     log.shutdown().await;
+    server.stop().unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_becomes_unfit_under_an_open_log_gets_nothing_more_until_it_is_fit() {
+    let cluster = Cluster::open_scratch(Binaries::find().unwrap(), &mut |_| ()).unwrap();
+    let server = cluster.start(&mut |_| ()).unwrap();
+    let connect: ConnectConfig = server.url("postgres").parse().unwrap();
+    migrate(&connect).await.unwrap();
+    let strict = EventLog::open(LogConfig::new(connect.clone())).await.unwrap();
+    let lax = LogConfig { allow_unsafe_settings: true, ..LogConfig::new(connect.clone()) };
+    let lax = EventLog::open(lax).await.unwrap();
+    let (admin, connection) = connect.connect(tokio_postgres::NoTls).await.unwrap();
+    let mut driver = tokio::task::JoinSet::new();
+    driver.spawn(connection);
+    for setting in ["full_page_writes", "synchronous_commit"] {
+        for value in ["off", "on"] {
+            let command = format!("alter system set {setting} = {value}");
+            admin.batch_execute(&command).await.unwrap();
+            admin.batch_execute("select pg_reload_conf()").await.unwrap();
+            // Each backend takes the new value in its own time.
+            loop {
+                match strict.appender().append(one("s")).await {
+                    Ok(_) if value == "on" => break,
+                    Ok(_) => {}
+                    Err(AppendError::Store(StoreError::Unfit(why))) => {
+                        assert!(why.to_string().contains(setting), "{why}");
+                        if value == "off" {
+                            break;
+                        }
+                    }
+                    Err(other) => panic!("{other:?}"),
+                }
+            }
+            lax.appender().append(one("s")).await.unwrap();
+        }
+    }
+    strict.shutdown().await;
+    lax.shutdown().await;
     server.stop().unwrap();
 }
 

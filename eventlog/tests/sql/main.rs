@@ -7,6 +7,7 @@ mod concurrency;
 mod epochs;
 mod failures;
 mod reading;
+mod rewind;
 mod schema;
 mod support;
 mod verification;

@@ -117,14 +117,13 @@ pub(crate) async fn kill_backends(client: &tokio_postgres::Client) -> u64 {
     client.execute(SQL, &[]).await.unwrap()
 }
 
-/// Runs statements with the append-only triggers of `weft.event` and `weft.log_epoch` off: what an intruder who owns
-/// the database would do.
+/// Runs statements with the append-only triggers off: what an intruder who owns the database would do.
 pub(crate) async fn tamper(database: &TestDatabase, sql: &str) {
     let client = database.connect().await;
-    let script = format!(
-        "alter table weft.event disable trigger append_only; alter table weft.log_epoch disable trigger append_only; \
-         {sql}; alter table weft.event enable always trigger append_only; \
-         alter table weft.log_epoch enable always trigger append_only;"
-    );
+    let switch = |how: &str| {
+        let tables = ["event", "log_epoch", "command_outcome"];
+        tables.map(|table| format!("alter table weft.{table} {how} trigger append_only")).join(";")
+    };
+    let script = format!("{}; {sql}; {}", switch("disable"), switch("enable always"));
     client.batch_execute(&script).await.unwrap();
 }

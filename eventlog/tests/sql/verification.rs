@@ -77,6 +77,45 @@ async fn removed_swapped_and_cut_off_events_are_found() {
 }
 
 #[tokio::test]
+async fn what_commands_were_told_must_be_what_the_events_say() {
+    for change in [
+        "delete from weft.command_outcome where last_position = 4",
+        "update weft.command_outcome set command_id = gen_random_uuid() where last_position = 4",
+        "update weft.command_outcome set epoch = 2 where last_position = 4",
+        "update weft.command_outcome set recorded_at = recorded_at - interval '1 second' where last_position = 4",
+        "update weft.command_outcome set first_position = 3 where last_position = 4",
+        "insert into weft.command_outcome select gen_random_uuid(), epoch, 4, 11, recorded_at, fingerprint \
+         from weft.command_outcome where last_position = 4; \
+         delete from weft.command_outcome where last_position = 4",
+    ] {
+        let (position, defect) = damage(change).await;
+        assert!(position == 4 && matches!(defect, Defect::Outcome { .. }), "{change}: {position} {defect:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_on_while_it_is_verified_is_sound() {
+    const EPOCHS: u64 = 150;
+    let database = sound().await;
+    let log = open(&database).await;
+    let admin = database.connect().await;
+    let next = "insert into weft.log_epoch select last.epoch + 1, system_identifier, timeline, postmaster_start, \
+                event_table, tail.position, tail.hash, now() \
+                from (select * from weft.log_epoch order by epoch desc limit 1) as last, \
+                (select position, hash from weft.event order by position desc limit 1) as tail";
+    let going_on = async {
+        for epoch in 2..=EPOCHS {
+            admin.batch_execute(next).await.unwrap();
+            let appended = log.appender().append(request(vec![part("a", Any, 1)])).await.unwrap();
+            assert_eq!(appended.epoch, Epoch(epoch));
+        }
+    };
+    let reader = Reader::new(config(&database));
+    let verifying = async { while verify(&reader, |_| ()).await.unwrap().epochs < EPOCHS {} };
+    tokio::join!(going_on, verifying);
+}
+
+#[tokio::test]
 async fn a_forged_chain_still_has_to_count() {
     let database = sound().await;
     let reader = Reader::new(config(&database));
