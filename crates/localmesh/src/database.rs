@@ -12,6 +12,8 @@
 use crate::error::StartError;
 use crate::home::{Home, write_private};
 use std::fs;
+use std::io;
+use std::net::SocketAddr;
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, Config, NoTls};
 use uuid::Uuid;
@@ -55,6 +57,14 @@ impl Databases {
         };
         let port = config.get_ports().first().copied().unwrap_or(5432);
         Ok(Self { admin_url: url.to_owned(), host, port })
+    }
+
+    /// Where the server is, for a sidecar, which takes no names.
+    pub(crate) async fn address(&self) -> Result<SocketAddr, StartError> {
+        let host = (self.host.trim_start_matches('[').trim_end_matches(']'), self.port);
+        let looking_up = || StartError::io(format!("looking up the database's host {}", self.host));
+        let mut found = tokio::net::lookup_host(host).await.map_err(looking_up())?;
+        found.next().ok_or_else(|| looking_up()(io::ErrorKind::NotFound.into()))
     }
 
     /// Makes databases, roles and passwords as far as they are missing, and writes the URLs into the home's secrets.

@@ -6,6 +6,7 @@ use crate::home::{Home, write_private};
 use crate::mesh::Programs;
 use crate::ports::{BASE_PORT, Ports};
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use weft_identity::credential::Credential;
 
@@ -127,11 +128,13 @@ pub(crate) fn controller(home: &Home, programs: &Programs, ports: &Ports) -> Rec
     recipe(home, CONTROLLER, &programs.controller, args)
 }
 
-/// The sidecar of an instance. `token` is the file of a join token, for one that has no identity yet.
+/// The sidecar of an instance. `database` is where the database server is, whoever runs it; `token` is the file of a join
+/// token, for a sidecar that has no identity yet.
 pub(crate) fn sidecar(
     home: &Home,
     programs: &Programs,
     ports: &Ports,
+    database: SocketAddr,
     instance: &Instance,
     token: Option<&Path>,
 ) -> Recipe {
@@ -150,10 +153,10 @@ pub(crate) fn sidecar(
     args.pair("--probe-interval", "1s");
     args.pair("--drain-deadline", "3s");
     let app = match instance.service {
-        Service::Web | Service::Api => port("app"),
-        Service::Db => ports.get(POSTGRES),
+        Service::Web | Service::Api => local(port("app")),
+        Service::Db => database.to_string(),
     };
-    args.pair("--app", format!("{}={}", instance.service.port(), local(app)));
+    args.pair("--app", format!("{}={app}", instance.service.port()));
     if let Some(upstream) = instance.service.upstream() {
         let target = format!("default/{}:{}", upstream.word(), upstream.port());
         args.pair("--upstream", format!("{target}={}", local(port("outbound"))));
@@ -266,10 +269,13 @@ mod tests {
         let (_dir, home, ports) = fixture();
         std::fs::write(home.secret("shop.url"), "postgres://shop:hush@127.0.0.1:1/shop\n").unwrap();
         let programs = Programs::beside(Path::new("/x/weft"));
+        let database = "192.0.2.7:5432".parse().unwrap();
         for instance in Instance::initial() {
-            let sidecar = sidecar(&home, &programs, &ports, &instance, None);
+            let sidecar = sidecar(&home, &programs, &ports, database, &instance, None);
             let loopback = sidecar.args.contains(&OsString::from("--loopback-addresses"));
             assert_eq!(loopback, instance.service == Service::Web);
+            let before_database = sidecar.args.contains(&OsString::from("5432=192.0.2.7:5432"));
+            assert_eq!(before_database, instance.service == Service::Db);
             let app = app(&home, &programs, &ports, &instance).unwrap();
             assert_eq!(app.is_some(), instance.service != Service::Db);
             let mut args = sidecar.args.iter().chain(app.iter().flat_map(|app| &app.args));

@@ -10,6 +10,7 @@ use crate::sample::{self, CONTROLLER, Instance, POSTGRES, Service, local};
 use crate::{Progress, Report};
 use serde_json::json;
 use std::ffi::OsStr;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -107,8 +108,12 @@ impl LocalMesh {
 
     pub(super) async fn start_sidecar(&mut self, instance: &Instance) -> Result<Vec<String>, StartError> {
         let token = self.token(instance).await?;
+        let database = match &self.databases {
+            Some(databases) => databases.address().await?,
+            None => (Ipv4Addr::LOCALHOST, self.ports.get(POSTGRES)).into(),
+        };
         let (home, programs) = (&self.home, &self.config.programs);
-        let recipe = sample::sidecar(home, programs, &self.ports, instance, token.as_deref());
+        let recipe = sample::sidecar(home, programs, &self.ports, database, instance, token.as_deref());
         self.supervisor.start(recipe)?;
         let ready = self.wait_ready(&instance.name, self.ports.get(&instance.port("admin"))).await;
         if let Some(token) = token {
