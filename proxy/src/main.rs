@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use clap::Parser;
-use std::io;
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -10,8 +11,17 @@ use tracing_subscriber::EnvFilter;
 use weft_proxy::config::LogFormat;
 use weft_proxy::{Cli, Proxy};
 
-fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-proxy: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     start_log(cli.log_format);
     let config = cli.into_config()?;
     let metrics = weft_proxy::metrics::install()?;
@@ -46,7 +56,10 @@ fn stop_at_signal(stop: CancellationToken) -> io::Result<impl Future<Output = ()
 /// The log goes to stderr: stdout is for connection records.
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

@@ -36,7 +36,7 @@ const CLOCK_CHECK: Duration = Duration::from_secs(30);
 pub enum JoinError {
     /// There is no identity and no way to get one.
     #[error(
-        "{instance} has no identity in {dir} and no join token; create one with `weft token create {}` and give it with --join-token-file",
+        "{instance} has no identity in {dir} and no join token; create one with `weft token create --service {}` and give it with --join-token-file",
         instance.service
     )]
     NoToken {
@@ -46,7 +46,7 @@ pub enum JoinError {
         dir: PathBuf,
     },
     /// The controller does not take the token.
-    #[error("the controller refuses the join token: {reason}; create a new one with `weft token create {}`", instance.service)]
+    #[error("the controller refuses the join token: {reason}; create a new one with `weft token create --service {}`", instance.service)]
     Refused {
         /// Who it is to be.
         instance: InstanceId,
