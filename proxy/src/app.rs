@@ -1,9 +1,11 @@
 //! The sidecar as a whole: what is bound first, what is started in which order, and how it stops. Read [`Proxy::run`].
 
 use crate::admin;
+use crate::causes::chain;
+use crate::clock;
 use crate::config::Config;
 use crate::discovery::join::{self, JoinError};
-use crate::discovery::subscribe::{Subscriber, chain};
+use crate::discovery::subscribe::Subscriber;
 use crate::discovery::{Session, disk};
 use crate::drain;
 use crate::health;
@@ -159,7 +161,7 @@ impl Proxy {
             () = stop.cancelled() => Ok(()),
         };
         if joined.is_ok() {
-            stop.cancelled().await;
+            control.watch(&mut tasks, &stop).await;
         }
 
         // And out again.
@@ -225,6 +227,20 @@ impl Control {
         };
         tasks.spawn(subscriber.run());
         Ok(())
+    }
+
+    /// Waits for the stop. A control task that breaks is said aloud, and connections go on (I5).
+    async fn watch(&self, tasks: &mut JoinSet<()>, stop: &CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(ended) = tasks.join_next() => if let Err(error) = ended {
+                    tracing::error!(%error, "a control task broke; restart the sidecar");
+                    self.status.disconnected("a control task broke; restart the sidecar");
+                    self.status.set_stale(clock::now());
+                },
+            }
+        }
     }
 
     /// The last good snapshot. One that cannot be read is not used, and nothing passes until a controller sends one.

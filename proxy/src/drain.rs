@@ -23,6 +23,9 @@ const WITHDRAWAL: Duration = Duration::from_secs(1);
 /// Longest that a call to a controller may take while the sidecar stops. A dead controller shall not hold it up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long connections may take to notice that they are cut. They do nothing else first.
+const CUT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// How often it is looked whether connections are left.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -38,8 +41,8 @@ pub(crate) async fn drain(
     shared.start_draining();
     tracing::info!(live = shared.connections.live(), ?limit, "stopping");
     let withdrawn = timeout_at(deadline, withdraw(shared, sessions)).await.unwrap_or(false);
-    if withdrawn && shared.connections.live() + shared.apps.len() > 0 {
-        // With no app nobody was ever sent here.
+    if withdrawn && !shared.apps.is_empty() {
+        // Without an app nobody was ever sent here.
         sleep(WITHDRAWAL.min(limit / 2)).await;
     }
     inbound.cancel();
@@ -54,10 +57,11 @@ pub(crate) async fn drain(
             format!("still open {limit:?} after the stop began"),
         ));
     });
+    // Before it leaves: a peer shall see the cut, not an endpoint that vanished.
+    let _ = timeout(CUT_TIMEOUT, until(|| shared.connections.live() == 0)).await;
     if withdrawn {
         leave(shared, sessions).await;
     }
-    let _ = timeout(CALL_TIMEOUT, until(|| shared.connections.live() == 0)).await;
     tracing::info!(cut, "stopped");
 }
 

@@ -2,7 +2,8 @@
 //!
 //! [`Observer`] is pure: probe results in, what changed out. The task around it reports changes, and the whole state again
 //! after every registration, since a mesh that forgot the instance has forgotten its health too. A report that does not
-//! get through is made again with the next probe.
+//! get through is made again with the next probe. Nothing is reported before there is a snapshot: a healthy app behind a
+//! sidecar that refuses everything would draw connections into refusals.
 
 use crate::clock;
 use crate::config::Probe;
@@ -76,6 +77,7 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
     if shared.apps.is_empty() {
         return;
     }
+    let mut snapshots = shared.subscribe();
     let mut reporter = Reporter { shared, revision: Revision(0) };
     let mut observer = Observer::new(probe.rise, probe.fall);
     let mut detail = String::new();
@@ -94,11 +96,13 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
                 }
             }
             changed = sessions.changed() => if changed.is_err() { return },
+            changed = snapshots.changed() => if changed.is_err() { return },
         }
         let session = sessions.borrow_and_update().clone();
         if let Some(session) = session
             && session.number != reported
             && observer.health != Health::Unknown
+            && snapshots.borrow_and_update().is_some()
             && !reporter.shared.draining()
         {
             match reporter.report(&session, observer.health, &detail).await {

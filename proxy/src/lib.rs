@@ -22,6 +22,7 @@ pub mod metrics;
 mod admin;
 mod backoff;
 mod balance;
+mod causes;
 mod clock;
 mod connections;
 mod discovery;

@@ -4,8 +4,8 @@
 //! An address that cannot be bound at run time is reported and tried again with every snapshot; it never stops anything
 //! else.
 
+use crate::causes::chain;
 use crate::config::Upstream;
-use crate::discovery::subscribe::chain;
 use crate::metrics;
 use crate::outbound::Target;
 use crate::socket::{self, ListenError};

@@ -9,6 +9,7 @@
 use super::take::{self, Refusal};
 use super::{Session, disk, join};
 use crate::backoff::Backoff;
+use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
@@ -319,15 +320,4 @@ async fn watch_staleness(mut due: watch::Receiver<Instant>, status: Arc<Status>)
             changed = due.changed() => if changed.is_err() { return },
         }
     }
-}
-
-/// An error with all its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(deeper) = cause {
-        text = format!("{text}: {deeper}");
-        cause = deeper.source();
-    }
-    text
 }

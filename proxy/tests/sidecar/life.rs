@@ -79,7 +79,7 @@ async fn a_used_token_is_an_error_with_the_next_step() {
     let error = run(config.clone()).await.unwrap_err();
     let StartError::Join(refused @ JoinError::Refused { .. }) = &error else { panic!("{error:?}") };
     assert!(refused.to_string().contains("was used already"), "{refused}");
-    assert!(refused.to_string().contains("weft token create default/db"), "{refused}");
+    assert!(refused.to_string().contains("weft token create --service default/db"), "{refused}");
 
     config.join_token = None;
     let error = run(config).await.unwrap_err();
@@ -153,7 +153,7 @@ async fn an_unhealthy_app_gets_no_connections_until_it_is_back() {
     let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
     drop(app);
     web.sees("default/db", 0).await;
-    expect_reset(&mut web.connect("default/db", 5432).await).await;
+    web.refuses("default/db", 5432).await;
     web.record("no_healthy_endpoint").await;
 }
 
@@ -173,7 +173,11 @@ async fn a_stop_waits_for_connections_that_end() {
     db.stopped().await.unwrap();
     db.record("client_fin").await;
     assert_eq!(db.records().len(), 1);
-    assert_eq!(controller.calls().last(), Some(&Call::Deregistered(db_1())));
+    let told = controller
+        .calls()
+        .into_iter()
+        .filter(|call| matches!(call, Call::Drained(_) | Call::Deregistered(_)));
+    assert_eq!(told.collect::<Vec<_>>(), [Call::Drained(db_1()), Call::Deregistered(db_1())]);
     assert!(tokio::net::TcpStream::connect(db.inbound).await.is_err());
 }
 

@@ -24,7 +24,7 @@ async fn a_denied_connection_says_why_on_both_sides() {
     let (controller, _app, db, web, api) = three().await;
     db.runs(controller.allow("default/db", &["default/api"])).await;
     ping(&mut api.connect("default/db", 5432).await).await.unwrap();
-    expect_reset(&mut web.connect("default/db", 5432).await).await;
+    web.refuses("default/db", 5432).await;
     let (there, here) = (db.record("policy_denied").await, web.record("policy_denied").await);
     assert_eq!(there["connection_id"], here["connection_id"]);
     for record in [&there, &here] {
@@ -99,9 +99,9 @@ async fn ports_that_are_not_there_are_refused() {
     })
     .await;
     other.sees("default/db", 1).await;
-    expect_reset(&mut other.connect("default/db", 1).await).await;
+    other.refuses("default/db", 1).await;
     assert!(other.record("no_snapshot").await["detail"].as_str().unwrap().contains("declares no port 1"));
-    expect_reset(&mut other.connect("default/unknown", 1).await).await;
+    other.refuses("default/unknown", 1).await;
     wait_until("the second refusal", LIMIT, async || {
         other
             .records()

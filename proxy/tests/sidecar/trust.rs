@@ -1,6 +1,6 @@
 //! Who is believed: only the instance that was chosen, only members of the mesh, only while their leaves last.
 
-use crate::support::app::{expect_reset, ping};
+use crate::support::app::ping;
 use crate::support::controller::{Call, now};
 use crate::support::tunnel::{connect, exchange, open};
 use crate::support::{App, Controller, LIMIT, Sidecar};
@@ -32,7 +32,7 @@ async fn an_address_with_another_sidecar_behind_it_is_refused() {
     let gone = weft_model::membership::MembershipCommand::Deregister;
     controller.commit(weft_model::Command::Membership("default/db/db-1".parse().unwrap(), gone));
     web.runs(controller.wanted("default/web/web-1")).await;
-    expect_reset(&mut web.connect("default/db", 5432).await).await;
+    web.refuses("default/db", 5432).await;
     let record = web.record("tls_failed").await;
     let detail = record["detail"].as_str().unwrap();
     assert!(detail.starts_with("peer_wrong_identity"), "{detail}");
@@ -139,7 +139,7 @@ async fn an_expired_leaf_opens_nothing_and_ends_nothing() {
     ping(&mut client).await.unwrap();
     wait_until("an expired leaf", LIMIT, async || web.page("/ready").await.0 == 503).await;
     assert!(web.page("/ready").await.1.contains("expired"));
-    expect_reset(&mut web.connect("default/db", 5432).await).await;
+    web.refuses("default/db", 5432).await;
     assert_eq!(web.record("cert_expired").await["closed_by"], "local");
     ping(&mut client).await.unwrap();
 }

@@ -46,8 +46,9 @@ impl App {
     pub(crate) async fn named(name: &'static str) -> Self {
         Self::serve(move |mut stream| async move {
             let (mut read, mut write) = stream.split();
-            write.write_all(name.as_bytes()).await.unwrap();
-            let _ = tokio::io::copy(&mut read, &mut write).await;
+            if write.write_all(name.as_bytes()).await.is_ok() {
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            }
         })
         .await
     }

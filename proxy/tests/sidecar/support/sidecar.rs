@@ -140,6 +140,15 @@ impl Sidecar {
         TcpStream::connect(address).await.unwrap()
     }
 
+    /// Connects, and expects a reset: while connecting, or soon after.
+    pub(crate) async fn refuses(&self, service: &str, port: u16) {
+        let address = self.outbound[&(service.parse().unwrap(), Port::new(port).unwrap())];
+        match TcpStream::connect(address).await {
+            Ok(mut stream) => super::app::expect_reset(&mut stream).await,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}"),
+        }
+    }
+
     /// Asks it to stop, and does not wait.
     pub(crate) fn begin_stop(&self) {
         self.stop.cancel();
