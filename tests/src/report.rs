@@ -32,12 +32,20 @@ impl Report {
     }
 
     /// Tries one step, and returns whether it succeeded. What a step returns is what was seen.
-    pub async fn step(&mut self, name: &str, trying: impl Future<Output = anyhow::Result<String>>) -> bool {
-        let start = Instant::now();
-        let outcome = timeout(STEP_LIMIT, trying).await.unwrap_or_else(|_| {
-            Err(anyhow::anyhow!("given up after {} s without an answer", STEP_LIMIT.as_secs()))
-        });
-        self.add(name, start.elapsed(), &outcome)
+    pub fn step(
+        &mut self,
+        name: &str,
+        trying: impl Future<Output = anyhow::Result<String>>,
+    ) -> impl Future<Output = bool> {
+        // Boxed first: steps are large, and a run holds a future of each.
+        let trying = timeout(STEP_LIMIT, Box::pin(trying));
+        async move {
+            let start = Instant::now();
+            let outcome = trying.await.unwrap_or_else(|_| {
+                Err(anyhow::anyhow!("given up after {} s without an answer", STEP_LIMIT.as_secs()))
+            });
+            self.add(name, start.elapsed(), &outcome)
+        }
     }
 
     /// Counts a step that could not be tried as failed.

@@ -144,13 +144,13 @@ async fn a_token_that_is_used_expired_or_foreign_is_refused() -> anyhow::Result<
     for (instance, token, says) in [
         ("default/api/late", &expired, "expired"),
         ("default/api/second", &used, "used"),
-        ("default/db/other", &fresh, "default/api"),
+        ("default/db/other", &fresh, "not for default/db/other"),
         ("default/api/garbled", &garbled, "token"),
     ] {
         let said = try_join(instance, token, "state").await?;
         refused(&said, 1, &[says]).with_context(|| instance.to_owned())?;
         if token != &garbled {
-            refused(&said, 1, &["weft token create"])?;
+            refused(&said, 1, &["weft token create --service default/"])?;
         }
         ensure!(!folder.path().join("state/identity").exists(), "{instance} got an identity");
         let after = (folder.log_head().await?, weft.json(&["sql", members]).await?);
@@ -169,6 +169,7 @@ async fn use_up(folder: &Folder, proxy: &Path, token: &Path) -> anyhow::Result<(
     command.arg("--join-token-file").arg(token).arg("--state-dir").arg(&state);
     command.args(["--inbound-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
     command.arg("--connection-log").arg(folder.path().join("joined.jsonl"));
+    command.stderr(std::fs::File::create(folder.path().join("joined.log"))?);
     let mut joined = command.kill_on_drop(true).spawn()?;
     let weft = folder.weft();
     // Registered and running what it should: nothing of it comes into the log any more.
