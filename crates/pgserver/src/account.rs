@@ -6,12 +6,13 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, lchown};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nix::unistd::{Uid, User, geteuid};
+use nix::unistd::{Pid, Uid, User, geteuid};
 
 /// Accounts to run the server under when we are root, best first: the one that the packages create, then the one that
 /// every system has.
@@ -74,10 +75,10 @@ impl Account {
         command
     }
 
-    /// Gives a file or folder to this account.
+    /// Gives a file or folder to this account; of a link, the link itself.
     pub(crate) fn give(&self, path: &Path) -> io::Result<()> {
         match self.change_to {
-            Some((uid, gid)) => chown(path, Some(uid), Some(gid)),
+            Some((uid, gid)) => lchown(path, Some(uid), Some(gid)),
             None => Ok(()),
         }
     }
@@ -96,6 +97,20 @@ impl Account {
             .stderr(Stdio::null())
             .status()?;
         Ok(status.success())
+    }
+
+    /// The working directory of a process, asked as this account: root without `CAP_SYS_PTRACE`, as in most containers,
+    /// may not look at other accounts' processes, but each account may look at its own. `None` if it cannot be told.
+    pub(crate) fn working_dir_of(&self, pid: Pid) -> io::Result<Option<PathBuf>> {
+        let output = self
+            .command("/bin/sh")
+            .args(["-c", "cd -P -- \"$1\" && pwd -P", "sh"])
+            .arg(format!("/proc/{pid}/cwd"))
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()?;
+        let path = output.stdout.strip_suffix(b"\n").filter(|_| output.status.success());
+        Ok(path.map(|path| PathBuf::from(OsStr::from_bytes(path))))
     }
 
     /// Whether files of this owner can serve as the server's data, which must be its own.

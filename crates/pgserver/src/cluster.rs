@@ -5,6 +5,7 @@
 //!
 //! Called by the local mesh, the test kit and xtask; goes on to [`Server`](crate::Server).
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -39,7 +40,6 @@ impl ClusterConfig {
 }
 
 /// An initialised cluster that this process has for itself, and that no server runs on.
-#[derive(Debug)]
 pub struct Cluster {
     pub(crate) binaries: Binaries,
     pub(crate) config: ClusterConfig,
@@ -233,6 +233,20 @@ impl Cluster {
             return Err(OpenError::Initdb { dir: self.config.dir.clone(), output });
         }
         fs::rename(&unfinished, self.data_dir()).map_err(io_error)
+    }
+}
+
+/// By hand, to leave the password out.
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { binaries, config, account, home, password: _, _lock: _, scratch } = self;
+        f.debug_struct("Cluster")
+            .field("binaries", binaries)
+            .field("config", config)
+            .field("account", account)
+            .field("home", home)
+            .field("scratch", scratch)
+            .finish_non_exhaustive()
     }
 }
 

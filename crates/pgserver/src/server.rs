@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::Say;
+use crate::account::Account;
 use crate::cluster::{Cluster, SUPERUSER, private_dir};
 use crate::port::reserve_loopback_port;
 use crate::watchdog::Watchdog;
@@ -137,11 +138,14 @@ impl Cluster {
     pub fn start(self, say: Say<'_>) -> Result<Server, StartError> {
         let data = self.data_dir();
         let io_error = |source| StartError::Io { data: data.clone(), source };
-        if let Some(pid) = server_on(&data) {
+        let occupant = || Occupant::of(&data, &self.account);
+        if let Occupant::Server(pid) = occupant().map_err(io_error)? {
             say(&format!("stopping the PostgreSQL server (process {pid}) that an earlier run left"));
-            stop(pid, || Ok(server_on(&data).is_none())).map_err(StartError::Leftover)?;
+            stop(pid, || Ok(!matches!(occupant()?, Occupant::Server(_)))).map_err(StartError::Leftover)?;
         }
-        remove_stale_pid_file(&data).map_err(io_error)?;
+        if occupant().map_err(io_error)? == Occupant::Gone {
+            remove_stale_pid_file(&data).map_err(io_error)?;
+        }
 
         let port = match self.config.port {
             Some(port) => check_free(port).map_err(|error| match error.kind() {
@@ -319,16 +323,58 @@ fn is_ready(data: &Path, pid: u32) -> bool {
         && lines.nth(6).is_some_and(|state| state.trim() == "ready")
 }
 
-/// The server that runs on this data directory. Where the system can tell, that is checked: a recycled pid is no server.
-fn server_on(data: &Path) -> Option<Pid> {
-    let text = fs::read_to_string(data.join("postmaster.pid")).ok()?;
-    let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?);
-    if Path::new("/proc/self/cwd").exists() {
-        // A server's working directory is its data directory; a process that has ended has none.
-        let working_dir = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
-        return (working_dir == data.canonicalize().ok()?).then_some(pid);
+/// What the pid file of a data directory stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Occupant {
+    /// Nobody: there is no pid file.
+    None,
+    /// A server that runs on the data.
+    Server(Pid),
+    /// A server that has ended: its process is gone, or its pid is another process's by now.
+    Gone,
+    /// It cannot be told. Then nothing is stopped and nothing removed: PostgreSQL, which looks at the shared memory of
+    /// the server named there as well, either starts or says what is in its way.
+    Unknown,
+}
+
+impl Occupant {
+    fn of(data: &Path, account: &Account) -> io::Result<Self> {
+        let text = match fs::read_to_string(data.join("postmaster.pid")) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::None),
+            Err(error) => return Err(error),
+        };
+        let Some(pid) = text.lines().next().and_then(|line| line.trim().parse().ok()) else {
+            return Ok(Self::Unknown);
+        };
+        let pid = Pid::from_raw(pid);
+        if !Path::new("/proc/self/cwd").exists() {
+            let gone = kill(pid, None) == Err(nix::Error::ESRCH);
+            return Ok(if gone { Self::Gone } else { Self::Server(pid) });
+        }
+        Self::judge(pid, fs::read_link(format!("/proc/{pid}/cwd")), &data.canonicalize()?, || {
+            account.working_dir_of(pid)
+        })
     }
-    (kill(pid, None) != Err(nix::Error::ESRCH)).then_some(pid)
+
+    /// A server's working directory is its data directory, and a process that has ended has none. Root may look at
+    /// anybody's only with a right that containers lack; `ask_again` then asks as the server's account.
+    fn judge(
+        pid: Pid,
+        working_dir: io::Result<PathBuf>,
+        data: &Path,
+        ask_again: impl FnOnce() -> io::Result<Option<PathBuf>>,
+    ) -> io::Result<Self> {
+        let working_dir = match working_dir {
+            Ok(dir) => dir,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Gone),
+            Err(_) => match ask_again()? {
+                Some(dir) => dir,
+                None => return Ok(Self::Unknown),
+            },
+        };
+        Ok(if working_dir == data { Self::Server(pid) } else { Self::Gone })
+    }
 }
 
 /// Removes the pid file of a server that is gone: its pid may be another process's by now, which PostgreSQL would take for
@@ -375,4 +421,38 @@ fn tail(path: &Path) -> String {
     let text = read().unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_process_that_is_not_there_or_is_elsewhere_counts_as_gone() {
+        let (pid, data) = (Pid::from_raw(7), Path::new("/data"));
+        let judge = |seen: io::Result<&str>, asked: Option<&str>| {
+            let asked = asked.map(PathBuf::from);
+            Occupant::judge(pid, seen.map(PathBuf::from), data, || Ok(asked)).unwrap()
+        };
+        let denied = || Err(io::ErrorKind::PermissionDenied.into());
+        assert_eq!(judge(Ok("/data"), None), Occupant::Server(pid));
+        assert_eq!(judge(Ok("/elsewhere"), None), Occupant::Gone);
+        assert_eq!(judge(Err(io::ErrorKind::NotFound.into()), Some("/data")), Occupant::Gone);
+        assert_eq!(judge(denied(), Some("/data")), Occupant::Server(pid));
+        assert_eq!(judge(denied(), Some("/elsewhere")), Occupant::Gone);
+        assert_eq!(judge(denied(), None), Occupant::Unknown);
+    }
+
+    #[test]
+    fn a_pid_file_that_names_nobody_is_left_alone() {
+        let data = tempfile::tempdir().unwrap();
+        let account = Account::choose(None).unwrap().unwrap();
+        let occupant = || Occupant::of(data.path(), &account).unwrap();
+        assert_eq!(occupant(), Occupant::None);
+        fs::write(data.path().join("postmaster.pid"), "").unwrap();
+        assert_eq!(occupant(), Occupant::Unknown);
+        // Above the largest pid that Linux gives.
+        fs::write(data.path().join("postmaster.pid"), "2000000000\n").unwrap();
+        assert_eq!(occupant(), Occupant::Gone);
+    }
 }

@@ -5,7 +5,8 @@
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -83,6 +84,15 @@ fn the_password_is_needed_and_the_files_are_private() {
     assert_eq!(mode(&server.cluster().password_file()), 0o600);
     assert_eq!(mode(&server.cluster().data_dir()), 0o700);
     assert_eq!(mode(server.socket_dir()), 0o700);
+}
+
+#[test]
+fn the_password_is_never_printed() {
+    let dir = passable_dir();
+    let server = start(dir.path());
+    let password = fs::read_to_string(server.cluster().password_file()).unwrap();
+    let shown = format!("{server:?} {:?}", server.cluster());
+    assert!(shown.contains(&dir.path().display().to_string()) && !shown.contains(password.trim()), "{shown}");
 }
 
 #[test]
@@ -212,6 +222,52 @@ fn start_and_kill_owner(dir: &Path) -> PathBuf {
     owner.kill().unwrap();
     owner.wait().unwrap();
     data
+}
+
+/// Not a test of its own: what the next test runs with fewer rights.
+#[test]
+#[ignore = "run by another test"]
+fn start_where_told() {
+    match std::env::args().next_back().as_deref() {
+        Some(dir) if dir.starts_with('/') => drop(connect(&start(Path::new(dir)))),
+        _ => {}
+    }
+}
+
+/// In a container root usually lacks the right to look at the processes of others.
+#[test]
+fn a_server_left_behind_is_stopped_also_by_a_root_that_may_not_look_at_it() {
+    let dir = passable_dir();
+    let cluster = open(ClusterConfig::new(dir.path())).unwrap();
+    let data = cluster.data_dir();
+    let owner = fs::metadata(&data).unwrap();
+    drop(cluster);
+    let mut left = Command::new(Binaries::find().unwrap().dir().join("postgres"));
+    let socket_dir = data.parent().unwrap().join("socket");
+    left.arg("-D").arg(&data).arg("-k").arg(socket_dir).args(["-c", "listen_addresses="]);
+    left.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut starter = Command::new(std::env::current_exe().unwrap());
+    if geteuid().is_root() {
+        left.uid(owner.uid()).gid(owner.gid());
+        starter = Command::new("setpriv");
+        starter.args(["--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]);
+        starter.arg(std::env::current_exe().unwrap());
+    }
+    let mut left = left.spawn().unwrap();
+    wait_until("the server to be left behind to start", || {
+        fs::read_to_string(data.join("postmaster.pid")).is_ok_and(|text| text.contains("ready"))
+    });
+
+    starter.args(["--exact", "start_where_told", "--ignored", "--nocapture", "--"]).arg(dir.path());
+    let started = starter.output().unwrap();
+    // By the starter, in its first act; by the second server's taking its place only after a minute.
+    let ended = left.try_wait().unwrap();
+    if ended.is_none() {
+        left.kill().unwrap();
+        left.wait().unwrap();
+    }
+    assert!(started.status.success(), "{started:?}");
+    assert!(ended.is_some(), "two servers ran on the same data");
 }
 
 #[test]
