@@ -121,7 +121,10 @@ fn service_status(state: &RoutingState, service: &ServiceName) -> pb::ServiceSta
         name: service.to_string(),
         address: state.address(service).map(|address| address.to_string()).unwrap_or_default(),
         ports: declared.map(|declared| service_ports(&declared.ports)).unwrap_or_default(),
-        instances: state.instances_of(service).filter_map(|(id, _)| resources::instance(state, id)).collect(),
+        instances: state
+            .live_instances_of(service)
+            .filter_map(|(id, ..)| resources::instance(state, &id))
+            .collect(),
     }
 }
 

@@ -105,13 +105,6 @@ label! {
     Name, "name"
 }
 
-impl Name {
-    /// The smallest name that there is.
-    fn first() -> Self {
-        Self("a".into())
-    }
-}
-
 /// A service: what a client wants to reach. Written `<namespace>/<name>`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceName {
@@ -125,7 +118,8 @@ impl ServiceName {
     /// The smallest name that a service of `namespace` can have, to start a range over its services.
     #[must_use]
     pub fn first_of(namespace: &Namespace) -> Self {
-        Self { namespace: namespace.clone(), name: Name::first() }
+        // No label is smaller.
+        Self { namespace: namespace.clone(), name: Name("a".into()) }
     }
 
     /// Reads `<namespace>/<name>`, or a bare `<name>` in the default namespace, as people type it.
@@ -165,14 +159,6 @@ pub struct InstanceId {
     pub service: ServiceName,
     /// Its name among the service's instances.
     pub instance: Name,
-}
-
-impl InstanceId {
-    /// The smallest id that an instance of `service` can have, to start a range over its instances.
-    #[must_use]
-    pub fn first_of(service: &ServiceName) -> Self {
-        Self { service: service.clone(), instance: Name::first() }
-    }
 }
 
 impl FromStr for InstanceId {

@@ -191,16 +191,6 @@ impl RoutingState {
         self.membership.iter()
     }
 
-    /// The instances of one service that ever took part, by name.
-    pub fn instances_of<'a>(
-        &'a self,
-        service: &'a ServiceName,
-    ) -> impl Iterator<Item = (&'a InstanceId, &'a Entry<MembershipState>)> {
-        self.membership
-            .range(InstanceId::first_of(service)..)
-            .take_while(move |(id, _)| id.service == *service)
-    }
-
     /// The ready and draining instances of a service, by name.
     pub fn live_instances_of<'a>(
         &'a self,

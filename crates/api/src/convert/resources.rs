@@ -22,6 +22,7 @@ fn resource<S>(scope: &Scope, entry: &Entry<S>, spec: Spec) -> pb::Resource {
         changed_at_ms: entry.at.0,
         actor: entry.actor.clone(),
         spec: Some(spec),
+        reached_at: String::new(),
     }
 }
 
@@ -31,9 +32,10 @@ pub(crate) fn service(state: &RoutingState, name: &ServiceName) -> Option<pb::Re
     let spec = pb::DeclareService {
         name: name.to_string(),
         ports: service_ports(&declared.ports),
-        address: state.address(name).map(|address| address.to_string()).unwrap_or_default(),
+        address: declared.address.map(|address| address.to_string()).unwrap_or_default(),
     };
-    Some(resource(&Scope::Service(name.clone()), entry, Spec::Service(spec)))
+    let reached_at = state.address(name).map(|address| address.to_string()).unwrap_or_default();
+    Some(pb::Resource { reached_at, ..resource(&Scope::Service(name.clone()), entry, Spec::Service(spec)) })
 }
 
 pub(crate) fn instance(state: &RoutingState, id: &InstanceId) -> Option<pb::Resource> {

@@ -66,6 +66,9 @@ pub(crate) fn documents(resources: &[v1::Resource]) -> Outcome<String> {
             let health = document::health(instance.health());
             text.push_str(&format!("# state {}, health {health}\n", printable(&instance.state)));
         }
+        if !resource.reached_at.is_empty() {
+            text.push_str(&format!("# reached at {}\n", printable(&resource.reached_at)));
+        }
         text.push_str(&yaml(&document)?);
     }
     Ok(text)
@@ -99,7 +102,7 @@ fn table<'r>(kind: Kind, resources: impl Iterator<Item = &'r v1::Resource>, now_
             Some(Spec::Service(service)) => {
                 table.row([
                     service.name.clone(),
-                    service.address.clone(),
+                    resource.reached_at.clone(),
                     ports(&service.ports),
                     version,
                     changed,

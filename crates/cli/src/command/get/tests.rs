@@ -11,6 +11,7 @@ fn resource(spec: Spec) -> v1::Resource {
         position: 42,
         changed_at_ms: NOW - 90_000,
         actor: "spiffe://weft.local/operator/admin/admin".into(),
+        reached_at: if matches!(spec, Spec::Service(_)) { "127.64.9.9".into() } else { String::new() },
         spec: Some(spec),
     }
 }
