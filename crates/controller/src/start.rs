@@ -88,7 +88,9 @@ impl Controller {
         let authority_dir = operator::authority_dir(&config.state_dir);
         let authority =
             CertificateAuthority::load_or_create(&authority_dir, &config.trust_domain, clock::now())
-                .with_context(|| format!("no certificate authority in {}", authority_dir.display()))?;
+                .with_context(|| {
+                    format!("cannot use the certificate authority in {}", authority_dir.display())
+                })?;
         let authority = Arc::new(authority);
         let admin_credential = operator::save_admin(&authority, &config.state_dir)?;
 
