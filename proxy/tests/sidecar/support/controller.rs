@@ -99,7 +99,9 @@ impl Controller {
             sent: BTreeMap::new(),
         };
         let inner = Arc::new(Inner { ca, state: Mutex::new(state), changes: watch::Sender::new(0) });
-        let mut controller = Self { inner, address: SocketAddr::from(([127, 0, 0, 1], 0)), runtime: None };
+        // Nobody else gets this port while the controller is down.
+        let address = SocketAddr::from(([127, 0, 0, 1], weft_testkit::reserve_loopback_port()));
+        let mut controller = Self { inner, address, runtime: None };
         controller.go_on();
         let root = controller.inner.ca.root();
         let certificate = pem::encode(&pem::Pem::new("CERTIFICATE", root.to_vec()));
@@ -114,7 +116,9 @@ impl Controller {
     /// Kills the server with all its connections. The mesh's state stays.
     pub(crate) fn stop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+            // Waited for, on a thread where one may wait: afterwards the address is free again.
+            let stopped = std::thread::spawn(move || runtime.shutdown_timeout(super::LIMIT)).join();
+            stopped.unwrap();
         }
     }
 
@@ -123,7 +127,6 @@ impl Controller {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = TcpListener::bind(self.address).unwrap();
-        self.address = listener.local_addr().unwrap();
         runtime.spawn(rpc::serve(Arc::clone(&self.inner), listener));
         self.runtime = Some(runtime);
     }
