@@ -23,13 +23,13 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Starts a mesh in `home`, or resumes the one that is there, and waits until requests pass through it. Progress goes
-    /// to standard error. With `database_url` it uses that server instead of a private one.
+    /// Takes `home` for a mesh, a new one or the one that is there. Nothing is started. With `database_url` it uses that
+    /// server instead of a private one.
     ///
     /// # Errors
     ///
-    /// It does not start; what was started is stopped again.
-    pub async fn start(
+    /// The home is taken, or cannot be used.
+    pub async fn open(
         home: &Path,
         programs: &Programs,
         database_url: Option<String>,
@@ -40,13 +40,18 @@ impl Mesh {
             programs: programs.clone(),
             database_url,
         };
-        let mut local = LocalMesh::open(config, &mut say).await?;
-        if let Err(why) = local.start(&mut say).await {
-            local.stop(&mut say).await;
-            return Err(why.into());
-        }
+        let local = LocalMesh::open(config, &mut say).await?;
         let weft = Weft::new(&programs.weft, local.home().context());
         Ok(Self { local, weft })
+    }
+
+    /// Starts everything, and waits until requests pass through it. Progress goes to standard error.
+    ///
+    /// # Errors
+    ///
+    /// It does not start. Then, and if the future is dropped, what was started runs until [`Self::stop`].
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        Ok(self.local.start(&mut say).await?)
     }
 
     /// Stops everything in order.

@@ -33,6 +33,8 @@ pub struct Smoke {
     programs: Programs,
     database_url: Option<String>,
     dir: TempDir,
+    /// A mesh that is not up yet.
+    starting: Option<Mesh>,
     bench: Option<Bench>,
     footprint: Footprint,
 }
@@ -58,7 +60,7 @@ impl Smoke {
         // The database server may run as another user, who has to get to its own folder below this one.
         std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711))?;
         let footprint = Footprint::of(dir.path());
-        Ok(Self { programs, database_url, dir, bench: None, footprint })
+        Ok(Self { programs, database_url, dir, starting: None, bench: None, footprint })
     }
 
     /// Where the logs are.
@@ -103,12 +105,13 @@ impl Smoke {
         report.step("stop leaves nothing", self.stop()).await;
     }
 
-    /// Stops what runs, for who is interrupted or has failed.
-    pub async fn abandon(&mut self) {
-        if let Some(bench) = self.bench.take() {
-            // What does not end well is reported by nobody and stopped by the watchdog.
-            let _ = bench.stop().await;
-        }
+    /// Stops what runs, for who is interrupted.
+    ///
+    /// # Errors
+    ///
+    /// Something does not stop.
+    pub async fn abandon(&mut self) -> anyhow::Result<()> {
+        self.stop_mesh().await
     }
 
     /// Keeps the home for who wants to look into it, and says where it is.

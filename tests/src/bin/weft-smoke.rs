@@ -35,9 +35,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     };
     if interrupted {
         eprintln!("interrupted; stopping the mesh");
-    }
-    smoke.abandon().await;
-    if interrupted {
+        smoke.abandon().await?;
         return Ok(ExitCode::from(INTERRUPTED));
     }
     if !report.all_ok() {

@@ -25,20 +25,16 @@ impl Smoke {
         ))
     }
 
-    /// The mesh and our own service in it.
+    /// The mesh and our own service in it. Until all is there the mesh is kept aside, to be stopped if the rest fails or is
+    /// interrupted.
     async fn start_bench(&mut self) -> anyhow::Result<&Bench> {
-        let mesh = Mesh::start(self.home().dir(), &self.programs, self.database_url.clone()).await?;
-        let joined = async {
-            let db_from_web = (mesh.service_address("default/db").await?, 5432).into();
-            anyhow::Ok((Blob::join(&mesh, &self.programs.proxy).await?, db_from_web))
-        };
-        match joined.await {
-            Ok((blob, db_from_web)) => Ok(self.bench.insert(Bench { mesh, blob, db_from_web })),
-            Err(why) => {
-                mesh.stop().await?;
-                Err(why)
-            }
-        }
+        let opened = Mesh::open(self.home().dir(), &self.programs, self.database_url.clone()).await?;
+        let mesh = self.starting.insert(opened);
+        mesh.start().await?;
+        let db_from_web = (mesh.service_address("default/db").await?, 5432).into();
+        let blob = Blob::join(mesh, &self.programs.proxy).await?;
+        let mesh = self.starting.take().context("the mesh is being started")?;
+        Ok(self.bench.insert(Bench { mesh, blob, db_from_web }))
     }
 
     /// Stops the mesh and starts it again: the log goes on where it ended.
@@ -70,13 +66,21 @@ impl Smoke {
         ))
     }
 
+    /// Stops the mesh, as far as it runs.
+    pub(super) async fn stop_mesh(&mut self) -> anyhow::Result<()> {
+        if let Some(mesh) = self.starting.take() {
+            mesh.stop().await?;
+        }
+        match self.bench.take() {
+            Some(bench) => bench.stop().await,
+            None => Ok(()),
+        }
+    }
+
     /// Stops everything and looks for what is left.
     pub(super) async fn stop(&mut self) -> anyhow::Result<String> {
         self.footprint.look()?;
-        let stopped = match self.bench.take() {
-            Some(bench) => bench.stop().await,
-            None => Ok(()),
-        };
+        let stopped = self.stop_mesh().await;
         // What was killed may take a moment to vanish.
         until("everything to be gone", Duration::from_secs(5), async || {
             let left = self.footprint.left()?;

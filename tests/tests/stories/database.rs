@@ -23,7 +23,8 @@ async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server(
     let port = weft_pgserver::reserve_loopback_port()?;
     let server = start_server(dir.path(), port).await?;
     let programs = programs::built()?;
-    let mesh = Mesh::start(&dir.path().join("home"), &programs, Some(server.url("postgres"))).await?;
+    let mut mesh = Mesh::open(&dir.path().join("home"), &programs, Some(server.url("postgres"))).await?;
+    mesh.start().await?;
 
     // Connections through the mesh go on all the while, between sidecars of our own.
     let blob = Arc::new(Blob::join(&mesh, &programs.proxy).await?);
