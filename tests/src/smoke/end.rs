@@ -55,9 +55,11 @@ impl Smoke {
             .json(&["sql", "select count(*) as events, max(position) as head from audit.events"]);
         let rows = rows.await?;
         ensure!(rows[0]["events"] == rows[0]["head"], "positions have gaps: {rows}");
+        let said = bench.mesh.weft.run(["verify"]).await?;
+        ensure!(said.status == Some(0), "{said}");
         self.footprint.look()?;
         Ok(format!(
-            "head {}.{} → {}.{}, first event {}… as before, no gap; traffic passes",
+            "head {}.{} → {}.{}, first event {}… as before, no gap, verified; traffic passes",
             before.epoch,
             before.head,
             after.epoch,
