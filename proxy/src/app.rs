@@ -224,6 +224,7 @@ impl Control {
             identity,
             sessions: self.sessions.clone(),
             rng: rand::make_rng(),
+            registered: false,
         };
         tasks.spawn(subscriber.run());
         Ok(())

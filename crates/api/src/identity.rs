@@ -7,6 +7,10 @@
 //! **A join whose answer was lost** is repeated with the same command id, token and key. The log answers that the
 //! command was executed, but the leaf of then was not kept. Whoever holds the token's secret and the private key may
 //! have it: a new leaf for the same key is issued and recorded. Another key, or another id, finds the token used.
+//!
+//! **Who slept through the end of its leaf** (a machine that was off, a control plane that was away) comes without a
+//! certificate, shows the ended leaf inside the request and proves by the request's signature that it has the key. For
+//! some days that is enough; after that it joins anew.
 
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -94,14 +98,39 @@ impl Identity {
     }
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<pb::LeafResponse, ApiError> {
-        let caller = Caller::of(request.extensions(), (self.context.clock)())?;
-        let instance = caller.sidecar()?;
-        let pb::RenewRequest { meta, csr } = request.into_inner();
+        let caller = Caller::of(request.extensions(), (self.context.clock)());
+        let pb::RenewRequest { meta, csr, ended_leaf } = request.into_inner();
+        let (instance, key) = match caller {
+            Err(ApiError::Unauthenticated(_)) if !ended_leaf.is_empty() => {
+                self.latecomer(&ended_leaf, &csr)?
+            }
+            caller => (caller?.sidecar()?.clone(), public_key(&csr)?),
+        };
         let convert::Meta { reason, .. } = convert::meta(meta)?;
-        let key = public_key(&csr)?;
-        let leaf = self.issue(instance, &key)?;
+        let leaf = self.issue(&instance, &key)?;
         metrics::counter!("weft_api_renewals_total").increment(1);
-        self.record_and_answer(instance, &leaf, caller.actor(), reason).await
+        let actor = self.spiffe_id(&instance).to_string();
+        self.record_and_answer(&instance, &leaf, actor, reason).await
+    }
+
+    /// Whose leaf ended, if it is one that this mesh issued and the request is by the holder of its key.
+    fn latecomer(&self, ended_leaf: &[u8], csr: &[u8]) -> Result<(InstanceId, PublicKey), ApiError> {
+        let key = public_key(csr)?;
+        let leaf = CertificateDer::from(ended_leaf);
+        let recognized = self.context.authority.recognize_expired(&leaf, &key, (self.context.clock)());
+        let identity = recognized.map_err(|error| {
+            metrics::counter!("weft_api_refused_total", "reason" => "ended_leaf").increment(1);
+            tracing::warn!(error = %Chain(&error), "an ended leaf was not taken");
+            ApiError::Unauthenticated(format!("the ended leaf is not taken: {}", Chain(&error)))
+        })?;
+        let instance = identity.id.as_instance().cloned();
+        let instance = instance.ok_or_else(|| ApiError::Denied("only an instance may do this".into()))?;
+        let known = self.context.view.read(|mesh| mesh.state().identity(&instance).is_some());
+        if known {
+            Ok((instance, key))
+        } else {
+            Err(ApiError::Unauthenticated(format!("no leaf of {instance} is in the log; join with a token")))
+        }
     }
 
     /// Every leaf is a command of its own: a repeat whose first answer was lost gets, and records, another leaf.

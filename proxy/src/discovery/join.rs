@@ -2,9 +2,13 @@
 //!
 //! Renewal replaces the leaf in place: handshakes from then on show the new one, live connections never notice. A
 //! controller that cannot be reached is asked again; what it refuses for good is an error for the operator.
+//!
+//! A leaf that ended meanwhile (the machine was off, the control plane away) is renewed all the same: no handshake takes
+//! it any more, so it is shown inside the request. If it ended too long ago, the join token is the last resort.
 
 use super::Sessions;
 use crate::backoff::Backoff;
+use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
@@ -18,7 +22,7 @@ use tonic::Code;
 use weft_client::{ALPN, CallError, command};
 use weft_identity::credential::{Credential, CredentialError};
 use weft_identity::key::{KeyError, LeafKey};
-use weft_identity::tls::{TlsIdentity, join_config};
+use weft_identity::tls::{ExpectedPeer, TlsIdentity, join_config};
 use weft_identity::token::JoinToken;
 use weft_model::InstanceId;
 use weft_proto::v1::identity_client::IdentityClient;
@@ -80,11 +84,7 @@ pub(crate) async fn obtain(config: &Config, rng: &mut impl Rng) -> Result<Creden
     match Credential::load(&dir) {
         Ok(credential) => {
             check_name(&credential, config)?;
-            let expired = clock::now() > credential.expires_at();
-            match &config.join_token {
-                Some(token) if expired => join(config, token, &dir, rng).await,
-                Some(_) | None => Ok(credential),
-            }
+            Ok(credential)
         }
         Err(error) if error.is_absent() => {
             let token = config.join_token.as_ref().ok_or_else(|| JoinError::NoToken {
@@ -184,7 +184,18 @@ pub(crate) async fn keep_fresh(
             }
             sleep(left.min(CLOCK_CHECK)).await;
         }
-        while let Err(error) = renew(identity, sessions, &dir).await {
+        while let Err(error) = renew(config, identity, sessions, &dir).await {
+            if has_ended(&identity.current())
+                && error.is_final()
+                && let Some(token) = &config.join_token
+            {
+                tracing::warn!(%error, "the ended leaf is not renewed, joining anew");
+                match join(config, token, &dir, rng).await.map(|credential| identity.replace(credential)) {
+                    Ok(Ok(())) => break,
+                    Ok(Err(error)) => tracing::error!(%error, "the new identity cannot be used"),
+                    Err(error) => tracing::error!(error = %chain(&error), "cannot join anew"),
+                }
+            }
             let wait = backoff.next(rng);
             tracing::warn!(%error, ?wait, expires = %clock::rfc3339(current.expires_at()), "leaf not renewed");
             sleep(wait).await;
@@ -208,12 +219,35 @@ enum RenewError {
     Identity(#[from] weft_identity::tls::IdentityChanged),
 }
 
-async fn renew(identity: &TlsIdentity, sessions: &Sessions, dir: &Path) -> Result<(), RenewError> {
-    let session = sessions.borrow().clone().ok_or(RenewError::NoSession)?;
-    let key = LeafKey::generate()?;
-    let request =
-        RenewRequest { meta: Some(command("half of the leaf's life is over")), csr: key.csr_der()?.into() };
-    let answer = IdentityClient::new(session.channel).renew(request).await.map_err(CallError::from)?;
+impl RenewError {
+    /// Whether the controller will say the same again.
+    fn is_final(&self) -> bool {
+        matches!(self, Self::Call(error) if !is_passing(error))
+    }
+}
+
+fn has_ended(credential: &Credential) -> bool {
+    clock::now() > credential.expires_at()
+}
+
+async fn renew(
+    config: &Config,
+    identity: &TlsIdentity,
+    sessions: &Sessions,
+    dir: &Path,
+) -> Result<(), RenewError> {
+    let current = identity.current();
+    let (channel, key, ended_leaf, why) = if has_ended(&current) {
+        let tls = identity.anonymous_client_config(ExpectedPeer::Controller, ALPN);
+        let channel = weft_client::channel(config.controllers.clone(), tls);
+        (channel, current.key().clone(), current.leaf().to_vec(), "the leaf has ended")
+    } else {
+        let session = sessions.borrow().clone().ok_or(RenewError::NoSession)?;
+        (session.channel, LeafKey::generate()?, Vec::new(), "half of the leaf's life is over")
+    };
+    let csr = key.csr_der()?.into();
+    let request = RenewRequest { meta: Some(command(why)), csr, ended_leaf: ended_leaf.into() };
+    let answer = IdentityClient::new(channel).renew(request).await.map_err(CallError::from)?;
     let credential = credential(answer.get_ref(), key)?;
     // On disk first: a restart finds the newer one, never one that the mesh has forgotten.
     credential.save(dir)?;

@@ -83,6 +83,8 @@ pub(crate) struct Subscriber {
     pub(crate) identity: TlsIdentity,
     pub(crate) sessions: watch::Sender<Option<Session>>,
     pub(crate) rng: SmallRng,
+    /// Whether this process made the instance known.
+    pub(crate) registered: bool,
 }
 
 /// When the next notice is due at the latest; [`watch_staleness`] says so if it does not come.
@@ -117,7 +119,14 @@ impl Subscriber {
         channel: &Channel,
         due: &Due,
     ) -> Result<std::convert::Infallible, SessionError> {
-        let mut registered = self.register(channel).await?;
+        // Once is enough: registering again at every session would undo what an operator did meanwhile, such as a drain.
+        let mut registered = None;
+        if !self.registered {
+            self.register(channel).await?;
+            self.registered = true;
+            registered = Some(Instant::now());
+        }
+        self.open_session(channel);
         let mut seen = self.shared.seen.subscribe();
         let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
@@ -134,8 +143,11 @@ impl Subscriber {
                     last_notice = Instant::now();
                     heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
                     due.send_replace(last_notice + heartbeat * MISSED_MAX);
-                    if notice.wanted.is_none() && registered.elapsed() > REGISTERED_GRACE {
-                        registered = self.register(channel).await?;
+                    if notice.wanted.is_none() && registered.is_none_or(|at| at.elapsed() > REGISTERED_GRACE) {
+                        self.register(channel).await?;
+                        // As a new session, so that its health is reported anew too.
+                        self.open_session(channel);
+                        registered = Some(Instant::now());
                     }
                     self.follow(&mut discovery, &notice, last_notice).await?;
                 }
@@ -149,11 +161,11 @@ impl Subscriber {
         }
     }
 
-    /// Makes the instance known, and the channel the one for everybody.
-    async fn register(&self, channel: &Channel) -> Result<Instant, SessionError> {
+    /// Makes the instance known.
+    async fn register(&self, channel: &Channel) -> Result<(), SessionError> {
         if self.shared.draining() {
             // It is leaving; it only wants to know what changes meanwhile.
-            return Ok(Instant::now());
+            return Ok(());
         }
         // With every service, single ones are in it already, and naming them as well is refused.
         let named = self.config.upstreams.iter().filter(|_| !self.config.all_upstreams);
@@ -172,11 +184,15 @@ impl Subscriber {
         };
         let mut mesh = MeshClient::new(channel.clone());
         timeout(CALL_TIMEOUT, mesh.register_instance(request)).await.map_err(|_| SessionError::Timeout)??;
+        Ok(())
+    }
+
+    /// Makes the channel the one that everybody uses.
+    fn open_session(&self, channel: &Channel) {
         self.sessions.send_modify(|session| {
             let number = session.as_ref().map_or(1, |session| session.number + 1);
             *session = Some(Session { channel: channel.clone(), number });
         });
-        Ok(Instant::now())
     }
 
     async fn follow(

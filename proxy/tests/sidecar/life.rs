@@ -127,7 +127,7 @@ async fn health_is_reported_with_a_rising_revision() {
         HealthReported { health: Health::Unhealthy, revision: ahead, detail: "not by the sidecar".into() };
     controller.commit(Command::Health(db_1(), report));
 
-    drop(app);
+    app.gone().await;
     wait_until("the app's end", LIMIT, async || reports(&controller).len() == 2).await;
     let all = reports(&controller);
     assert_eq!((all[0].0, all[1].0), (Health::Healthy, Health::Unhealthy));
@@ -151,7 +151,7 @@ async fn an_unhealthy_app_gets_no_connections_until_it_is_back() {
     let address = app.address;
     let _db = Sidecar::serving(&controller, "default/db/db-1", 5432, address).await;
     let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
-    drop(app);
+    app.gone().await;
     web.sees("default/db", 0).await;
     web.refuses("default/db", 5432).await;
     web.record("no_healthy_endpoint").await;

@@ -197,7 +197,7 @@ async fn an_app_that_is_down_is_told_to_the_client() {
     })
     .await;
     let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
-    drop(app);
+    app.gone().await;
     web.refuses("default/db", 5432).await;
     let (there, here) = (db.record("connect_refused").await, web.record("connect_refused").await);
     assert_eq!(there["connection_id"], here["connection_id"]);

@@ -121,6 +121,8 @@ async fn metrics_and_pages_tell_what_happens() {
     assert_eq!(live.as_array().unwrap().len(), 1);
     assert_eq!((&live[0]["bytes_up"], &live[0]["destination"]), (&4.into(), &"default/db".into()));
 
+    // Each sidecar counts what its own live connections moved when it is asked; the counters are the process's.
+    assert_eq!(web.page("/metrics").await.0, 200);
     let (status, text) = db.page("/metrics").await;
     assert_eq!(status, 200);
     for line in [

@@ -142,6 +142,15 @@ async fn an_expired_leaf_opens_nothing_and_ends_nothing() {
     web.refuses("default/db", 5432).await;
     assert_eq!(web.record("cert_expired").await["closed_by"], "local");
     ping(&mut client).await.unwrap();
+
+    // Nobody has to help it: the ended leaf and its key are enough for the controller, once it renews again.
+    controller.script(|state| {
+        state.leaf_lifetime = Duration::from_secs(60);
+        state.refuse_renewals = false;
+    });
+    web.ready().await;
+    ping(&mut web.connect("default/db", 5432).await).await.unwrap();
+    ping(&mut client).await.unwrap();
 }
 
 mod danger {

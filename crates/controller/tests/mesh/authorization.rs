@@ -47,7 +47,14 @@ async fn codes(channel: Channel) -> Vec<(&'static str, Code)> {
         ("subscribe", code(sidecar.subscribe(pb::SubscribeRequest::default()).await)),
         ("pull", code(sidecar.pull(pb::PullRequest::default()).await)),
         ("ack", code(sidecar.ack(pb::AckRequest::default()).await)),
-        ("renew", code(identity.renew(pb::RenewRequest { meta: meta(), csr: vec![0].into() }).await)),
+        (
+            "renew",
+            code(
+                identity
+                    .renew(pb::RenewRequest { meta: meta(), csr: vec![0].into(), ..Default::default() })
+                    .await,
+            ),
+        ),
     ]
 }
 

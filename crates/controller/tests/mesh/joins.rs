@@ -94,7 +94,11 @@ async fn a_leaf_is_renewed_for_its_holder_and_recorded() {
     let mesh = TestMesh::start().await;
     let instance = "default/api/api-1";
     let key = weft_identity::key::LeafKey::generate().unwrap();
-    let request = pb::RenewRequest { meta: Some(command("test")), csr: key.csr_der().unwrap().into() };
+    let request = pb::RenewRequest {
+        meta: Some(command("test")),
+        csr: key.csr_der().unwrap().into(),
+        ..Default::default()
+    };
     let answer = IdentityClient::new(mesh.sidecar(instance)).renew(request).await.unwrap().into_inner();
     let roots = answer.roots.iter().map(|root| root.to_vec().into()).collect();
     let renewed =
@@ -105,5 +109,40 @@ async fn a_leaf_is_renewed_for_its_holder_and_recorded() {
     let last = events.last().unwrap();
     assert_eq!((last.event_type.as_str(), last.scope.as_str()), ("LeafIssued", "identity/default/api/api-1"));
     assert!(last.payload.contains(&renewed.identity().serial));
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn who_slept_through_the_end_of_its_leaf_renews_it_with_its_key_for_some_days() {
+    let mesh = TestMesh::start().await;
+    mesh.apply(vec![declare("default/api", 80)]).await;
+    let token = mesh.token("default/api").await;
+    let slept = Joiner::new(&token, "default/api/api-1").join(mesh.stranger()).await.unwrap();
+    let renew = async |csr: Vec<u8>, ended_leaf: Vec<u8>| {
+        let request =
+            pb::RenewRequest { meta: Some(command("test")), csr: csr.into(), ended_leaf: ended_leaf.into() };
+        IdentityClient::new(mesh.stranger()).renew(request).await.map_err(CallError::from)
+    };
+    let (csr, leaf) = (slept.key().csr_der().unwrap(), slept.leaf().to_vec());
+
+    mesh.advance(Duration::from_secs(2 * 60 * 60));
+    let answer = renew(csr.clone(), leaf.clone()).await.unwrap().into_inner();
+    let fresh = weft_identity::credential::Credential::new(
+        answer.chain[0].to_vec().into(),
+        slept.key().clone(),
+        slept.roots().to_vec(),
+    );
+    assert_eq!(fresh.unwrap().spiffe_id(), slept.spiffe_id());
+
+    let other = weft_identity::key::LeafKey::generate().unwrap().csr_der().unwrap();
+    let refused = async |csr, leaf| renew(csr, leaf).await.unwrap_err().to_string();
+    assert!(refused(other, leaf.clone()).await.contains("not for the certificate's key"));
+    assert!(refused(csr.clone(), vec![0; 64]).await.contains("not a leaf of the mesh"));
+    let elsewhere = mesh.credential(&Subject::Instance("default/api/never-joined".parse().unwrap()));
+    let unknown = refused(elsewhere.key().csr_der().unwrap(), elsewhere.leaf().to_vec()).await;
+    assert!(unknown.contains("join with a token"), "{unknown}");
+
+    mesh.advance(Duration::from_secs(4 * 24 * 60 * 60));
+    assert!(refused(csr, leaf).await.contains("join again with a new token"));
     mesh.controller.stop().await;
 }

@@ -11,7 +11,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 /// A local TCP server; gone when dropped.
 pub(crate) struct App {
     pub(crate) address: SocketAddr,
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl App {
@@ -28,7 +28,13 @@ impl App {
                 connections.spawn(serve(stream));
             }
         });
-        Self { address, _task: AbortOnDropHandle::new(task) }
+        Self { address, task: AbortOnDropHandle::new(task) }
+    }
+
+    /// Stops listening; when this returns, a connection to the address is refused.
+    pub(crate) async fn gone(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
     }
 
     /// Sends back what it gets, until the end.

@@ -3,6 +3,7 @@
 use super::{Call, Inner, model_version, now, wire_version};
 use futures_util::{Stream, StreamExt, stream};
 use prost::Message;
+use rustls_pki_types::CertificateDer;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Code, Request, Response, Status};
 use weft_identity::ca::LEAF_LIFETIME;
+use weft_identity::certificate::PeerIdentity;
 use weft_identity::public_key::PublicKey;
 use weft_identity::spiffe::Subject;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity, peer_identity};
@@ -176,11 +178,18 @@ impl Identity for Api {
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::LeafResponse>, Status> {
-        let instance = caller(&request)?;
         if self.state().refuse_renewals {
             return Err(Status::permission_denied("not now"));
         }
-        let leaf = self.leaf(&instance, &request.into_inner().csr)?;
+        let caller = caller(&request);
+        let request = request.into_inner();
+        // Whether the ended leaf and the key belong together is the real controller's business.
+        let instance =
+            match PeerIdentity::from_certificate(&CertificateDer::from(request.ended_leaf.to_vec())) {
+                Ok(ended) => ended.id.as_instance().cloned().unwrap(),
+                Err(_) => caller?,
+            };
+        let leaf = self.leaf(&instance, &request.csr)?;
         self.state().calls.push(Call::Renewed(instance));
         Ok(leaf)
     }
