@@ -1,4 +1,4 @@
-//! A database that throws everybody out, and one that is away for a while, under a running mesh.
+//! A database that throws everybody out, one that crashes, and one that is away for a while, under a running mesh.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tokio::task::JoinSet;
 use weft_pgserver::{Binaries, Cluster, ClusterConfig, Server};
 use weft_tests::blob::{self, Blob};
@@ -17,7 +19,7 @@ use weft_tests::wait::until;
 const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
 
 #[tokio::test]
-async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server() -> anyhow::Result<()> {
+async fn the_mesh_outlives_lost_connections_a_crash_and_an_absence_of_its_database() -> anyhow::Result<()> {
     let dir = tempfile::Builder::new().prefix("weft-story-").tempdir()?;
     std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
     let port = weft_pgserver::reserve_loopback_port()?;
@@ -44,16 +46,25 @@ async fn the_mesh_outlives_its_database_connections_and_a_restart_of_the_server(
     });
 
     let before = change_and_settle(&mesh, 1).await?;
-    let thrown_out = terminate_controllers(&server).await?;
+    let thrown_out = ask(&server, "count(*) filter (where pg_terminate_backend(pid))").await?;
     ensure!(thrown_out > 0, "the controller had no connection to lose");
     let after = change_and_settle(&mesh, 2).await?;
     ensure!(after > before, "the log was at {before}, and is at {after}");
 
+    // One process of the server dies hard; the server throws everybody out and recovers from its own log.
+    let backend = ask(&server, "min(pid)::bigint").await?;
+    kill(Pid::from_raw(i32::try_from(backend)?), Signal::SIGKILL)?;
+    let recovered = change_and_settle(&mesh, 3).await?;
+    ensure!(recovered > after, "the log was at {after}, and is at {recovered}");
+
     tokio::task::spawn_blocking(move || server.stop().map(drop)).await??;
     lasting.ping().await.context("while the database is away")?;
+    let refused = mesh.weft.apply(blob::DENY).await?;
+    ensure!(refused.status == Some(1) && refused.stderr.contains("next:"), "without a database: {refused}");
+    lasting.ping().await.context("what could not be recorded came into force")?;
     let server = start_server(dir.path(), port).await?;
-    let last = change_and_settle(&mesh, 3).await?;
-    ensure!(last > after, "the log was at {after}, and is at {last}");
+    let last = change_and_settle(&mesh, 4).await?;
+    ensure!(last > recovered, "the log was at {recovered}, and is at {last}");
 
     lasting.ping().await.context("the connection that was open all the time")?;
     over.store(true, Ordering::Relaxed);
@@ -89,8 +100,8 @@ async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
     .await
 }
 
-/// Ends every connection of the controller, and returns how many there were.
-async fn terminate_controllers(server: &Server) -> anyhow::Result<i64> {
+/// What an expression over the controller's connections says.
+async fn ask(server: &Server, expression: &str) -> anyhow::Result<i64> {
     let (client, connection) =
         tokio_postgres::connect(&server.url("postgres"), tokio_postgres::NoTls).await?;
     let mut driver = JoinSet::new();
@@ -98,9 +109,8 @@ async fn terminate_controllers(server: &Server) -> anyhow::Result<i64> {
         // Its errors reach the client's calls as well.
         let _ = connection.await;
     });
-    let sql = "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity \
-        where datname = 'weft' and usename = 'weft_controller'";
-    Ok(client.query_one(sql, &[]).await?.get(0))
+    let own = "from pg_stat_activity where datname = 'weft' and usename = 'weft_controller'";
+    Ok(client.query_one(&format!("select {expression} {own}"), &[]).await?.get(0))
 }
 
 /// A server of our own, on a port that stays the same.
