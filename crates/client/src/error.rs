@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use weft_proto::v1::{ErrorDetail, error_detail::Detail};
 
 /// A call failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum CallError {
     /// No controller answered. Whether a command was executed is not known: repeat it with the same id.
     #[error("no controller answers: {0}")]

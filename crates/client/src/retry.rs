@@ -2,6 +2,7 @@
 
 use crate::error::CallError;
 use backon::{ExponentialBuilder, Retryable};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tonic::{Response, Status};
 use uuid::Uuid;
@@ -24,7 +25,7 @@ pub fn command(reason: impl Into<String>) -> CommandMeta {
 /// id.
 ///
 /// # Errors
-/// The last failure.
+/// The last failure; where the time is over during a later call, that of the call before, which says more.
 pub async fn retry<T, F, Fut>(call: F) -> Result<T, CallError>
 where
     F: FnMut() -> Fut,
@@ -40,12 +41,16 @@ where
         let answer = call();
         async { answer.await.map(Response::into_inner).map_err(CallError::from) }
     };
-    let attempts = attempt
-        .retry(waits)
-        .when(CallError::is_transient)
-        .notify(|error, wait| tracing::debug!(%error, ?wait, "no answer, calling again"));
-    let late = || CallError::Unreachable(format!("nothing came within {DEADLINE:?}"));
-    tokio::time::timeout(DEADLINE, attempts).await.unwrap_or_else(|_| Err(late()))
+    let last = Mutex::new(None);
+    let attempts = attempt.retry(waits).when(CallError::is_transient).notify(|error: &CallError, wait| {
+        tracing::debug!(%error, ?wait, "no answer, calling again");
+        *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+    });
+    let in_time = tokio::time::timeout(DEADLINE, attempts).await;
+    in_time.unwrap_or_else(|_| {
+        let last = last.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Err(last.unwrap_or_else(|| CallError::Unreachable(format!("nothing came within {DEADLINE:?}"))))
+    })
 }
 
 #[cfg(test)]
@@ -71,6 +76,23 @@ mod tests {
         .await;
         assert!(matches!(result, Err(CallError::Denied(_))));
         assert_eq!(calls, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_said_before_the_time_was_over_is_told() {
+        let mut calls = 0;
+        let result: Result<(), _> = retry(|| {
+            calls += 1;
+            let answers = calls == 1;
+            async move {
+                if !answers {
+                    std::future::pending::<()>().await;
+                }
+                Err(Status::unavailable("the database is away"))
+            }
+        })
+        .await;
+        assert!(matches!(result, Err(CallError::Unavailable(why)) if why == "the database is away"));
     }
 
     #[tokio::test(start_paused = true)]
