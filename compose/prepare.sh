@@ -17,9 +17,9 @@ folder 999 0700 postgres
 folder root 0711 secrets
 folder 999 0700 secrets/postgres
 folder weft 0700 secrets/weft
+folder weft 0700 secrets/shop
 folder weft 0700 controller
 folder weft 0700 operator
-folder weft 0700 tokens
 folder root 0711 sidecars
 for instance in db-1 api-1 api-2 web-1; do folder weft 0700 "sidecars/$instance"; done
 
@@ -29,6 +29,6 @@ password() { cat "secrets/postgres/$1"; }
 secret weft secrets/weft/controller.url "postgres://weft_controller:$(password weft_controller)@db-network:5432/weft"
 secret weft secrets/weft/reader.url "postgres://weft_sql:$(password weft_sql)@db-network:5432/weft"
 # Through the sidecar beside the app.
-secret weft secrets/weft/shop.url "postgres://shop:$(password shop)@127.0.0.1:5432/shop"
+secret weft secrets/shop/url "postgres://shop:$(password shop)@127.0.0.1:5432/shop"
 secret weft operator/context.json \
     '{"controllers": ["controller:7400"], "credential_dir": "/var/lib/weft/controller/operator/admin", "reader_url_file": "/var/lib/weft/secrets/weft/reader.url"}'
