@@ -1,10 +1,12 @@
 //! The sidecar as a whole: what is bound first, what is started in which order, and how it stops. Read [`Proxy::run`].
 
 use crate::admin;
+use crate::backoff::Backoff;
 use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::discovery::join::{self, JoinError};
+use crate::discovery::keep::Keeper;
 use crate::discovery::subscribe::Subscriber;
 use crate::discovery::{Session, disk};
 use crate::drain;
@@ -216,6 +218,8 @@ impl Control {
             tasks.spawn(loopback.run(self.shared.subscribe(), stop_outbound.clone()));
         }
         tasks.spawn(health::run(Arc::clone(&self.shared), self.config.probe, self.sessions.subscribe()));
+        let (keeper, writing) = Keeper::new(self.config.state_dir.clone(), self.config.instance.clone());
+        tasks.spawn(writing);
         let subscriber = Subscriber {
             config: Arc::clone(&self.config),
             advertised: self.advertised,
@@ -225,6 +229,8 @@ impl Control {
             sessions: self.sessions.clone(),
             rng: rand::make_rng(),
             registered: false,
+            keeper,
+            backoff: Backoff::new(),
         };
         tasks.spawn(subscriber.run());
         Ok(())

@@ -1,24 +1,26 @@
 //! How the sidecar learns who it is and what to run: [`join`] gets an identity and keeps it fresh, [`subscribe`] registers
 //! the instance and follows the controller's notices, [`take`] turns what was pulled into a snapshot or refuses it,
-//! [`disk`] keeps the last good one.
+//! [`keep`] and [`disk`] keep the last good one.
 //!
 //! The data path never waits for anything here. Without a controller all of it fails and is tried again, and the last
 //! good snapshot goes on (I5).
 
 pub(crate) mod disk;
 pub(crate) mod join;
+pub(crate) mod keep;
 pub(crate) mod subscribe;
 pub(crate) mod take;
 
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-/// A channel on which the instance was registered. Each new registration has a higher number.
+/// A channel on which a controller sends notices to the registered instance. Each new one, and each registration on
+/// one, has a higher number.
 #[derive(Clone, Debug)]
 pub(crate) struct Session {
     pub(crate) channel: Channel,
     pub(crate) number: u64,
 }
 
-/// The session of the moment; none before the first registration. It may be broken: its users see that when they call.
+/// The session of the moment; none before the first. It may be broken: its users see that when they call.
 pub(crate) type Sessions = watch::Receiver<Option<Session>>;

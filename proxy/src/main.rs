@@ -4,12 +4,16 @@ use anyhow::Context;
 use clap::Parser;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing_subscriber::EnvFilter;
 use weft_proxy::config::LogFormat;
 use weft_proxy::{Cli, Proxy};
+
+/// How long blocking work may go on after everything has stopped. What writes to a healthy disk ends in milliseconds.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -32,13 +36,16 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("the system gives no threads")?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let stop = CancellationToken::new();
         let proxy = Proxy::bind(config, metrics).await?;
         let signals = TaskTracker::new();
         signals.spawn(stop_at_signal(stop.clone())?);
         Ok(proxy.run(stop).await?)
-    })
+    });
+    // A thread that waits for a hung disk does not end; it is left behind.
+    runtime.shutdown_timeout(STOP_TIMEOUT);
+    ended
 }
 
 fn stop_at_signal(stop: CancellationToken) -> io::Result<impl Future<Output = ()>> {

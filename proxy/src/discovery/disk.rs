@@ -7,9 +7,9 @@
 
 use prost::Message;
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use weft_model::{ConfigVersion, Epoch, InstanceId, Position};
@@ -18,6 +18,9 @@ use weft_routing::{Hash, Snapshot};
 
 /// The file in the state directory.
 pub(crate) const FILE: &str = "snapshot";
+
+/// What is being written; becomes [`FILE`] when it is whole. One name, so that a crash leaves at most one of them.
+const NEW_FILE: &str = "snapshot.new";
 
 /// Says what the file is, and which version of the format.
 const MAGIC: &[u8] = b"weft snapshot 1\n";
@@ -55,7 +58,7 @@ struct Stored {
     shards: Vec<Vec<u8>>,
 }
 
-/// Replaces the stored snapshot.
+/// Replaces the stored snapshot. One caller at a time.
 ///
 /// # Errors
 /// What the file system refuses.
@@ -64,13 +67,11 @@ pub(crate) fn save(dir: &Path, instance: &InstanceId, snapshot: &Snapshot) -> Re
     let bytes = encode(instance, snapshot);
     let write = || {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let mut file = tempfile::Builder::new()
-            .prefix(".new-")
-            .permissions(Permissions::from_mode(0o600))
-            .tempfile_in(dir)?;
+        let new = dir.join(NEW_FILE);
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(&bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(&path)?;
+        file.sync_all()?;
+        fs::rename(&new, &path)?;
         // The rename is durable once the directory is.
         File::open(dir)?.sync_all()
     };
@@ -128,6 +129,7 @@ mod tests {
     use super::*;
     use crate::fixture;
     use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn web() -> InstanceId {
         "default/web/web-1".parse().unwrap()
@@ -140,7 +142,7 @@ mod tests {
         let snapshot = fixture::snapshot(&web());
         save(dir.path(), &web(), &snapshot).unwrap();
         assert_eq!(load(dir.path(), &web()).unwrap().unwrap(), snapshot);
-        let mode = std::fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
+        let mode = fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 

@@ -3,11 +3,14 @@
 //! One task, one session at a time. A session that breaks, or in which no notice comes for two heartbeats, is given up for
 //! a new one, with another controller first, after a random wait. The data path goes on meanwhile.
 //!
-//! Order of a swap: memory, cuts, disk, ack. A deny takes effect before the disk is asked; what was acked is on disk,
-//! so a restart never goes back behind it.
+//! Order of a swap: disk, memory, cuts, ack. What took effect is on disk, so a restart never goes back behind it (I4).
+//! The one gap: a disk that does not answer within [`DISK_WAIT`](super::keep::DISK_WAIT), or refuses, does not stop a deny
+//! from taking effect; the ack then says that it is not durable, and a crash before the disk has it goes back to what is
+//! there, until a controller is reached.
 
+use super::keep::Keeper;
 use super::take::{self, Refusal};
-use super::{Session, disk, join};
+use super::{Session, join};
 use crate::backoff::Backoff;
 use crate::causes::chain;
 use crate::clock;
@@ -51,8 +54,8 @@ const PULL_BYTES_MAX: usize = 256 << 20;
 /// changed is not in its snapshot.
 const MISS_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long after registering a controller may still say that the instance is not registered: its projector needs
-/// a moment. After that, somebody took it out, and it registers again.
+/// How long after registering, or connecting, a controller may still say that the instance is not registered: its fold
+/// may lag. After that, somebody took it out, and it registers again.
 const REGISTERED_GRACE: Duration = Duration::from_secs(5);
 
 /// A session ended.
@@ -85,6 +88,9 @@ pub(crate) struct Subscriber {
     pub(crate) rng: SmallRng,
     /// Whether this process made the instance known.
     pub(crate) registered: bool,
+    pub(crate) keeper: Keeper,
+    /// Waits after a controller failed, and after one had too much to do; over when a controller gave what it has.
+    pub(crate) backoff: Backoff,
 }
 
 /// When the next notice is due at the latest; [`watch_staleness`] says so if it does not come.
@@ -96,18 +102,13 @@ impl Subscriber {
         let due = Due::new(Instant::now() + HEARTBEAT_DEFAULT * MISSED_MAX);
         let staleness = watch_staleness(due.subscribe(), Arc::clone(&self.status));
         let follow = async {
-            let mut backoff = Backoff::new();
             let mut controllers = self.config.controllers.clone();
             loop {
                 let tls = self.identity.client_config(ExpectedPeer::Controller, ALPN);
                 let channel = weft_client::channel(controllers.clone(), tls);
-                let connected_before = *due.borrow();
                 let Err(error) = self.session(&channel, &due).await;
                 self.status.disconnected(&chain(&error));
-                if *due.borrow() > connected_before {
-                    backoff.reset();
-                }
-                sleep(backoff.next(&mut self.rng)).await;
+                sleep(self.backoff.next(&mut self.rng)).await;
                 controllers.rotate_left(1);
             }
         };
@@ -120,43 +121,73 @@ impl Subscriber {
         due: &Due,
     ) -> Result<std::convert::Infallible, SessionError> {
         // Once is enough: registering again at every session would undo what an operator did meanwhile, such as a drain.
-        let mut registered = None;
         if !self.registered {
             self.register(channel).await?;
             self.registered = true;
-            registered = Some(Instant::now());
         }
-        self.open_session(channel);
+        let mut known_since = Instant::now();
         let mut seen = self.shared.seen.subscribe();
         let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
         let subscribed = discovery.subscribe(v1::SubscribeRequest { have });
         let mut notices =
             timeout(CALL_TIMEOUT, subscribed).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        self.open_session(channel);
         let mut heartbeat = HEARTBEAT_DEFAULT;
         let mut last_notice = Instant::now();
         let mut last_miss = None;
+        let mut head = None;
+        // When a controller that had too much to do is asked again.
+        let mut again: Option<Instant> = None;
+        // What is applied and acked as not on disk.
+        let mut unkept: Option<Arc<Snapshot>> = None;
         loop {
-            tokio::select! {
+            let since = tokio::select! {
+                biased;
                 notice = notices.message() => {
                     let notice = notice?.ok_or(SessionError::Ended)?;
                     last_notice = Instant::now();
                     heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
                     due.send_replace(last_notice + heartbeat * MISSED_MAX);
-                    if notice.wanted.is_none() && registered.is_none_or(|at| at.elapsed() > REGISTERED_GRACE) {
+                    head = notice.head.as_ref().map(take::version);
+                    if notice.wanted.is_none() && known_since.elapsed() > REGISTERED_GRACE {
                         self.register(channel).await?;
                         // As a new session, so that its health is reported anew too.
                         self.open_session(channel);
-                        registered = Some(Instant::now());
+                        known_since = Instant::now();
                     }
-                    self.follow(&mut discovery, &notice, last_notice).await?;
+                    // Whoever had too much to do is not asked by every notice.
+                    if !self.misses(&notice) || again.is_some() {
+                        continue;
+                    }
+                    last_notice
                 }
                 () = sleep_until(last_notice + heartbeat * MISSED_MAX) => return Err(SessionError::Silent),
-                () = miss(&mut seen, last_miss, &self.shared, &self.status) => {
-                    let now = Instant::now();
-                    last_miss = Some(now);
-                    self.pull(&mut discovery, now).await?;
+                () = at(again) => last_notice,
+                () = miss(&mut seen, last_miss, head, &self.shared) => {
+                    last_miss = Some(Instant::now());
+                    Instant::now()
                 }
+                snapshot = kept(&mut self.keeper, unkept.as_ref()) => {
+                    ack(&mut discovery, Some(&snapshot), last_notice, String::new()).await?;
+                    unkept = None;
+                    continue;
+                }
+            };
+            again = None;
+            match self.pull(&mut discovery, since, &mut unkept).await {
+                Ok(()) => {
+                    self.backoff.reset();
+                    // A peer that claims more than there is shall not hide what others say later.
+                    let applied = self.shared.snapshot().map(|snapshot| snapshot.version);
+                    self.shared.seen.send_replace(applied.unwrap_or_default());
+                }
+                Err(SessionError::Call(error @ (CallError::Overloaded(_) | CallError::Unavailable(_)))) => {
+                    let wait = self.backoff.next(&mut self.rng);
+                    tracing::debug!(%error, ?wait, "pulling again later");
+                    again = Some(Instant::now() + wait);
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -195,31 +226,30 @@ impl Subscriber {
         });
     }
 
-    async fn follow(
-        &self,
-        discovery: &mut DiscoveryClient<Channel>,
-        notice: &v1::Notice,
-        since: Instant,
-    ) -> Result<(), SessionError> {
+    /// Whether a notice announces something newer than what is applied.
+    fn misses(&mut self, notice: &v1::Notice) -> bool {
         let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
         self.status.notice(wanted, notice.head.as_ref().map(take::version));
-        let Some(wanted) = wanted else { return Ok(()) };
-        let current = self.shared.snapshot().map(|snapshot| snapshot.version);
-        if current.is_none_or(|current| current < wanted) {
-            self.pull(discovery, since).await?;
+        let (Some(wanted), current) = (wanted, self.shared.snapshot().map(|snapshot| snapshot.version))
+        else {
+            return false;
+        };
+        if current == Some(wanted) {
+            self.backoff.reset();
         } else if current.is_some_and(|current| current > wanted) {
             // Not an error of this notice only: say it, keep what is newer.
             let error = format!("a controller announces {wanted}, older than what is applied; not taken");
             self.status.set_refused(Some(error));
         }
-        Ok(())
+        current.is_none_or(|current| current < wanted)
     }
 
     /// Gets what is missed: the difference, or everything if that does not fit together.
     async fn pull(
-        &self,
+        &mut self,
         discovery: &mut DiscoveryClient<Channel>,
         since: Instant,
+        unkept: &mut Option<Arc<Snapshot>>,
     ) -> Result<(), SessionError> {
         let current = self.shared.snapshot();
         let have = current.as_deref().map(take::header);
@@ -230,7 +260,12 @@ impl Subscriber {
         }
         match taken {
             Ok(None) => Ok(()),
-            Ok(Some(snapshot)) => self.apply(discovery, snapshot, since).await,
+            Ok(Some(snapshot)) => {
+                let snapshot = Arc::new(snapshot);
+                let kept = self.apply(&snapshot, since).await;
+                *unkept = kept.is_err().then(|| Arc::clone(&snapshot));
+                ack(discovery, Some(&snapshot), since, kept.err().unwrap_or_default()).await
+            }
             Err(refusal) => {
                 let error = chain(&refusal);
                 metrics::config_refused();
@@ -253,37 +288,34 @@ impl Subscriber {
         Ok(take::take(&pulled, current, &self.config.instance, &identity.spiffe_id().trust_domain))
     }
 
-    async fn apply(
-        &self,
-        discovery: &mut DiscoveryClient<Channel>,
-        snapshot: Snapshot,
-        since: Instant,
-    ) -> Result<(), SessionError> {
-        let snapshot = Arc::new(snapshot);
-        let cut = self.shared.install(Arc::clone(&snapshot));
+    /// Puts a snapshot in force. Says why if it is not on disk.
+    async fn apply(&mut self, snapshot: &Arc<Snapshot>, since: Instant) -> Result<(), String> {
+        let kept = self.keeper.keep(snapshot).await;
+        let cut = self.shared.install(Arc::clone(snapshot));
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
         tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
         join::trust(&self.identity, &snapshot.trust, &self.config.state_dir);
-        self.save(&snapshot).await;
-        ack(discovery, Some(&snapshot), since, String::new()).await
+        kept.map_err(|error| format!("applied, but not durable: {error}"))
     }
+}
 
-    async fn save(&self, snapshot: &Arc<Snapshot>) {
-        let (config, snapshot) = (Arc::clone(&self.config), Arc::clone(snapshot));
-        let saved =
-            tokio::task::spawn_blocking(move || disk::save(&config.state_dir, &config.instance, &snapshot))
-                .await;
-        match saved {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::error!(
-                    error = chain(&error),
-                    "the snapshot is not on disk; a restart needs a controller"
-                );
-            }
-            Err(error) => tracing::error!(%error, "the snapshot is not on disk"),
+/// Waits until then; for ever if there is no time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until what was acked as not on disk is there.
+async fn kept(keeper: &mut Keeper, unkept: Option<&Arc<Snapshot>>) -> Arc<Snapshot> {
+    match unkept {
+        Some(snapshot) => {
+            keeper.kept(snapshot.version).await;
+            Arc::clone(snapshot)
         }
+        None => std::future::pending().await,
     }
 }
 
@@ -291,8 +323,8 @@ impl Subscriber {
 async fn miss(
     seen: &mut watch::Receiver<ConfigVersion>,
     last: Option<Instant>,
+    head: Option<ConfigVersion>,
     shared: &Shared,
-    status: &Status,
 ) {
     loop {
         if let Some(last) = last {
@@ -302,7 +334,6 @@ async fn miss(
             return std::future::pending().await;
         }
         let newest = *seen.borrow_and_update();
-        let head = status.read().head;
         let ours = shared.snapshot().map(|snapshot| snapshot.version);
         if head.is_none_or(|head| newest > head) && ours.is_none_or(|ours| newest > ours) {
             return;

@@ -1,6 +1,6 @@
 //! What a sidecar runs: never older, never half, never nothing without saying so; and on without a controller.
 
-use crate::support::app::ping;
+use crate::support::app::{expect_reset, ping};
 use crate::support::controller::{Call, shard, wire_version};
 use crate::support::sidecar::upstream;
 use crate::support::{App, Controller, LIMIT, Sidecar};
@@ -208,11 +208,127 @@ async fn a_peer_that_runs_something_newer_makes_a_sidecar_look() {
         default: Some(weft_model::security::Action::Allow),
         ..Default::default()
     };
+    // Somebody who claims more than there can be does not hide what others say.
+    let credential = controller.credential("default/web/web-9");
+    let mut liar = crate::support::tunnel::connect(db.inbound, credential, &[b"weft/1"]).await.unwrap();
+    let mut frame = crate::support::tunnel::open("default/db", 5432);
+    frame.open.as_mut().unwrap().version =
+        Some(crate::support::tunnel::Version { epoch: u64::MAX, position: u64::MAX });
+    let pulls = || controller.count(|call| *call == Call::Pulled("default/db/db-1".parse().unwrap()));
+    let before = pulls();
+    crate::support::tunnel::exchange(&mut liar, &frame).await.unwrap();
+    wait_until("a look for what the liar claims", LIMIT, async || pulls() > before).await;
+
     let newest = controller.put_security("default", policy);
     web.runs(newest).await;
     assert_eq!(db.json("/config").await["version"], behind);
     ping(&mut web.connect("default/db", 5432).await).await.unwrap();
     db.runs(newest).await;
+}
+
+/// Waits until `instance` has acked `version`; gives the error that it said with it.
+async fn acked(controller: &Controller, instance: &str, version: ConfigVersion) -> String {
+    let mut said = None;
+    wait_until(&format!("an ack of {version}"), LIMIT, async || {
+        said = controller.calls().into_iter().rev().find_map(|call| match call {
+            Call::Acked(by, acked, error) if by.to_string() == instance && acked == version => Some(error),
+            _ => None,
+        });
+        said.is_some()
+    })
+    .await;
+    said.unwrap()
+}
+
+#[tokio::test]
+async fn a_disk_that_refuses_is_told_and_stops_no_deny() {
+    let (controller, _app, mut db, web) = pair().await;
+    let in_the_way = db.state_dir().join("snapshot.new");
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    acked(&controller, "default/db/db-1", controller.wanted("default/db/db-1")).await;
+
+    std::fs::create_dir(&in_the_way).unwrap();
+    let denied = controller.allow("default/db", &[]);
+    expect_reset(&mut client).await;
+    let error = acked(&controller, "default/db/db-1", denied).await;
+    assert!(error.contains("not durable") && error.contains("cannot write"), "{error}");
+
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let kept = controller.allow("default/db", &["default/web"]);
+    assert_eq!(acked(&controller, "default/db/db-1", kept).await, "");
+    db.stop().await;
+    let again = db.again().await;
+    again.runs(kept).await;
+}
+
+#[tokio::test]
+async fn a_disk_that_hangs_holds_up_nothing_and_gets_the_newest_when_it_goes_on() {
+    let (mut controller, _app, mut db, web) = pair().await;
+    let pipe = db.state_dir().join("snapshot.new");
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    acked(&controller, "default/db/db-1", controller.wanted("default/db/db-1")).await;
+
+    // Opening a pipe to write waits until somebody reads from it.
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let denied = controller.allow("default/db", &[]);
+    expect_reset(&mut client).await;
+    assert!(acked(&controller, "default/db/db-1", denied).await.contains("not durable"));
+    db.runs(controller.allow("default/db", &["default/web"])).await;
+    let newest = controller.allow("default/db", &[]);
+    db.runs(newest).await;
+
+    let reader = std::fs::OpenOptions::new().read(true).open(&pipe).unwrap();
+    std::fs::remove_file(&pipe).unwrap();
+    wait_until("an ack that says that it is durable", LIMIT, async || {
+        acked(&controller, "default/db/db-1", newest).await.is_empty()
+    })
+    .await;
+    drop(reader);
+    db.stop().await;
+    controller.stop();
+    db.again().await.runs(newest).await;
+}
+
+#[tokio::test]
+async fn a_controller_with_too_much_to_do_is_asked_again_on_the_same_stream() {
+    let (controller, _app, db, _web) = pair().await;
+    let instance = || "default/db/db-1".parse().unwrap();
+    controller.script(|state| {
+        state.calls.clear();
+        state.overloaded = 3;
+    });
+    db.runs(controller.allow("default/db", &[])).await;
+    assert!(controller.count(|call| *call == Call::Pulled(instance())) >= 2);
+    assert_eq!(controller.count(|call| matches!(call, Call::Subscribed(_))), 0);
+}
+
+#[tokio::test]
+async fn a_new_stream_does_not_undo_a_drain_and_a_refused_one_is_no_session() {
+    let (controller, _app, db, _web) = pair().await;
+    let instance: weft_model::InstanceId = "default/db/db-1".parse().unwrap();
+    let health = |call: &Call| matches!(call, Call::Health(by, ..) if *by == instance);
+    wait_until("the first report", LIMIT, async || controller.count(health) == 1).await;
+    let drain = weft_model::membership::MembershipCommand::Drain;
+    controller.commit(weft_model::Command::Membership(instance.clone(), drain));
+    // It comes back to a controller that lags: which does not know the instance yet.
+    let lagging = v1::Notice { wanted: None, ..controller.notice("default/db/db-1") };
+    controller.script(|state| {
+        state.frozen.insert(instance.clone(), Some(lagging));
+        state.refuse_subscribers = true;
+        state.calls.clear();
+        state.end_streams();
+    });
+    let subscribed = |call: &Call| *call == Call::Subscribed(instance.clone());
+    wait_until("three attempts", LIMIT, async || controller.count(subscribed) >= 3).await;
+    assert_eq!(controller.count(health), 0, "nobody was there to report to");
+
+    controller.script(|state| state.refuse_subscribers = false);
+    db.config_is("the lagging notice", |config| config["connected"] == true && config["wanted"].is_null())
+        .await;
+    wait_until("a report on the new stream", LIMIT, async || controller.count(health) == 1).await;
+    assert_eq!(controller.count(|call| *call == Call::Registered(instance.clone())), 0);
 }
 
 #[tokio::test]

@@ -33,6 +33,7 @@ pub(crate) enum Call {
     Drained(InstanceId),
     Deregistered(InstanceId),
     Health(InstanceId, Health, u64),
+    Subscribed(InstanceId),
     Pulled(InstanceId),
     Acked(InstanceId, ConfigVersion, String),
 }
@@ -47,10 +48,16 @@ pub(crate) struct State {
     pub(crate) heartbeat: Duration,
     /// No notice is sent to anybody.
     pub(crate) silent: bool,
+    /// Who subscribes is told to come back later.
+    pub(crate) refuse_subscribers: bool,
+    /// So many pulls are told that there is too much to do.
+    pub(crate) overloaded: usize,
     /// These hear of no change, only heartbeats with what they were told last.
     pub(crate) frozen: BTreeMap<InstanceId, Option<v1::Notice>>,
     /// What these are told is wanted, and what they get when they pull it.
     pub(crate) forged: BTreeMap<InstanceId, v1::PullResponse>,
+    /// Streams of notices that were opened before this rose have ended.
+    streams: u64,
     tokens: BTreeMap<String, InstanceId>,
     /// The shards of every manifest that was sent.
     sent: BTreeMap<Vec<u8>, BTreeSet<Hash>>,
@@ -93,8 +100,11 @@ impl Controller {
             refuse_renewals: false,
             heartbeat: Duration::from_secs(5),
             silent: false,
+            refuse_subscribers: false,
+            overloaded: 0,
             frozen: BTreeMap::new(),
             forged: BTreeMap::new(),
+            streams: 0,
             tokens: BTreeMap::new(),
             sent: BTreeMap::new(),
         };
@@ -208,6 +218,11 @@ impl Controller {
         self.state().calls.clone()
     }
 
+    /// How often this was asked.
+    pub(crate) fn count(&self, matches: impl Fn(&Call) -> bool) -> usize {
+        self.state().calls.iter().filter(|call| matches(call)).count()
+    }
+
     /// What `instance` would get now if it pulled everything.
     pub(crate) fn full_pull(&self, instance: &str) -> v1::PullResponse {
         self.state().pull(&instance.parse().unwrap(), None).unwrap()
@@ -244,6 +259,11 @@ impl State {
     /// Every token that was given out is used from now on.
     pub(crate) fn forget_tokens(&mut self) {
         self.tokens.clear();
+    }
+
+    /// Ends every stream of notices.
+    pub(crate) fn end_streams(&mut self) {
+        self.streams += 1;
     }
 
     fn commit(&mut self, command: Command) -> Result<ConfigVersion, Refused> {

@@ -11,6 +11,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
@@ -203,21 +204,32 @@ impl Discovery for Api {
 
     async fn subscribe(&self, request: Request<v1::SubscribeRequest>) -> Result<Response<Notices>, Status> {
         let instance = caller(&request)?;
+        self.state().calls.push(Call::Subscribed(instance.clone()));
+        if self.state().refuse_subscribers {
+            return Err(Status::unavailable("not yet"));
+        }
         let inner = Arc::clone(&self.0);
         let mut changes = inner.changes.subscribe();
         changes.mark_changed();
-        let notices = stream::unfold((inner, changes, instance), async |(inner, mut changes, instance)| {
-            let heartbeat: Duration = inner.state().heartbeat;
-            tokio::select! {
-                _ = changes.changed() => {}
-                () = tokio::time::sleep(heartbeat) => {}
-            }
-            while inner.state().silent {
-                changes.changed().await.ok()?;
-            }
-            let notice = inner.notice(&instance);
-            Some((Ok(notice), (inner, changes, instance)))
-        });
+        let opened = inner.state().streams;
+        let notices = stream::unfold(
+            (inner, changes, instance),
+            move |(inner, mut changes, instance): (Arc<Inner>, watch::Receiver<u64>, _)| async move {
+                let heartbeat: Duration = inner.state().heartbeat;
+                tokio::select! {
+                    _ = changes.changed() => {}
+                    () = tokio::time::sleep(heartbeat) => {}
+                }
+                while inner.state().silent {
+                    changes.changed().await.ok()?;
+                }
+                if inner.state().streams != opened {
+                    return None;
+                }
+                let notice = inner.notice(&instance);
+                Some((Ok(notice), (inner, changes, instance)))
+            },
+        );
         Ok(Response::new(Box::pin(notices)))
     }
 
@@ -225,6 +237,10 @@ impl Discovery for Api {
         let instance = caller(&request)?;
         let mut state = self.state();
         state.calls.push(Call::Pulled(instance.clone()));
+        if state.overloaded > 0 {
+            state.overloaded -= 1;
+            return Err(Status::resource_exhausted("too many pulls"));
+        }
         if let Some(forged) = state.forged.get(&instance) {
             return Ok(Response::new(forged.clone()));
         }
