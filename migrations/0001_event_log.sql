@@ -1,7 +1,7 @@
 -- The event log: the one source of truth, append-only, hash-chained.
 --
--- Positions are never taken from a sequence. The appender takes them from the committed tail while it holds a
--- transaction-scoped advisory lock up to commit, so position order is commit order and there are no holes.
+-- Positions are never taken from a sequence. The appender takes them from the committed tail while it holds the lock of
+-- weft.log_lock up to commit, so position order is commit order and there are no holes.
 
 create schema weft;
 comment on schema weft is 'Weft''s own tables. The event log is the truth; everything else can be rebuilt from it.';
@@ -23,6 +23,10 @@ exception
             using hint = 'as a superuser run: create role weft_reader nologin; then start again';
 end
 $$;
+
+-- Nothing is granted on it, so whoever may only read cannot stop writers by holding it.
+create table weft.log_lock ();
+comment on table weft.log_lock is 'Always empty. Who holds its lock, in exclusive mode, may append to the log.';
 
 create table weft.log_epoch (
     epoch             bigint      primary key check (epoch > 0),

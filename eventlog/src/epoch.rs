@@ -42,11 +42,16 @@ impl LogTail {
 pub(crate) const TAIL_SQL: &str =
     "select position, hash, recorded_at from weft.event order by position desc limit 1";
 
-/// Takes the lock that serialises appends, until the transaction ends. Advisory locks are per database. Being a
-/// message of its own, it makes every later statement of a READ COMMITTED transaction see the previous holder's
-/// commit; a statement that itself waited for the lock would still look at its older snapshot.
+/// Takes the lock that serialises appends, until the transaction ends. Being a message of its own, it makes every later
+/// statement of a READ COMMITTED transaction see the previous holder's commit; a statement that itself waited for the
+/// lock would still look at its older snapshot.
+///
+/// A table that exists to be locked, and not an advisory lock: anybody who may log in can take any advisory lock and
+/// keep it, so one forgotten session of a reader would stop every write. This mode of a table's lock takes a right to
+/// change the table, which only those have who may append. It excludes itself and is not the strongest, so reading
+/// everything, as `pg_dump` does for as long as it runs, neither waits for writers nor holds them up.
 pub(crate) const LOCK_SQL: &str =
-    "begin isolation level read committed; select pg_advisory_xact_lock(x'776566746c6f6701'::bigint)";
+    "begin isolation level read committed; lock table weft.log_lock in exclusive mode";
 
 /// Opens a new epoch if the database is not in the one last written, and returns the current one with the tail.
 pub(crate) async fn establish(client: &Client) -> Result<(Epoch, LogTail), StoreError> {

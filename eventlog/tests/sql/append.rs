@@ -6,7 +6,7 @@ use weft_model::version::{Position, Version};
 use weft_testkit::TestDatabase;
 
 use crate::support::{
-    Any, Empty, LOCK_KEY, assert_gapless, config, event, exact, migrated, one, open, part, positions,
+    Any, Empty, LOCK, assert_gapless, config, event, exact, migrated, one, open, part, positions,
     read_all, request,
 };
 
@@ -170,7 +170,7 @@ async fn a_full_queue_refuses_at_once_and_loses_nothing_that_it_took() {
     let database = migrated().await;
     let log = open(&database).await;
     let blocker = database.connect().await;
-    blocker.batch_execute(&format!("begin; select pg_advisory_xact_lock({LOCK_KEY})")).await.unwrap();
+    blocker.batch_execute(LOCK).await.unwrap();
     let mut waiting: tokio::task::JoinSet<_> = (0..7_000)
         .map(|n| {
             let appender = log.appender();

@@ -109,10 +109,25 @@ async fn the_reader_role_reads_and_does_nothing_else() {
         "delete from weft.event",
         "insert into weft.command_outcome select * from weft.command_outcome",
         "create table weft.mine (id int)",
+        // Nor does it hold up those who write.
+        "begin; lock table weft.log_lock in access share mode",
+        "rollback; begin; lock table weft.log_lock in exclusive mode",
+        "rollback; begin; lock table weft.event in row share mode",
     ] {
         let error = client.batch_execute(statement).await.unwrap_err();
         assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
     }
+}
+
+#[tokio::test]
+async fn a_backup_under_way_does_not_hold_up_writers() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    let client = database.connect().await;
+    // What pg_dump holds until it ends.
+    let read_all = "begin; lock table weft.event, weft.log_epoch, weft.log_lock in access share mode";
+    client.batch_execute(read_all).await.unwrap();
+    log.appender().append(one("s")).await.unwrap();
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use weft_testkit::TestDatabase;
 
 pub(crate) use weft_model::version::ExpectedVersion::{Any, Empty};
 
-/// The key of the log's advisory lock, for tests that hold it.
-pub(crate) const LOCK_KEY: &str = "x'776566746c6f6701'::bigint";
+/// Takes the log's lock, for tests that hold it.
+pub(crate) const LOCK: &str = "begin; lock table weft.log_lock in exclusive mode";
 
 pub(crate) fn config(database: &TestDatabase) -> ConnectConfig {
     database.url().parse().unwrap()
