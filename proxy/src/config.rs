@@ -301,7 +301,15 @@ impl Config {
         }
         let mut taken = BTreeMap::new();
         for upstream in &self.upstreams {
-            let Some(address) = upstream.listen.filter(|address| address.port() != 0) else { continue };
+            let Some(address) = upstream.listen else { continue };
+            if !address.ip().is_loopback() {
+                let why =
+                    "is no loopback address: whoever reaches it would act as this workload; use 127.0.0.1";
+                return Err(rule("upstream", format!("{address} {why}")));
+            }
+            if address.port() == 0 {
+                continue;
+            }
             if taken.insert(address, upstream).is_some() || address == self.inbound_listen {
                 return Err(rule("upstream", format!("{address} is used twice; give each its own")));
             }
@@ -393,6 +401,7 @@ mod tests {
             (vec![local, "--app=80"], "--app"),
             (vec![local, "--upstream=db"], "--upstream"),
             (vec![local, "--upstream=a:1=127.0.0.1:5", "--upstream=b:1=127.0.0.1:5"], "--upstream"),
+            (vec![local, "--upstream=a:1=0.0.0.0:5"], "--upstream"),
             (vec![local, "--probe-rise=0"], "--probe-rise"),
             (vec![local, "--join-token-file=/nonexistent"], "/nonexistent"),
         ] {

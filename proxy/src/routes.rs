@@ -1,5 +1,5 @@
 //! A snapshot with what the data path counts beside it: live connections of each endpoint, and whose turn it is. Made
-//! once for each snapshot; counts of endpoints that stay are carried over.
+//! once for each snapshot; counts of services and endpoints that stay are carried over.
 
 use crate::balance;
 use rand::Rng;
@@ -20,7 +20,7 @@ pub(crate) struct Routes {
 
 #[derive(Debug, Default)]
 struct Counts {
-    turn: AtomicUsize,
+    turn: Arc<AtomicUsize>,
     /// In the order of the shard's endpoints.
     live: Vec<Arc<AtomicUsize>>,
 }
@@ -57,7 +57,8 @@ impl Routes {
                 });
                 carried.unwrap_or_default()
             });
-            (service.clone(), Counts { turn: AtomicUsize::new(0), live: live.collect() })
+            let turn = known.map(|(_, counts)| Arc::clone(&counts.turn)).unwrap_or_default();
+            (service.clone(), Counts { turn, live: live.collect() })
         });
         Self { services: services.collect(), snapshot: Arc::clone(snapshot) }
     }
@@ -83,5 +84,20 @@ impl Routes {
         let (endpoint, live) = candidates[balance::pick(balance, &live, turn, rng)?];
         live.fetch_add(1, Ordering::Relaxed);
         Some(Chosen { endpoint, load: Load(Arc::clone(live)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture;
+
+    #[test]
+    fn whose_turn_it_is_outlives_a_snapshot() {
+        let instance = "default/web/web-1".parse().unwrap();
+        let first = Routes::new(&Arc::new(fixture::snapshot(&instance)), None);
+        first.services[&instance.service].turn.store(5, Ordering::Relaxed);
+        let second = Routes::new(&Arc::new(fixture::changed_snapshot(&instance)), Some(&first));
+        assert_eq!(second.services[&instance.service].turn.load(Ordering::Relaxed), 5);
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! A listener is one socket per data-plane thread on the same address (`SO_REUSEPORT`); the kernel spreads connections
 //! over them. That option would also let *another* process listen on the address and take a share of its connections, so
-//! the first socket is bound without it, which fails if anybody else is there, and opened up to its siblings
-//! afterwards. The address is held throughout.
+//! the first socket is bound and listens without it, and is opened up to its siblings afterwards. Binding alone proves
+//! nothing: with `SO_REUSEADDR` two sockets may both be bound until one listens. The address is held throughout.
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
@@ -55,18 +55,22 @@ pub(crate) fn listen(address: SocketAddr, count: NonZeroUsize) -> Result<Vec<Tcp
         io::ErrorKind::AddrInUse => ListenError::InUse { address },
         _ => ListenError::Io { address, source },
     };
-    let first = bound(address, false).map_err(error)?;
-    let bound_to = first.local_addr().map_err(error)?.as_socket().unwrap_or(address);
-    first.set_reuse_port(true).map_err(error)?;
-    let mut sockets = vec![first];
-    for _ in 1..count.get() {
-        sockets.push(bound(bound_to, true).map_err(error)?);
-    }
-    let listening = |socket: Socket| {
+    let listening = |address, shared| {
+        let socket = bound(address, shared)?;
         socket.listen(BACKLOG)?;
-        Ok(socket.into())
+        Ok(socket)
     };
-    sockets.into_iter().map(listening).collect::<io::Result<_>>().map_err(error)
+    let first = listening(address, false).map_err(error)?;
+    let address = first.local_addr().map_err(error)?.as_socket().unwrap_or(address);
+    let siblings = count.get() - 1;
+    if siblings > 0 {
+        first.set_reuse_port(true).map_err(error)?;
+    }
+    let mut sockets = vec![first.into()];
+    for _ in 0..siblings {
+        sockets.push(listening(address, true).map_err(error)?.into());
+    }
+    Ok(sockets)
 }
 
 fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
@@ -91,10 +95,15 @@ pub(crate) fn prepare(stream: &TcpStream) {
     let _ = socket.set_tcp_keepalive(&keepalive);
 }
 
-/// Makes the connection end with a reset when it is dropped, so that the other end cannot take it for a clean end of
-/// the stream (I9).
+/// Makes the connection end with a reset whenever and for whatever reason it is dropped, a panic and the end of the
+/// process included, so that the other end cannot take it for a clean end of the stream (I9).
 pub(crate) fn reset_on_drop(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Everything was said: what is on its way is delivered, and the end is clean.
+pub(crate) fn end_on_drop(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(None);
 }
 
 #[cfg(test)]
@@ -114,6 +123,24 @@ mod tests {
         assert!(error.to_string().starts_with(&format!("address {address} is already used; ")), "{error}");
         drop(listeners);
         assert!(listen(address, TWO).is_ok());
+    }
+
+    #[test]
+    fn of_many_who_want_an_address_at_once_one_gets_it() {
+        let free = || listen(SocketAddr::from(([127, 0, 0, 1], 0)), TWO).unwrap()[0].local_addr().unwrap();
+        for _ in 0..200 {
+            let address = free();
+            let start = std::sync::Barrier::new(2);
+            let got: Vec<_> = std::thread::scope(|scope| {
+                let race = || {
+                    start.wait();
+                    listen(address, TWO)
+                };
+                let racers = [scope.spawn(race), scope.spawn(race)];
+                racers.into_iter().filter_map(|racer| racer.join().unwrap().ok()).collect()
+            });
+            assert!(got.len() <= 1, "two have {address}");
+        }
     }
 
     #[test]
