@@ -1,8 +1,9 @@
 //! Connections: what is known of each, who is live, and how one is cut.
 //!
-//! A connection is registered *before* it is checked against the snapshot, and every new snapshot is swapped in *before*
-//! the live ones are checked again ([`crate::shared`]). So a connection that the new snapshot refuses is refused by its
-//! own check or cut by the other; it cannot slip between the two.
+//! A connection is registered when it is accepted, *before* it is checked against the snapshot, and every new snapshot is
+//! swapped in *before* the live ones are checked again ([`crate::shared`]). So a connection that the new snapshot refuses
+//! is refused by its own check or cut by the other; it cannot slip between the two. A stop closes the registry *before*
+//! it cuts what is in it, for the same reason.
 //!
 //! Each connection ends in [`Connection::finish`], which makes its record and counts it, once.
 
@@ -126,7 +127,7 @@ pub(crate) struct Facts {
     pub(crate) mode: Option<&'static str>,
     pub(crate) tls: Option<&'static str>,
     pub(crate) key_exchange: Option<&'static str>,
-    /// From accepting to carrying bytes.
+    /// From accepting to carrying bytes; none before.
     pub(crate) connect_ms: Option<f64>,
     pub(crate) attempts: u32,
 }
@@ -184,12 +185,24 @@ impl Connection {
     }
 
     /// Waits until it is cut, and says why.
-    pub(crate) async fn was_cut(&self) -> Close {
+    async fn was_cut(&self) -> Close {
         self.cut.cancelled().await;
         self.cause
             .get()
             .cloned()
             .unwrap_or_else(|| Close::local(CloseReason::Internal, "cut without a cause"))
+    }
+
+    /// Does something for it, until it is cut.
+    pub(crate) async fn unless_cut<T>(
+        &self,
+        work: impl Future<Output = Result<T, Close>>,
+    ) -> Result<T, Close> {
+        tokio::select! {
+            biased;
+            cause = self.was_cut() => Err(cause),
+            done = work => done,
+        }
     }
 
     /// It carries bytes from now on.
@@ -255,13 +268,15 @@ pub(crate) struct Registry {
     next: AtomicU64,
     live: AtomicUsize,
     inbound: AtomicUsize,
+    /// Why nothing is taken any more.
+    closed: OnceLock<Close>,
 }
 
 impl Registry {
     /// Makes a connection known until the guard is dropped.
     ///
     /// # Errors
-    /// If there are [`LIVE_MAX`] already.
+    /// If there are [`LIVE_MAX`] already, or the registry is closed.
     pub(crate) fn register(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<Registered, Close> {
         if self.live.fetch_add(1, Ordering::Relaxed) >= LIVE_MAX {
             self.live.fetch_sub(1, Ordering::Relaxed);
@@ -272,7 +287,20 @@ impl Registry {
         }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.part(number).insert(number, Arc::clone(connection));
-        Ok(Registered { registry: Arc::clone(self), number, direction: connection.direction })
+        let registered = Registered { registry: Arc::clone(self), number, direction: connection.direction };
+        // After the insertion: who closes finds this connection, or this finds the cause.
+        self.closed.get().map_or(Ok(registered), |cause| Err(cause.clone()))
+    }
+
+    /// Cuts every connection, and refuses those that come later. Returns how many were cut.
+    pub(crate) fn close(&self, cause: &Close) -> usize {
+        let _ = self.closed.set(cause.clone());
+        let mut cut = 0;
+        self.for_each(|connection| {
+            connection.cut(cause.clone());
+            cut += 1;
+        });
+        cut
     }
 
     /// How many are live.
@@ -319,5 +347,28 @@ impl Drop for Registered {
         if self.direction == Direction::Inbound {
             self.registry.inbound.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ConnectionLog;
+
+    #[test]
+    fn who_comes_after_the_end_is_told_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, _writer) = crate::records::start(&ConnectionLog::File(dir.path().join("log"))).unwrap();
+        let begin = || Connection::begin(Direction::Inbound, Facts::default(), records.clone());
+        let registry = Arc::<Registry>::default();
+        let early = begin();
+        let registered = registry.register(&early).unwrap();
+        let cause = Close::local(CloseReason::DrainDeadline, "over");
+        assert_eq!(registry.close(&cause), 1);
+        assert!(early.cut.is_cancelled());
+        assert_eq!(registry.register(&begin()).unwrap_err(), cause);
+        assert_eq!((registry.live(), registry.live_inbound()), (1, 1));
+        drop(registered);
+        assert_eq!((registry.live(), registry.live_inbound()), (0, 0));
     }
 }

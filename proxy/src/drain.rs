@@ -3,7 +3,8 @@
 //! 1. The controller is told that the instance drains, and peers get a moment to hear of it, while connections are still
 //!    accepted: nobody is refused because the news travels.
 //! 2. The inbound address is closed. The app may still connect out while it finishes what came in.
-//! 3. When nothing inbound is left, the local addresses are closed too. What is still live at the deadline is cut.
+//! 3. When nothing inbound is left, the local addresses are closed too. What is still live at the deadline is cut,
+//!    what is accepted later is refused.
 //! 4. The instance leaves the mesh.
 
 use crate::connections::Close;
@@ -49,19 +50,11 @@ pub(crate) async fn drain(
     let _ = timeout_at(deadline, until(|| shared.connections.live_inbound() == 0)).await;
     outbound.cancel();
     let _ = timeout_at(deadline, until(|| shared.connections.live() == 0)).await;
-    let mut cut = 0;
-    shared.connections.for_each(|connection| {
-        cut += 1;
-        connection.cut(Close::local(
-            CloseReason::DrainDeadline,
-            format!("still open {limit:?} after the stop began"),
-        ));
-    });
+    let late = format!("still open {limit:?} after the stop began");
+    let cut = shared.connections.close(&Close::local(CloseReason::DrainDeadline, late));
     // Before it leaves: a peer shall see the cut, not an endpoint that vanished.
     let _ = timeout(CUT_TIMEOUT, until(|| shared.connections.live() == 0)).await;
-    if withdrawn {
-        leave(shared, sessions).await;
-    }
+    leave(shared, sessions).await;
     tracing::info!(cut, "stopped");
 }
 

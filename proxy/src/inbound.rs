@@ -35,17 +35,17 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: Socket
     let facts =
         Facts { source: Some(source), destination: Some(shared.own.service.clone()), ..Facts::default() };
     let connection = Connection::begin(Direction::Inbound, facts, shared.records.clone());
-    let close = match relay(&shared, &connection, socket).await {
-        Ok(close) | Err(close) => close,
+    let close = match shared.connections.register(&connection) {
+        Ok(_registered) => relay(&shared, &connection, socket).await.unwrap_or_else(|close| close),
+        Err(close) => {
+            socket::reset_on_drop(&socket);
+            close
+        }
     };
     connection.finish(close);
 }
 
-async fn relay(
-    shared: &Arc<Shared>,
-    connection: &Arc<Connection>,
-    socket: TcpStream,
-) -> Result<Close, Close> {
+async fn relay(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Close, Close> {
     let Ok(permit) = shared.unauthenticated.try_acquire() else {
         socket::reset_on_drop(&socket);
         return Err(Close::local(
@@ -54,32 +54,37 @@ async fn relay(
         ));
     };
     socket::prepare(&socket);
-    let (mut tunnel, peer) = handshake(shared, connection, socket).await?;
-    let open = read_open(connection, &mut tunnel).await?;
+    let greeting = async {
+        let (mut tunnel, peer) = handshake(shared, connection, socket).await?;
+        let open = read_open(connection, &mut tunnel).await?;
+        Ok((tunnel, peer, open))
+    };
+    let (mut tunnel, peer, open) = connection.unless_cut(greeting).await?;
     drop(permit);
 
-    let opened = admit_and_dial(shared, connection, &peer, open).await;
-    let (mut app, _registered) = match opened {
-        Ok(opened) => opened,
+    let mut app = match connection.unless_cut(admit_and_dial(shared, connection, &peer, open)).await {
+        Ok(app) => app,
         Err(close) => {
             refuse(shared, &mut tunnel, &close).await;
             return Err(close);
         }
     };
-    frame::write(&mut tunnel, &Frame::Opened).await.map_err(|error| client_left(&error.to_string()))?;
-    connection.established();
-
-    let close = tokio::select! {
-        biased;
-        cause = connection.was_cut() => cause,
-        ended = copy::copy(&mut tunnel, &mut app, &connection.counters, connection.started) => match ended {
-            Ended::Cleanly(_) => return Ok(ended.into()),
-            Ended::Broken(..) => ended.into(),
-        },
-    };
+    // From here on the peer and the app may have said something that an end would cut short.
     socket::reset_on_drop(tunnel.get_ref().0);
-    socket::reset_on_drop(&app);
-    Err(close)
+    let relayed = async {
+        let opened = timeout(OPEN_TIMEOUT, frame::write(&mut tunnel, &Frame::Opened)).await;
+        opened
+            .map_err(|_| client_left("did not take OPENED within 5 s"))?
+            .map_err(|error| client_left(&error.to_string()))?;
+        connection.established();
+        Ok(copy::copy(&mut tunnel, &mut app, &connection.counters, connection.started).await)
+    };
+    let ended = connection.unless_cut(relayed).await?;
+    if let Ended::Cleanly(_) = ended {
+        socket::end_on_drop(tunnel.get_ref().0);
+        socket::end_on_drop(&app);
+    }
+    Ok(ended.into())
 }
 
 /// Learns who connects.
@@ -121,33 +126,28 @@ async fn read_open(connection: &Connection, tunnel: &mut TlsStream<TcpStream>) -
 
 /// Decides about the connection, and opens it to the app.
 async fn admit_and_dial(
-    shared: &Arc<Shared>,
-    connection: &Arc<Connection>,
+    shared: &Shared,
+    connection: &Connection,
     peer: &InstanceId,
     open: Open,
-) -> Result<(TcpStream, crate::connections::Registered), Close> {
+) -> Result<TcpStream, Close> {
     shared.peer_runs(open.version);
-    // Registered before the check: a snapshot that comes in between finds it.
-    let registered = shared.connections.register(connection)?;
     let address = admit(shared, connection, peer, &open)?;
     connection.facts().endpoint = Some(address);
-    tokio::select! {
-        biased;
-        cause = connection.was_cut() => Err(cause),
-        app = timeout(APP_TIMEOUT, TcpStream::connect(address)) => match app {
-            Ok(Ok(app)) => {
-                socket::prepare(&app);
-                Ok((app, registered))
-            }
-            Ok(Err(error)) => {
-                let detail = format!("the app does not accept connections at {address}: {error}");
-                Err(Close::new(CloseReason::ConnectRefused, ClosedBy::Server, detail))
-            }
-            Err(_) => {
-                let detail = format!("the app at {address} did not accept within 5 s");
-                Err(Close::new(CloseReason::ConnectTimeout, ClosedBy::Server, detail))
-            }
-        },
+    match timeout(APP_TIMEOUT, TcpStream::connect(address)).await {
+        Ok(Ok(app)) => {
+            socket::prepare(&app);
+            socket::reset_on_drop(&app);
+            Ok(app)
+        }
+        Ok(Err(error)) => {
+            let detail = format!("the app does not accept connections at {address}: {error}");
+            Err(Close::new(CloseReason::ConnectRefused, ClosedBy::Server, detail))
+        }
+        Err(_) => {
+            let detail = format!("the app at {address} did not accept within 5 s");
+            Err(Close::new(CloseReason::ConnectTimeout, ClosedBy::Server, detail))
+        }
     }
 }
 

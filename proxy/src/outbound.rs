@@ -33,7 +33,7 @@ pub(crate) struct Target {
 }
 
 /// Serves a connection of the app until it ends.
-pub(crate) async fn serve(worker: Arc<Worker>, mut app: TcpStream, source: SocketAddr, target: Arc<Target>) {
+pub(crate) async fn serve(worker: Arc<Worker>, app: TcpStream, source: SocketAddr, target: Arc<Target>) {
     let facts = Facts {
         connection_id: Uuid::now_v7(),
         source: Some(source),
@@ -42,15 +42,12 @@ pub(crate) async fn serve(worker: Arc<Worker>, mut app: TcpStream, source: Socke
         port: Some(target.port),
         ..Facts::default()
     };
+    socket::reset_on_drop(&app);
     let connection = Connection::begin(Direction::Outbound, facts, worker.shared.records.clone());
-    let close = match relay(&worker, &connection, &mut app, &target).await {
-        Ok(close) => close,
-        Err(close) => {
-            socket::reset_on_drop(&app);
-            close
-        }
+    let close = match worker.shared.connections.register(&connection) {
+        Ok(_registered) => relay(&worker, &connection, app, &target).await.unwrap_or_else(|close| close),
+        Err(close) => close,
     };
-    drop(app);
     connection.finish(close);
 }
 
@@ -64,29 +61,22 @@ struct Opened {
 async fn relay(
     worker: &Worker,
     connection: &Arc<Connection>,
-    app: &mut TcpStream,
+    mut app: TcpStream,
     target: &Target,
 ) -> Result<Close, Close> {
-    socket::prepare(app);
-    let _registered = worker.shared.connections.register(connection)?;
-    let mut opened = tokio::select! {
-        biased;
-        cause = connection.was_cut() => return Err(cause),
-        opened = open(worker, connection, target) => opened?,
-    };
+    socket::prepare(&app);
+    let mut opened = connection.unless_cut(open(worker, connection, target)).await?;
     connection.established();
+    worker.shared.recheck(connection)?;
 
     let tunnel = &mut opened.tunnel;
-    let close = tokio::select! {
-        biased;
-        cause = connection.was_cut() => cause,
-        ended = copy::copy(app, tunnel, &connection.counters, connection.started) => match ended {
-            Ended::Cleanly(_) => return Ok(ended.into()),
-            Ended::Broken(..) => ended.into(),
-        },
-    };
-    socket::reset_on_drop(tunnel.get_ref().0);
-    Err(close)
+    let copied = async { Ok(copy::copy(&mut app, tunnel, &connection.counters, connection.started).await) };
+    let ended = connection.unless_cut(copied).await?;
+    if let Ended::Cleanly(_) = ended {
+        socket::end_on_drop(&app);
+        socket::end_on_drop(opened.tunnel.get_ref().0);
+    }
+    Ok(ended.into())
 }
 
 /// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries.
@@ -229,7 +219,10 @@ async fn connect(
         |error: &std::io::Error| Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error));
     frame::write(&mut tunnel, &open).await.map_err(|error| broke(&error))?;
     match frame::read(&mut tunnel).await {
-        Ok(Frame::Opened) => Ok(tunnel),
+        Ok(Frame::Opened) => {
+            socket::reset_on_drop(tunnel.get_ref().0);
+            Ok(tunnel)
+        }
         Ok(Frame::Refused(refused)) => Err(refused_by_peer(worker, refused)),
         Ok(Frame::Open(_)) => Err(nonsense("the peer answered with OPEN")),
         Err(FrameError::Io(error)) => Err(broke(&error)),

@@ -82,6 +82,13 @@ impl Shared {
         cut
     }
 
+    /// Checks a connection that has just become one that snapshots check. Whatever was installed before is seen here,
+    /// whatever comes later sees the connection.
+    pub(crate) fn recheck(&self, connection: &Connection) -> Result<(), Close> {
+        let close = self.snapshot().and_then(|snapshot| recheck(connection, &snapshot));
+        close.map_or(Ok(()), Err)
+    }
+
     /// A peer runs this version. If it is newer than anything seen so far, discovery looks for it.
     pub(crate) fn peer_runs(&self, version: ConfigVersion) {
         let ours = self.routes.load().as_ref().map(|routes| routes.snapshot.version);
@@ -124,6 +131,8 @@ fn recheck(connection: &Connection, snapshot: &Snapshot) -> Option<Close> {
             Some(close.with_rule(verdict.ruling.by.to_string()))
         }
         Direction::Outbound => {
+            // Until it is established every attempt asks the snapshot of the moment, and may fail for another one.
+            facts.connect_ms?;
             let removed = |what: String| {
                 let detail = format!("{what} left as of version {}", snapshot.version);
                 Some(Close::new(CloseReason::EndpointRemoved, ClosedBy::Local, detail))

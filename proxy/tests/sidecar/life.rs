@@ -200,6 +200,22 @@ async fn a_stop_cuts_what_is_left_at_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_stop_finds_who_has_not_yet_said_what_it_wants() {
+    let controller = controller();
+    let app = App::echo().await;
+    let mut db = Sidecar::start(&controller, "default/db/db-1", |config| {
+        config.apps.insert(Port::new(5432).unwrap(), app.address);
+        config.drain_deadline = Duration::from_millis(300);
+    })
+    .await;
+    db.ready().await;
+    let credential = controller.credential("default/web/web-9");
+    let _tunnel = crate::support::tunnel::connect(db.inbound, credential, &[b"weft/1"]).await.unwrap();
+    db.stop().await;
+    assert_eq!(db.record("drain_deadline").await["direction"], "inbound");
+}
+
+#[tokio::test]
 async fn a_stop_without_a_controller_is_bounded() {
     let mut controller = controller();
     let app = App::echo().await;

@@ -1,13 +1,16 @@
 //! Bytes: that all of them arrive, in order, with their ends; and what happens when there is no way.
 
 use crate::support::app::{dead_address, expect_reset, ping, reset};
-use crate::support::{App, Controller, LIMIT, Sidecar};
+use crate::support::{App, Controller, LIMIT, Sidecar, tunnel};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
 use weft_model::Port;
 use weft_model::traffic::{Balance, ConnectPolicy, TrafficPolicy};
 use weft_testkit::wait_until;
@@ -144,18 +147,7 @@ async fn a_server_may_speak_first() {
 
 #[tokio::test]
 async fn a_reset_by_the_client_reaches_the_app() {
-    let (tell, mut heard) = mpsc::channel(1);
-    let app = App::serve(move |mut stream| {
-        let tell = tell.clone();
-        async move {
-            // A probe says nothing.
-            if stream.read_exact(&mut [0]).await.is_ok() {
-                stream.write_all(b"!").await.unwrap();
-                tell.send(stream.read(&mut [0]).await.map_err(|error| error.kind())).await.unwrap();
-            }
-        }
-    })
-    .await;
+    let (app, mut heard) = App::listening().await;
     let (_controller, db, web) = pair(&app).await;
     let mut client = web.connect("default/db", 5432).await;
     client.write_all(b"?").await.unwrap();
@@ -165,6 +157,96 @@ async fn a_reset_by_the_client_reaches_the_app() {
     assert_eq!(heard, Err(std::io::ErrorKind::ConnectionReset));
     db.record("client_reset").await;
     assert_eq!(web.record("client_reset").await["closed_by"], "client");
+}
+
+#[tokio::test]
+async fn a_stream_that_ends_without_close_notify_is_reset_for_the_app() {
+    let (app, mut heard) = App::listening().await;
+    let (controller, db, _web) = pair(&app).await;
+    let credential = controller.credential("default/web/web-9");
+    let mut peer = tunnel::connect(db.inbound, credential, &[b"weft/1"]).await.unwrap();
+    tunnel::exchange(&mut peer, &tunnel::open("default/db", 5432)).await.unwrap();
+    peer.write_all(b"?").await.unwrap();
+    peer.read_exact(&mut [0]).await.unwrap();
+    // A FIN, as anybody on the way could send it.
+    peer.into_inner().0.shutdown().await.unwrap();
+    let heard = timeout(LIMIT, heard.recv()).await.unwrap().unwrap();
+    assert_eq!(heard, Err(std::io::ErrorKind::ConnectionReset));
+    db.record("client_reset").await;
+}
+
+/// A db instance that takes its time: says when it was asked, and says OPENED when it is told to.
+async fn late_endpoint(controller: &Controller) -> (App, mpsc::Receiver<()>, CancellationToken) {
+    let identity = TlsIdentity::new(controller.credential("default/db/db-late"));
+    let tls = identity.server_config(ClientAuth::Required, ExpectedPeer::Any, &[b"weft/1"]);
+    let (tell, asked) = mpsc::channel(8);
+    let release = CancellationToken::new();
+    let go_on = release.clone();
+    let app = App::serve(move |stream| {
+        let (tls, tell, go_on) = (TlsAcceptor::from(tls.clone()), tell.clone(), go_on.clone());
+        async move {
+            let mut peer = tls.accept(stream).await.unwrap();
+            tunnel::read(&mut peer).await.unwrap().open.unwrap();
+            tell.send(()).await.unwrap();
+            go_on.cancelled().await;
+            let opened = tunnel::Frame { opened: Some(tunnel::Opened {}), ..Default::default() };
+            tunnel::write(&mut peer, &opened).await.unwrap();
+            let _ = peer.read(&mut [0]).await;
+        }
+    });
+    let app = app.await;
+    controller.pretend("default/db/db-late", app.address);
+    (app, asked, release)
+}
+
+fn leave(controller: &Controller, instance: &str) {
+    let gone = weft_model::membership::MembershipCommand::Deregister;
+    controller.commit(weft_model::Command::Membership(instance.parse().unwrap(), gone));
+}
+
+#[tokio::test]
+async fn an_endpoint_that_left_before_it_answered_is_not_used() {
+    let app = App::echo().await;
+    let (controller, _db, web) = pair(&app).await;
+    let (_late, mut asked, release) = late_endpoint(&controller).await;
+    let connect = ConnectPolicy { timeout_ms: 10_000, retries: 2 };
+    let policy = TrafficPolicy { balance: Balance::RoundRobin, connect };
+    controller.put_traffic("default/db", policy);
+    web.sees("default/db", 2).await;
+    web.runs(controller.wanted("default/web/web-1")).await;
+    // One of two goes to the late one.
+    let mut clients = [web.connect("default/db", 5432).await, web.connect("default/db", 5432).await];
+    asked.recv().await.unwrap();
+    leave(&controller, "default/db/db-late");
+    web.runs(controller.wanted("default/web/web-1")).await;
+    assert_eq!(web.records().len(), 0, "an attempt is not cut");
+    release.cancel();
+    assert_eq!(web.record("endpoint_removed").await["endpoint_identity"], "default/db/db-late");
+    let mut alive = 0;
+    for client in &mut clients {
+        alive += usize::from(ping(client).await.is_ok());
+    }
+    assert_eq!(alive, 1);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_leaves_while_it_is_tried_costs_a_retry() {
+    let app = App::echo().await;
+    let (controller, _db, web) = pair(&app).await;
+    let (late, mut asked, _release) = late_endpoint(&controller).await;
+    let connect = ConnectPolicy { timeout_ms: 1_000, retries: 2 };
+    let policy = TrafficPolicy { balance: Balance::RoundRobin, connect };
+    controller.put_traffic("default/db", policy);
+    web.sees("default/db", 2).await;
+    web.runs(controller.wanted("default/web/web-1")).await;
+    let mut clients = [web.connect("default/db", 5432).await, web.connect("default/db", 5432).await];
+    asked.recv().await.unwrap();
+    leave(&controller, "default/db/db-late");
+    web.runs(controller.wanted("default/web/web-1")).await;
+    drop(late);
+    for client in &mut clients {
+        ping(client).await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use crate::support::app::{expect_reset, ping};
 use crate::support::{App, Controller, LIMIT, Sidecar};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use weft_model::security::{Action, Mode, SecurityPolicy};
 use weft_testkit::wait_until;
 
@@ -57,6 +57,23 @@ async fn a_policy_change_cuts_what_it_denies_and_nothing_else() {
     expect_reset(&mut allowed).await;
     db.runs(controller.wanted("default/db/db-1")).await;
     ping(&mut web.connect("default/db", 5432).await).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_app_sees_a_cut_as_a_reset() {
+    let (app, mut heard) = App::listening().await;
+    let controller = Controller::start();
+    controller.declare("default/db", &[5432]);
+    controller.declare("default/web", &[5432]);
+    controller.allow("default/db", &["default/web"]);
+    let _db = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
+    let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
+    let mut client = web.connect("default/db", 5432).await;
+    client.write_all(b"?").await.unwrap();
+    client.read_exact(&mut [0]).await.unwrap();
+    controller.allow("default/db", &[]);
+    let heard = tokio::time::timeout(LIMIT, heard.recv()).await.unwrap().unwrap();
+    assert_eq!(heard, Err(std::io::ErrorKind::ConnectionReset));
 }
 
 #[tokio::test]

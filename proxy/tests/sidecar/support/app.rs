@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 /// A local TCP server; gone when dropped.
@@ -46,6 +47,22 @@ impl App {
             }
         })
         .await
+    }
+
+    /// Answers the first byte, and tells how the connection ended after it.
+    pub(crate) async fn listening() -> (Self, mpsc::Receiver<Result<usize, io::ErrorKind>>) {
+        let (tell, heard) = mpsc::channel(1);
+        let app = Self::serve(move |mut stream| {
+            let tell = tell.clone();
+            async move {
+                // A probe says nothing.
+                if stream.read_exact(&mut [0]).await.is_ok() {
+                    stream.write_all(b"!").await.unwrap();
+                    tell.send(stream.read(&mut [0]).await.map_err(|error| error.kind())).await.unwrap();
+                }
+            }
+        });
+        (app.await, heard)
     }
 
     /// Says its name to whoever connects, then echoes.

@@ -1,8 +1,9 @@
 //! A hand-made end of a tunnel, written from `docs/tunnel.md` alone.
 
 use prost::Message;
+use std::io;
 use std::net::SocketAddr;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -75,18 +76,27 @@ pub(crate) async fn connect(
     address: SocketAddr,
     credential: Credential,
     alpn: &[&[u8]],
-) -> std::io::Result<TlsStream<TcpStream>> {
+) -> io::Result<TlsStream<TcpStream>> {
     let config = TlsIdentity::new(credential).client_config(ExpectedPeer::Any, alpn);
     let stream = TcpStream::connect(address).await?;
     TlsConnector::from(config).connect("db.default".try_into().unwrap(), stream).await
 }
 
 /// Sends a frame and reads the answer.
-pub(crate) async fn exchange(tunnel: &mut TlsStream<TcpStream>, frame: &Frame) -> std::io::Result<Frame> {
+pub(crate) async fn exchange(tunnel: &mut TlsStream<TcpStream>, frame: &Frame) -> io::Result<Frame> {
+    write(tunnel, frame).await?;
+    read(tunnel).await
+}
+
+pub(crate) async fn write(tunnel: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
     let message = frame.encode_to_vec();
     tunnel.write_u32(u32::try_from(message.len()).unwrap()).await?;
     tunnel.write_all(&message).await?;
-    let mut answer = vec![0; tunnel.read_u32().await?.try_into().unwrap()];
-    tunnel.read_exact(&mut answer).await?;
-    Ok(Frame::decode(answer.as_slice()).unwrap())
+    tunnel.flush().await
+}
+
+pub(crate) async fn read(tunnel: &mut (impl AsyncRead + Unpin)) -> io::Result<Frame> {
+    let mut message = vec![0; tunnel.read_u32().await?.try_into().unwrap()];
+    tunnel.read_exact(&mut message).await?;
+    Ok(Frame::decode(message.as_slice()).unwrap())
 }
