@@ -11,6 +11,7 @@
 
 use crate::error::StartError;
 use crate::home::{Home, write_private};
+use postgres_protocol::password::scram_sha_256;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -157,7 +158,8 @@ impl Session {
         self.client.batch_execute(sql).await.map_err(failed(doing))
     }
 
-    /// A role that may log in with this password. Names are our own constants and passwords alphanumeric, so neither
+    /// A role that may log in with this password. The server gets what it needs to check the password, never the password
+    /// itself, since its log may show statements. Names are our own constants and a verifier holds no quote, so neither
     /// needs quoting.
     async fn role(&self, role: &str, password: &str) -> Result<(), StartError> {
         for (name, options) in [("weft_reader", "nologin"), (role, "login")] {
@@ -166,7 +168,8 @@ impl Session {
                 self.run("make roles", &format!("create role {name} {options}")).await?;
             }
         }
-        self.run("make roles", &format!("alter role {role} login password '{password}'")).await
+        let verifier = scram_sha_256(password.as_bytes());
+        self.run("make roles", &format!("alter role {role} login password '{verifier}'")).await
     }
 
     /// A database that only its owner may enter, unless told otherwise.
@@ -200,6 +203,8 @@ mod tests {
     #[tokio::test]
     async fn each_role_reaches_its_own_database_and_a_second_start_changes_nothing() {
         let server = tokio::task::spawn_blocking(server).await.unwrap();
+        let admin = Session::open(&server.url("postgres").parse().unwrap()).await.unwrap();
+        admin.run("log statements", "alter role current_user set log_statement = 'all'").await.unwrap();
         let dir = tempfile::tempdir().unwrap();
         let mut home = Home::at(dir.path().join(".weft"));
         home.create().unwrap();
@@ -212,6 +217,12 @@ mod tests {
 
         databases.prepare(&home).await.unwrap();
         assert_eq!(fs::read_to_string(home.secret("shop.url")).unwrap(), first);
+        let log = fs::read_to_string(server.cluster().log_file()).unwrap();
+        assert!(log.contains("alter role shop login password 'SCRAM-SHA-256$"), "{log}");
+        for file in ["controller.url", "reader.url", "shop.url"] {
+            let password = url(&home, file).get_password().unwrap().to_owned();
+            assert!(!log.contains(str::from_utf8(&password).unwrap()), "the log shows a password");
+        }
         let orders: i64 = shop.client.query_one("select count(*) from orders", &[]).await.unwrap().get(0);
         assert_eq!(orders, 1, "what is there is not seeded again");
 
