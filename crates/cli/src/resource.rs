@@ -21,6 +21,9 @@ use weft_model::{Command, ExpectedVersion};
 
 pub(crate) use kind::Kind;
 
+/// Most resources of one apply; a controller takes no more at once.
+pub(crate) const RESOURCES_MAX: usize = 1_000;
+
 /// One document of a file, with its meaning.
 #[derive(Clone, Debug)]
 pub(crate) struct Resource {

@@ -2,18 +2,17 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::resource::node::{FileError, Node};
-use crate::resource::{Kind, Resource};
+use crate::resource::{Kind, RESOURCES_MAX, Resource};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// Largest file that is read, in bytes: the most resources of one apply, each with a full page of rules.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Most files of one folder, so that a mistyped path such as `/` ends soon.
 const FILES_MAX: usize = 1_000;
-/// Most resources of one apply; a controller takes no more at once.
-pub(crate) const RESOURCES_MAX: usize = 1_000;
 
 /// Everything that the paths hold, in the order of the paths and the files' names.
 ///
@@ -22,9 +21,16 @@ pub(crate) const RESOURCES_MAX: usize = 1_000;
 pub(crate) fn load(paths: &[PathBuf]) -> Outcome<Vec<Resource>> {
     let mut resources = Vec::new();
     for path in paths {
-        for (name, text) in texts(path)? {
-            for node in Node::parse_all(&name, &text).map_err(|error| unusable(&error))? {
+        for file in files(path)? {
+            let text = read(&file)?;
+            for node in Node::parse_all(&file.to_string(), &text).map_err(|error| unusable(&error))? {
                 resources.push(Resource::read(node).map_err(|error| unusable(&error))?);
+            }
+            // Asked after each file, so that what is read stays bounded however many files there are.
+            if resources.len() > RESOURCES_MAX {
+                let what =
+                    format!("up to {file} there are more than the {RESOURCES_MAX} resources of one apply");
+                return Err(Failure::fault(what).next("apply them in parts"));
             }
         }
     }
@@ -32,10 +38,6 @@ pub(crate) fn load(paths: &[PathBuf]) -> Outcome<Vec<Resource>> {
     if resources.is_empty() {
         return Err(Failure::fault(format!("there is no resource in {seen}"))
             .next("write one, for example as in docs/resources.md"));
-    }
-    if resources.len() > RESOURCES_MAX {
-        let what = format!("{} resources are more than the {RESOURCES_MAX} of one apply", resources.len());
-        return Err(Failure::fault(what).next("apply them in parts"));
     }
     unique(&resources)?;
     Ok(resources)
@@ -57,20 +59,33 @@ fn unique(resources: &[Resource]) -> Outcome<()> {
     Ok(())
 }
 
-/// The files that a path stands for: names for messages, and contents.
-fn texts(path: &Path) -> Outcome<Vec<(String, String)>> {
-    if path == Path::new("-") {
-        let mut text = String::new();
-        let input = std::io::stdin().lock().take(FILE_BYTES_MAX + 1).read_to_string(&mut text);
-        input.map_err(|error| Failure::fault(format!("standard input cannot be read: {error}")))?;
-        return Ok(vec![("<stdin>".to_owned(), bounded("standard input", text)?)]);
+/// One thing to read.
+#[derive(Debug)]
+enum Source {
+    Stdin,
+    File(PathBuf),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdin => f.write_str("<stdin>"),
+            Self::File(path) => path.display().fmt(f),
+        }
     }
-    let unreadable = |error: std::io::Error| {
+}
+
+/// The files that a path stands for, in the order of their names.
+fn files(path: &Path) -> Outcome<Vec<Source>> {
+    if path == Path::new("-") {
+        return Ok(vec![Source::Stdin]);
+    }
+    let unreadable = |error: io::Error| {
         let what = format!("{} cannot be read: {error}", path.display());
         Failure::fault(what).next("name a file, a folder with .yaml files, or - for standard input")
     };
     if !fs::metadata(path).map_err(unreadable)?.is_dir() {
-        return Ok(vec![(path.display().to_string(), read(path)?)]);
+        return Ok(vec![Source::File(path.to_owned())]);
     }
     let mut files: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir(path).map_err(unreadable)? {
@@ -84,21 +99,42 @@ fn texts(path: &Path) -> Outcome<Vec<(String, String)>> {
         }
     }
     files.sort();
-    files.into_iter().map(|file| Ok((file.display().to_string(), read(&file)?))).collect()
+    Ok(files.into_iter().map(Source::File).collect())
 }
 
-fn read(file: &Path) -> Outcome<String> {
-    let name = file.display().to_string();
-    let unreadable = |error: std::io::Error| Failure::fault(format!("{name} cannot be read: {error}"));
+fn read(source: &Source) -> Outcome<String> {
     let mut text = String::new();
-    let opened = fs::File::open(file).map_err(unreadable)?;
-    opened.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
-    bounded(&name, text)
-}
-
-fn bounded(name: &str, text: String) -> Outcome<String> {
+    let input: io::Result<Box<dyn Read>> = match source {
+        Source::Stdin => Ok(Box::new(io::stdin().lock())),
+        Source::File(path) => fs::File::open(path).map(|file| Box::new(file) as Box<dyn Read>),
+    };
+    input
+        .and_then(|input| input.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
+        .map_err(|error| Failure::fault(format!("{source} cannot be read: {error}")))?;
     if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(Failure::fault(format!("{name} is larger than {} MiB", FILE_BYTES_MAX >> 20)));
+        return Err(Failure::fault(format!("{source} is larger than {} MiB", FILE_BYTES_MAX >> 20)));
     }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_resources_than_one_apply_takes_are_refused_before_all_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let services = |file: usize| {
+            let service =
+                |n| format!("---\nkind: Service\nname: d/s{file}-{n}\nports: [{{ name: a, port: 1 }}]\n");
+            (0..600).map(service).collect::<String>()
+        };
+        for file in 0..2 {
+            fs::write(dir.path().join(format!("{file}.yaml")), services(file)).unwrap();
+        }
+        fs::write(dir.path().join("2.yaml"), "not a resource").unwrap();
+        let refused = load(&[dir.path().to_owned()]).unwrap_err().to_string();
+        assert!(refused.contains("1.yaml there are more than the 1000 resources"), "{refused}");
+        assert_eq!(load(&[dir.path().join("0.yaml")]).unwrap().len(), 600);
+    }
 }

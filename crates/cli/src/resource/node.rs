@@ -4,12 +4,18 @@
 //! would be allowed there, and, when a controller refuses a value, which line that value stands on. Anchors and aliases
 //! are refused: they let a small file unfold into a huge one, and hide which line a value comes from.
 
+use crate::resource::RESOURCES_MAX;
 use serde_saphyr::granit_parser::{Event, Parser, ScalarStyle, ScanError, Span};
 use std::fmt;
 use std::sync::Arc;
 
 /// Deepest nesting that is read. The deepest resource nests five levels.
 const DEPTH_MAX: usize = 16;
+/// Most fields of one mapping. No kind has more than ten, and metadata has at most 16 entries. The search for a field that
+/// is there twice compares each with those before it.
+const FIELDS_MAX: usize = 64;
+/// Most items of one list: the longest lists of a resource, upstreams and a rule's services, hold 1024.
+const ITEMS_MAX: usize = 1_024;
 
 /// A spot in a file, for people: lines and columns count from 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,9 +77,14 @@ impl Node {
                 Event::StreamEnd => break,
                 event => {
                     let node = reader.node(event, span, 0)?;
-                    if node.value != Value::Null {
-                        documents.push(node);
+                    if node.value == Value::Null {
+                        continue;
                     }
+                    if documents.len() == RESOURCES_MAX {
+                        let message = format!("a file holds at most {RESOURCES_MAX} resources");
+                        return Err(FileError { place: node.place, message });
+                    }
+                    documents.push(node);
                 }
             }
         }
@@ -158,6 +169,9 @@ impl<'t> Reader<'t> {
                 loop {
                     match self.next()? {
                         Some((Event::SequenceEnd, _)) | None => break,
+                        Some(_) if items.len() == ITEMS_MAX => {
+                            return Err(refuse(&format!("a list has at most {ITEMS_MAX} items")));
+                        }
                         Some((event, span)) => items.push(self.node(event, span, depth + 1)?),
                     }
                 }
@@ -184,6 +198,10 @@ impl<'t> Reader<'t> {
             let Event::Scalar(text, ..) = event else {
                 return Err(FileError { place, message: "a field's name is a single word".to_owned() });
             };
+            if entries.len() == FIELDS_MAX {
+                let message = format!("a mapping has at most {FIELDS_MAX} fields");
+                return Err(FileError { place, message });
+            }
             if let Some((first, _)) = entries.iter().find(|(key, _)| key.text == text) {
                 let message = format!("field {text:?} is there twice, first on line {}", first.place.line);
                 return Err(FileError { place, message });
@@ -241,5 +259,16 @@ mod tests {
         assert_eq!(error("a: 1\na: 2\n"), "f.yaml:2:1: field \"a\" is there twice, first on line 1");
         let deep = format!("{}{}", "[".repeat(40), "]".repeat(40));
         assert!(error(&deep).contains("nested deeper"));
+    }
+
+    #[test]
+    fn sizes_that_no_resource_has_are_refused_where_they_begin() {
+        let fields = |count: usize| (0..count).map(|n| format!("f{n}: x\n")).collect::<String>();
+        assert_eq!(parse(&fields(FIELDS_MAX)).len(), 1);
+        assert_eq!(error(&fields(60_000)), "f.yaml:65:1: a mapping has at most 64 fields");
+        assert_eq!(parse(&"- x\n".repeat(ITEMS_MAX)).len(), 1);
+        assert_eq!(error(&"- x\n".repeat(60_000)), "f.yaml:1:1: a list has at most 1024 items");
+        assert_eq!(parse(&"--- x\n".repeat(RESOURCES_MAX)).len(), RESOURCES_MAX);
+        assert_eq!(error(&"--- x\n".repeat(60_000)), "f.yaml:1001:5: a file holds at most 1000 resources");
     }
 }
