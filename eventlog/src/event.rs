@@ -59,6 +59,12 @@ impl UnixMicros {
         self.0.div_euclid(1_000)
     }
 
+    /// The last point within a millisecond: what happened up to a time that is told in milliseconds.
+    #[must_use]
+    pub const fn end_of_millis(millis: i64) -> Self {
+        Self(millis.saturating_mul(1_000).saturating_add(999))
+    }
+
     pub(crate) fn from_database(time: SystemTime) -> Self {
         let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
         match time.duration_since(UNIX_EPOCH) {
@@ -84,5 +90,9 @@ mod tests {
         }
         assert_eq!(UnixMicros(1_999).millis(), 1);
         assert_eq!(UnixMicros(-1).millis(), -1);
+        for millis in [0, 1, -1, 1_753_000_000_123] {
+            let end = UnixMicros::end_of_millis(millis);
+            assert_eq!((end.millis(), UnixMicros(end.0 + 1).millis()), (millis, millis + 1));
+        }
     }
 }

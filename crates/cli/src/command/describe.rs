@@ -40,6 +40,7 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let request = v1::GetRequest { kind: args.kind.wire().into(), name: name.clone(), at: args.at.wire() };
     let list = format!("list what there is with `weft get {}`", args.kind.aliases()[0]);
     let response = answer(client.get(request).await).map_err(|failure| failure.or_next(&list))?;
+    args.at.check(response.as_of)?;
     let [resource] = response.resources.as_slice() else {
         return Err(Failure::fault(format!("there is no {} {name}", args.kind.word())).next(list));
     };

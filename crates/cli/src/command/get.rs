@@ -36,6 +36,7 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
         format!("list what there is with `weft get {}`", args.kind.map_or("", |kind| kind.aliases()[0]));
     let response = answer(context.load()?.client()?.get(request).await);
     let response = response.map_err(|failure| failure.or_next(list.trim_end()))?;
+    args.at.check(response.as_of)?;
     if let (Some(kind), Some(name), []) = (args.kind, &name, response.resources.as_slice()) {
         return Err(Failure::fault(format!("there is no {} {name}", kind.word())).next(list));
     }

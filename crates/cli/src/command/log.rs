@@ -99,9 +99,11 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     }
     let after = match args.since {
         None => 0,
-        Some(Moment::Position(position)) => position,
-        Some(moment @ Moment::Time(_)) => position_at(&mut client, moment).await?,
+        Some(moment) => position_at(&mut client, moment).await?,
     };
+    if let Some(until @ Moment::Version(_)) = args.until {
+        position_at(&mut client, until).await?;
+    }
     let lines = args.lines.unwrap_or(if args.since.is_some() { 0 } else { 20 });
     let request = v1::ReadLogRequest {
         after,
@@ -188,11 +190,16 @@ async fn one(client: &mut MeshClient<Channel>, position: u64, format: Format) ->
     Ok(Exit::Ok)
 }
 
-/// The last event recorded at or before a time.
+/// The position that a moment stands for: of a time, the last event recorded at or before it.
 async fn position_at(client: &mut MeshClient<Channel>, moment: Moment) -> Outcome<u64> {
+    if let Moment::Position(position) = moment {
+        return Ok(position);
+    }
     let request =
         v1::GetRequest { kind: v1::Kind::MeshDefaults.into(), name: String::new(), at: Some(moment.wire()) };
-    Ok(answer(client.get(request).await)?.as_of.unwrap_or_default().position)
+    let as_of = answer(client.get(request).await)?.as_of;
+    moment.check(as_of)?;
+    Ok(as_of.unwrap_or_default().position)
 }
 
 fn shown(events: &[Event], format: Format) -> Outcome<String> {

@@ -1,8 +1,8 @@
 //! `weft replay`: the state as the log makes it, folded again from the first event.
 
-use crate::command::verify::{Progress, unreadable};
+use crate::command::verify::{Progress, lost, unreadable};
 use crate::context::ContextArgs;
-use crate::failure::{Exit, Failure, Outcome};
+use crate::failure::{Exit, Failure, Outcome, chain};
 use crate::moment::Moment;
 use crate::output::table::Table;
 use crate::output::{Format, OutputArgs, json, print, yaml};
@@ -10,7 +10,8 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use weft_eventlog::{Reader, UnixMicros};
 use weft_model::Position;
-use weft_projector::{Store, fold_to, verify_rows};
+use weft_projector::{FoldToError, Store, VerifyRowsError, fold_to, verify_rows};
+use weft_proto::v1;
 use weft_routing::Projection;
 
 #[derive(Debug, clap::Args)]
@@ -53,7 +54,11 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let mut progress = Progress::new("folding");
     let folded = fold_to(&reader, to, |seen| progress.show(seen.folded.0, seen.of.0)).await;
     progress.end();
-    let projection = folded.map_err(|error| unreadable(&error))?;
+    let projection = folded.map_err(|error| unfolded(&error))?;
+    let version = projection.version();
+    if let Some(to) = args.to {
+        to.check(Some(v1::ConfigVersion { epoch: version.epoch.0, position: version.position.0 }))?;
+    }
 
     let mut report = Report::of(&projection);
     if args.check {
@@ -62,22 +67,25 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
             ok: projection == projection.recompute(),
         });
         let store = Store::new(&context.reader_url()?).map_err(|error| Failure::from_error(&error))?;
-        let rows = verify_rows(&reader, &store, |_| ()).await.map_err(|error| unreadable(&error))?;
+        let rows = verify_rows(&reader, &store, |_| ()).await;
         store.close().await;
-        report.checks.push(if rows.checkpoint == projection.version() {
-            Check {
-                what: format!("{} stored rows of {} are equal", rows.rows, rows.checkpoint),
+        report.checks.push(match rows {
+            Ok(rows) => Check {
+                // The rows are of one version only: proven there, they are proven to be this log's.
+                what: match rows.checkpoint == version {
+                    true => format!("{} stored rows of {} are equal", rows.rows, rows.checkpoint),
+                    false => format!(
+                        "{} stored rows, which are of {}, are equal to the fold there",
+                        rows.rows, rows.checkpoint
+                    ),
+                },
                 ok: rows.differences.is_empty(),
+            },
+            Err(VerifyRowsError::Fold(FoldToError::NotYet { wanted, head })) => {
+                Check { what: lost(wanted, head), ok: false }
             }
-        } else {
-            // The rows are of one version only: proven there, they are proven to be this log's.
-            Check {
-                what: format!(
-                    "{} stored rows, which are of {}, are equal to the fold there",
-                    rows.rows, rows.checkpoint
-                ),
-                ok: rows.differences.is_empty(),
-            }
+            Err(VerifyRowsError::Fold(error)) => return Err(unfolded(&error)),
+            Err(error @ VerifyRowsError::Store(_)) => return Err(unreadable(&error)),
         });
     }
     print(&match args.output.format {
@@ -88,10 +96,25 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     Ok(if report.checks.iter().all(|check| check.ok) { Exit::Ok } else { Exit::CheckFailed })
 }
 
+/// Why the log could not be folded up to where it should.
+fn unfolded(error: &FoldToError) -> Failure {
+    match error {
+        FoldToError::Store(_) => unreadable(error),
+        FoldToError::Fault(fault) => {
+            Failure::new(Exit::CheckFailed, format!("the log cannot be folded: {}", chain(fault)))
+                .next("see what is wrong with it with `weft verify`")
+        }
+        FoldToError::NotYet { head, .. } => {
+            Failure::fault(error.to_string()).next(format!("name a version up to {head}, or leave --to out"))
+        }
+    }
+}
+
 async fn target(reader: &Reader, to: Option<Moment>) -> Outcome<Position> {
     let position = match to {
         Some(Moment::Position(position)) => return Ok(Position(position)),
-        Some(Moment::Time(ms)) => reader.position_at(UnixMicros(ms.saturating_mul(1_000))).await,
+        Some(Moment::Version(version)) => return Ok(version.position),
+        Some(Moment::Time(ms)) => reader.position_at(UnixMicros::end_of_millis(ms)).await,
         None => reader.head().await.map(|head| head.position),
     };
     position.map_err(|error| unreadable(&error))

@@ -92,7 +92,9 @@ struct Policy {
 pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let past = args.at.at.is_some();
     let request = v1::StatusRequest { at: args.at.wire() };
-    let status = Status::of(answer(context.load()?.client()?.status(request).await)?);
+    let response = answer(context.load()?.client()?.status(request).await)?;
+    args.at.check(response.as_of)?;
+    let status = Status::of(response);
     print(&match args.output.format {
         Format::Table => text(&status, past, now_ms()),
         Format::Json => json(&status)?,

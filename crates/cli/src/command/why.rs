@@ -84,6 +84,7 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let response = answer(response);
     let response =
         response.map_err(|failure| failure.or_next("see the services with `weft get services`"))?;
+    args.at.check(response.as_of)?;
     let answer = Answer::of(args.source.to_string(), destination, response);
     print(&match args.output.format {
         Format::Table => text(&answer),
