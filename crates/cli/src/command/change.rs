@@ -25,7 +25,7 @@ pub(crate) struct ChangeArgs {
     /// Why; recorded in the log
     #[arg(long, value_name = "TEXT", default_value = "")]
     reason: String,
-    /// Wait until every connected sidecar runs the change
+    /// Wait until every connected sidecar runs the change; one that is not connected is not waited for
     #[arg(long, conflicts_with = "dry_run")]
     wait: bool,
     /// Longest to wait
@@ -70,9 +70,11 @@ struct Changed {
 }
 
 /// Every connected sidecar runs the change.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Arrival {
     sidecars: usize,
+    /// Left out: nobody knows when these will be back.
+    not_connected: usize,
     /// From the answer of the apply.
     took_ms: u64,
 }
@@ -110,9 +112,7 @@ pub(crate) async fn run(
         arrival: None,
     };
     if args.wait {
-        let sidecars = wait_for(&mut client, version, acknowledged, args.timeout).await?;
-        let took_ms = u64::try_from(acknowledged.elapsed().as_millis()).unwrap_or(u64::MAX);
-        report.arrival = Some(Arrival { sidecars, took_ms });
+        report.arrival = Some(wait_for(&mut client, version, acknowledged, args.timeout).await?);
     }
     print(&match args.output.format {
         Format::Table => table(&report),
@@ -153,18 +153,23 @@ fn explain(error: CallError, wanted: &[Wanted<'_>]) -> Failure {
     }
 }
 
-/// Waits until every connected sidecar runs what it should after `version`; says how many there are.
+/// Waits until every connected sidecar runs what it should after `version`.
 async fn wait_for(
     client: &mut MeshClient<Channel>,
     version: v1::ConfigVersion,
     since: Instant,
     limit: Duration,
-) -> Outcome<usize> {
+) -> Outcome<Arrival> {
     loop {
         let status = super::answer(client.status(v1::StatusRequest { at: None }).await)?;
         let late = late(&status, version);
         if late.is_empty() {
-            return Ok(status.sidecars.iter().filter(|sidecar| sidecar.connected).count());
+            let sidecars = status.sidecars.iter().filter(|sidecar| sidecar.connected).count();
+            return Ok(Arrival {
+                sidecars,
+                not_connected: status.sidecars.len() - sidecars,
+                took_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            });
         }
         if since.elapsed() > limit {
             let what = format!(
@@ -180,10 +185,11 @@ async fn wait_for(
     }
 }
 
-/// Who does not have the change yet; the projector if it has not projected it.
+/// Who does not have the change yet; the projector if it has not projected it: before its checkpoint covers the change,
+/// what sidecars should run is not yet said.
 fn late(status: &v1::StatusResponse, version: v1::ConfigVersion) -> Vec<String> {
     let number = |version: &v1::ConfigVersion| (version.epoch, version.position);
-    if status.as_of.as_ref().map(number) < Some(number(&version)) {
+    if status.leader.as_ref().is_none_or(|leader| leader.position < version.position) {
         return vec!["the projector".to_owned()];
     }
     let behind = |sidecar: &&v1::SidecarStatus| {
@@ -208,10 +214,13 @@ fn table(report: &Report) -> String {
         (false, true) => format!("this command was executed before; the log was at {}\n", report.version),
         (false, false) => format!("the log is at {}\n", report.version),
     });
-    if let Some(Arrival { sidecars, took_ms }) = report.arrival {
+    if let Some(Arrival { sidecars, not_connected, took_ms }) = report.arrival {
         text.push_str(&format!(
             "all {sidecars} connected sidecars run it, {took_ms} ms after it was recorded\n"
         ));
+        if not_connected != 0 {
+            text.push_str(&format!("left out, since not connected: {not_connected}; see `weft status`\n"));
+        }
     }
     text
 }
@@ -237,13 +246,14 @@ mod tests {
             dry_run: false,
             repeated: false,
             changes: vec![change("Service default/db", true), change("Service default/api", false)],
-            arrival: Some(Arrival { sidecars: 4, took_ms: 12 }),
+            arrival: Some(Arrival { sidecars: 4, not_connected: 1, took_ms: 12 }),
         };
         let expected = "RESOURCE              VERSION   RESULT\n\
                         Service default/db    2         changed\n\
                         Service default/api   2         unchanged\n\
                         the log is at 1.42\n\
-                        all 4 connected sidecars run it, 12 ms after it was recorded\n";
+                        all 4 connected sidecars run it, 12 ms after it was recorded\n\
+                        left out, since not connected: 1; see `weft status`\n";
         assert_eq!(table(&report), expected);
         report.dry_run = true;
         assert!(table(&report).contains("would change"));
@@ -259,7 +269,9 @@ mod tests {
             ..v1::SidecarStatus::default()
         };
         let mut status = v1::StatusResponse {
-            as_of: version(9),
+            // The fold is ahead of the rows that say what sidecars should run.
+            as_of: version(10),
+            leader: Some(v1::LeaderStatus { position: 9, ..v1::LeaderStatus::default() }),
             sidecars: vec![
                 sidecar("there", version(9), true),
                 sidecar("late", version(8), true),
@@ -269,7 +281,8 @@ mod tests {
             ..v1::StatusResponse::default()
         };
         assert_eq!(late(&status, version(9).unwrap()), ["late", "new"]);
-        status.as_of = version(8);
+        assert_eq!(late(&status, version(10).unwrap()), ["the projector"]);
+        status.leader = None;
         assert_eq!(late(&status, version(9).unwrap()), ["the projector"]);
     }
 
