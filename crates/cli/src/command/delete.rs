@@ -7,7 +7,11 @@ use crate::resource::{Kind, files, wire};
 use std::path::PathBuf;
 use weft_model::{ExpectedVersion, Version};
 
+/// What a person may not expect of an instance that is gone.
+const REGISTERS_AGAIN: &str = "a sidecar that still runs registers its instance again: stop the sidecar first, then delete its instance";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = "A sidecar that still runs registers its instance again: stop the sidecar first.")]
 pub(crate) struct Args {
     /// services, instances, traffic or security
     #[arg(required_unless_present = "files", requires = "name")]
@@ -46,5 +50,11 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
             resource: None,
         });
     }
-    change::run(context.load()?.client()?, wanted, args.change).await
+    let instances =
+        args.kind == Some(Kind::Instance) || resources.iter().any(|resource| resource.kind == Kind::Instance);
+    let exit = change::run(context.load()?.client()?, wanted, args.change).await?;
+    if instances {
+        eprintln!("note: {REGISTERS_AGAIN}");
+    }
+    Ok(exit)
 }
