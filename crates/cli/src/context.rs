@@ -4,6 +4,7 @@
 //! current folder or the nearest one above that has it.
 
 use crate::failure::{Failure, Outcome, chain};
+use crate::output::time::{ago, now_ms, point};
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -98,7 +99,7 @@ impl Context {
     /// A client that connects when it is first used.
     ///
     /// # Errors
-    /// There is no usable credential.
+    /// There is no usable credential, or it has expired.
     pub(crate) fn client(&self) -> Outcome<MeshClient<Channel>> {
         let credential = Credential::load(&self.credential_dir).map_err(|error| {
             Failure::fault(format!(
@@ -108,9 +109,28 @@ impl Context {
             ))
             .next("start the mesh with `weft up`, or issue one with `weft-controller operator issue`")
         })?;
+        self.check_lifetime(&credential, now_ms())?;
         let tls = TlsIdentity::new(credential).client_config(ExpectedPeer::Controller, weft_client::ALPN);
         let channel = weft_client::channel(self.controllers.clone(), tls);
         Ok(MeshClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+    }
+
+    /// Told here, since a controller that refuses an expired leaf in the handshake looks like one that is not there.
+    fn check_lifetime(&self, credential: &Credential, now_ms: i64) -> Outcome<()> {
+        let end_ms = credential.expires_at().0;
+        if now_ms <= end_ms {
+            return Ok(());
+        }
+        let dir = self.credential_dir.display();
+        Err(Failure::fault(format!(
+            "the credential in {dir} expired {}, at {}",
+            ago(now_ms, end_ms),
+            point(end_ms)
+        ))
+        .next(
+            "issue another one with `weft-controller operator issue`; a local mesh issues one when it starts: \
+             press Ctrl-C and run `weft up` again",
+        ))
     }
 
     /// The database as a reader may see it.
@@ -138,5 +158,32 @@ impl Context {
         let file = self.reader_url_file.as_ref().unwrap_or(&self.file);
         Failure::fault(format!("the reader's database URL in {} cannot be used: {why}", file.display()))
             .next("write a PostgreSQL URL of a role that is a member of weft_reader, or run `weft up` again")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use weft_identity::ca::CertificateAuthority;
+    use weft_identity::spiffe::SpiffeId;
+    use weft_model::Timestamp;
+
+    #[test]
+    fn an_expired_credential_is_told_before_anybody_is_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let then = Timestamp(1_772_366_400_000);
+        let authority = CertificateAuthority::create(&"weft.local".parse().unwrap(), then).unwrap();
+        let subject = "spiffe://weft.local/operator/admin/admin".parse::<SpiffeId>().unwrap().subject;
+        let credential = authority.issue_credential(&subject, then, Duration::from_secs(60)).unwrap();
+        credential.save(&dir.path().join("admin")).unwrap();
+        let file = dir.path().join(CONTEXT_FILE);
+        fs::write(&file, r#"{ "controllers": ["127.0.0.1:1"], "credential_dir": "admin" }"#).unwrap();
+
+        let context = ContextArgs { context: Some(file) }.load().unwrap();
+        let refused = context.client().unwrap_err().to_string();
+        assert!(refused.contains("expired") && refused.contains("at 2026-03-01T12:01:00Z"), "{refused}");
+        assert!(refused.contains("`weft-controller operator issue`"), "{refused}");
+        context.check_lifetime(&credential, credential.expires_at().0).unwrap();
     }
 }
