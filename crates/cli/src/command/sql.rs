@@ -13,6 +13,9 @@ use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 use super::change::duration;
 
+/// Longest that a statement may be given; the server's own limit is not far above.
+const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   weft sql 'select * from status.sidecars'
@@ -23,11 +26,18 @@ pub(crate) struct Args {
     /// Most rows to show
     #[arg(long, value_name = "COUNT", default_value_t = 1_000)]
     rows: usize,
-    /// Longest that the database may take
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    /// Longest that the database may take, 1ms to 24h
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = statement_timeout)]
     timeout: Duration,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// The server counts whole milliseconds, and takes none for no limit.
+fn statement_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = duration(text)?;
+    let bounds = Duration::from_millis(1)..=TIMEOUT_MAX;
+    if bounds.contains(&timeout) { Ok(timeout) } else { Err("must be from 1ms to 24h".to_owned()) }
 }
 
 /// A column's name and type.
@@ -47,10 +57,8 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
         // Its errors reach the query as well.
         let _ = connection.await;
     });
-    let (columns, rows, more) =
-        ask(&client, &args.query, args.rows).await.map_err(|error| refused(&error))?;
+    let (columns, rows, more) = ask(&client, &args.query, args.rows).await?;
     print(&match args.output.format {
-        Format::Table if columns.is_empty() => "done\n".to_owned(),
         Format::Table => {
             let headings: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
             let cells: Vec<Vec<String>> = rows
@@ -71,20 +79,24 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     Ok(Exit::Ok)
 }
 
+/// What `weft sql` takes.
+const ONE_QUESTION: &str = "give one statement that answers with rows, such as a SELECT, in quotes";
+
 type Rows = Vec<Vec<Option<String>>>;
 
-async fn ask(
-    client: &Client,
-    query: &str,
-    rows_max: usize,
-) -> Result<(Vec<Column>, Rows, bool), tokio_postgres::Error> {
+async fn ask(client: &Client, query: &str, rows_max: usize) -> Outcome<(Vec<Column>, Rows, bool)> {
+    let refused = |error| refused(&error);
     // Preparing refuses more than one statement, and tells the types, which the text of the rows does not.
-    let prepared = client.prepare(query).await?;
+    let prepared = client.prepare(query).await.map_err(refused)?;
     let columns: Vec<Column> =
         prepared.columns().iter().map(|column| (column.name().to_owned(), column.type_().clone())).collect();
-    let mut messages = pin!(client.simple_query_raw(query).await?);
+    if columns.is_empty() {
+        // Such as SET, BEGIN or COPY: it would change the connection, which ends here, or speak another protocol.
+        return Err(Failure::fault("this statement has no columns to show").next(ONE_QUESTION));
+    }
+    let mut messages = pin!(client.simple_query_raw(query).await.map_err(refused)?);
     let mut rows = Vec::new();
-    while let Some(message) = messages.try_next().await? {
+    while let Some(message) = messages.try_next().await.map_err(refused)? {
         let SimpleQueryMessage::Row(row) = message else { continue };
         if rows.len() == rows_max {
             return Ok((columns, rows, true));
@@ -112,7 +124,7 @@ fn refused(error: &tokio_postgres::Error) -> Failure {
             "list the views with `weft sql \"select schemaname, viewname from pg_views where schemaname in ('status', 'audit')\"`",
         ),
         // syntax_error
-        "42601" => failure.next("give one statement, in quotes"),
+        "42601" => failure.next(ONE_QUESTION),
         // query_canceled
         "57014" => failure.next("give it longer with --timeout"),
         _ => failure,
@@ -120,14 +132,25 @@ fn refused(error: &tokio_postgres::Error) -> Failure {
 }
 
 fn objects(columns: &[Column], rows: &Rows) -> Vec<Map<String, Value>> {
+    let keys = keys(columns);
     let object = |row: &Vec<Option<String>>| {
-        columns
-            .iter()
-            .zip(row)
-            .map(|((name, kind), cell)| (name.clone(), value(kind, cell.as_deref())))
-            .collect()
+        let cells = keys.iter().zip(columns).zip(row);
+        cells.map(|((key, (_, kind)), cell)| (key.clone(), value(kind, cell.as_deref()))).collect()
     };
     rows.iter().map(object).collect()
+}
+
+/// The columns' names, made different: the second `n` is `n_2`.
+fn keys(columns: &[Column]) -> Vec<String> {
+    let mut keys: Vec<String> = Vec::with_capacity(columns.len());
+    for (name, _) in columns {
+        // Numbered past a column that is called so itself, wherever it stands.
+        let mut numbered = (2_u32..).map(|number| format!("{name}_{number}"));
+        let taken = |key: &String| keys.contains(key) || columns.iter().any(|(other, _)| other == key);
+        let key = if keys.contains(name) { numbered.find(|key| !taken(key)) } else { None };
+        keys.push(key.unwrap_or_else(|| name.clone()));
+    }
+    keys
 }
 
 /// A cell as JSON: numbers, truth values and JSON as such, everything else as PostgreSQL writes it.
@@ -163,6 +186,22 @@ mod tests {
         assert_eq!(value(&Type::INT8, None), Value::Null);
     }
 
+    #[test]
+    fn columns_of_one_name_are_all_kept() {
+        let columns = ["n", "n", "n_2", "m", "n"].map(|name| (name.to_owned(), Type::INT4));
+        assert_eq!(keys(&columns), ["n", "n_3", "n_2", "m", "n_4"]);
+        let rows = vec![["1", "2", "3", "4", "5"].map(|cell| Some(cell.to_owned())).to_vec()];
+        assert_eq!(objects(&columns, &rows)[0]["n_4"], json!(5));
+    }
+
+    #[test]
+    fn a_time_limit_is_one() {
+        assert_eq!(statement_timeout("1ms"), Ok(Duration::from_millis(1)));
+        for none in ["0s", "999us", "25h", "soon"] {
+            assert!(statement_timeout(none).is_err(), "{none}");
+        }
+    }
+
     #[tokio::test]
     async fn answers_are_bounded_and_one_statement_is_all() {
         let database = weft_testkit::TestDatabase::create().await;
@@ -178,9 +217,13 @@ mod tests {
         assert_eq!((rows.len(), more), (10, false));
 
         let two = ask(&client, "select 1; drop schema public", 1).await.unwrap_err();
-        assert!(refused(&two).to_string().contains("one statement"));
+        assert!(two.to_string().contains("give one statement"), "{two}");
+        for mute in ["set statement_timeout = 0", "begin", "copy (select 1) to stdout", "", "select"] {
+            let refused = ask(&client, mute, 1).await.unwrap_err().to_string();
+            assert!(refused.contains("no columns to show"), "{mute}: {refused}");
+        }
         let absent = ask(&client, "select * from status.nothing", 1).await.unwrap_err();
-        assert!(refused(&absent).to_string().contains("pg_views"));
+        assert!(absent.to_string().contains("pg_views"), "{absent}");
         database.close().await;
     }
 }
