@@ -6,8 +6,8 @@ use weft_model::version::{Position, Version};
 use weft_testkit::TestDatabase;
 
 use crate::support::{
-    Any, Empty, LOCK, assert_gapless, config, event, exact, migrated, one, open, part, positions,
-    read_all, request,
+    Any, Empty, LOCK, assert_gapless, config, event, exact, migrated, one, open, part, positions, read_all,
+    request,
 };
 
 #[tokio::test]
