@@ -75,14 +75,18 @@ impl ContextArgs {
 /// The context of the current folder or the nearest one above it.
 fn nearest() -> Outcome<PathBuf> {
     let here = std::env::current_dir().map_err(|error| Failure::from_error(&error))?;
-    let found = here.ancestors().map(|dir| dir.join(HOME_DIR).join(CONTEXT_FILE)).find(|file| file.is_file());
-    found.ok_or_else(|| {
+    nearest_to(&here).ok_or_else(|| {
         Failure::fault(format!(
             "no mesh is known here: there is no {HOME_DIR}/{CONTEXT_FILE} in {} or above",
             here.display()
         ))
         .next("start a local mesh with `weft up`, or name another mesh with --context or WEFT_CONTEXT")
     })
+}
+
+/// The same for a folder, if there is one.
+pub(crate) fn nearest_to(folder: &Path) -> Option<PathBuf> {
+    folder.ancestors().map(|dir| dir.join(HOME_DIR).join(CONTEXT_FILE)).find(|file| file.is_file())
 }
 
 impl Context {

@@ -195,6 +195,14 @@ impl LocalMesh {
         &self.home
     }
 
+    /// Where the private PostgreSQL keeps its data, if its account could not enter the home: a folder to remove together
+    /// with the home, whose link `pg/home` leads there.
+    #[must_use]
+    pub fn data_elsewhere(&self) -> Option<PathBuf> {
+        let data = self.postgres.as_ref()?.cluster().data_dir();
+        if data.starts_with(self.home.dir()) { None } else { data.parent().map(Path::to_owned) }
+    }
+
     /// Every process except PostgreSQL's, in the order of their start.
     #[must_use]
     pub fn processes(&self) -> Vec<Process> {

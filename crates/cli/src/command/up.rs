@@ -1,14 +1,15 @@
 //! `weft up`: run a whole mesh on this machine until Ctrl-C.
 
+mod introduction;
+
 use crate::failure::{Exit, Failure, Outcome, chain};
 use crate::output::print;
-use crate::output::table::Table;
 use crate::output::text::printable;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use weft_localmesh::home::{HOME_DIR, Home};
-use weft_localmesh::{Config, LocalMesh, PortChoice, Programs, Progress, Sidecar, StartError};
+use weft_localmesh::{Config, LocalMesh, PortChoice, Programs, Progress, StartError};
 
 /// `--home`, of the commands that run a local mesh.
 #[derive(Clone, Debug, clap::Args)]
@@ -25,7 +26,10 @@ impl HomeArgs {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "The second start resumes the log of the first; remove the folder to begin anew.")]
+#[command(
+    after_help = "The second start resumes the log of the first. To begin anew, remove the folder; where PostgreSQL \
+    could not enter it, its data lies elsewhere, and what is to be removed is printed when the mesh is up."
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     home: HomeArgs,
@@ -73,7 +77,7 @@ pub(crate) async fn run(args: Args) -> Outcome<Exit> {
 
 /// Shows how to use the mesh, then tells what dies, until somebody wants the end.
 async fn watch(mesh: &mut LocalMesh, ends: &mut Ends) -> Outcome<Exit> {
-    print(&introduction(mesh).await)?;
+    print(&introduction::text(mesh).await?)?;
     loop {
         tokio::select! {
             () = ends.next() => return Ok(Exit::Ok),
@@ -124,84 +128,4 @@ fn failure(error: &StartError) -> Failure {
             "mend it and run `weft up` again; the logs are in .weft/logs/. What was started is being stopped"
         }
     })
-}
-
-/// What a newcomer reads when everything is up.
-async fn introduction(mesh: &LocalMesh) -> String {
-    let sidecars = mesh.sidecars().await;
-    let mut table = Table::new(&["SERVICE", "INSTANCE", "IDENTITY", "CONFIG", "APP", "SIDECAR"]);
-    for sidecar in &sidecars {
-        table.row([
-            sidecar.service.clone(),
-            sidecar.instance.clone(),
-            sidecar.identity.clone().unwrap_or_default(),
-            sidecar.config_version.clone().unwrap_or_default(),
-            format!("127.0.0.1:{}", sidecar.app_port),
-            format!("127.0.0.1:{}", sidecar.inbound_port),
-        ]);
-    }
-    let api = mesh.service_address("default/api").await;
-    let db = mesh.service_address("default/db").await;
-    format!("\n{}\n{}", table.render(), hints(mesh.home(), &sidecars, api.as_deref(), db.as_deref()))
-}
-
-fn hints(home: &Home, sidecars: &[Sidecar], api: Option<&str>, db: Option<&str>) -> String {
-    let pgpass = home.secret("pgpass");
-    let psql = |host: &str, port: u16| {
-        format!(
-            "PGPASSFILE={} psql -h {host} -p {port} -U shop -d shop -c 'select * from orders'",
-            pgpass.display()
-        )
-    };
-    let of = |instance: &str| sidecars.iter().find(|sidecar| sidecar.instance == instance);
-    let mut text = String::from("Try, in another terminal in this folder:\n");
-    let mut hint = |what: &str, line: String| text.push_str(&format!("  # {what}\n  {line}\n"));
-    if let Some(web) = of("web-1") {
-        hint("a request through web → api → db", format!("curl -s http://127.0.0.1:{}/", web.app_port));
-    }
-    if let Some(address) = api {
-        hint("api as web sees it, at its own address", format!("curl -s http://{address}:8080/"));
-    }
-    if let Some(port) = of("api-1").and_then(|api| api.outbound_port) {
-        hint("the database as api sees it: a real client through two sidecars", psql("127.0.0.1", port));
-    }
-    if let Some(address) = db {
-        hint("the database as web sees it: refused, web may not query db", psql(address, 5432));
-    }
-    text.push_str(
-        "\nThen: weft status · weft log · weft why web db:5432 · weft sql 'select * from status.sidecars'\n",
-    );
-    text.push_str(&format!("Resources: {} · logs: {}\n", home.resources().display(), home.logs().display()));
-    text.push_str("Ctrl-C or `weft down` stops everything; the next `weft up` goes on with the same log.\n");
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sidecar(instance: &str, outbound_port: Option<u16>) -> Sidecar {
-        Sidecar {
-            service: "default/x".into(),
-            instance: instance.into(),
-            app: None,
-            identity: None,
-            config_version: None,
-            app_port: 7413,
-            inbound_port: 7411,
-            admin_port: 7412,
-            outbound_port,
-        }
-    }
-
-    #[test]
-    fn hints_are_lines_to_paste_without_a_secret_in_them() {
-        let sidecars = [sidecar("web-1", Some(7414)), sidecar("api-1", Some(7424))];
-        let text = hints(&Home::at("/m/.weft"), &sidecars, Some("127.64.0.7"), Some("127.64.0.8"));
-        assert!(text.contains("curl -s http://127.0.0.1:7413/"), "{text}");
-        assert!(text.contains("curl -s http://127.64.0.7:8080/"), "{text}");
-        let psql = "PGPASSFILE=/m/.weft/secrets/pgpass psql -h 127.0.0.1 -p 7424 -U shop -d shop -c 'select * from orders'";
-        assert!(text.contains(psql), "{text}");
-        assert!(text.contains("psql -h 127.64.0.8 -p 5432"), "{text}");
-    }
 }
