@@ -21,13 +21,14 @@
 //! **Beginning to lead** compares all stored rows with the fold and writes the differences in the first transaction, so
 //! rows and code converge whatever an older version, a crash or a person left there. Folding starts at the first event.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_eventlog::{Reader, RecordedEvent, StoreError as LogError, Tail};
-use weft_model::{Fact, Position};
+use weft_model::{ConfigVersion, Fact, Position};
 
 use crate::decode::{Undecodable, decode};
 use crate::fault::{Chain, Fault};
@@ -102,17 +103,22 @@ impl Projector {
         let mut look = interval(CHECKPOINT_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let waits_for_checkpoint = self.leading.is_none() && !self.pending.is_empty();
-            tokio::select! {
-                biased;
-                _ = lease.tick() => self.keep_lease().await?,
-                // Before the log, which may never be quiet.
-                _ = look.tick(), if waits_for_checkpoint => self.look_at_checkpoint().await,
-                page = tail.next() => {
-                    self.take_in(page).await?;
-                    self.write().await;
+            let page = {
+                // Kept while the others have their turn: a read that takes longer than they leave it would never end.
+                let mut next = pin!(tail.next());
+                loop {
+                    let waits_for_checkpoint = self.leading.is_none() && !self.pending.is_empty();
+                    tokio::select! {
+                        biased;
+                        _ = lease.tick() => self.keep_lease().await?,
+                        // Before the log, which may never be quiet.
+                        _ = look.tick(), if waits_for_checkpoint => self.look_at_checkpoint().await,
+                        page = &mut next => break page,
+                    }
                 }
-            }
+            };
+            self.take_in(page).await?;
+            self.write().await;
         }
     }
 
@@ -174,10 +180,9 @@ impl Projector {
         let started = Instant::now();
         match self.store.commit(term, checkpoint, delta.version, &delta.rows).await {
             Ok(Commit::Done) => {
-                let position = delta.version.position;
                 metrics::histogram!("weft_projector_commit_seconds").record(started.elapsed().as_secs_f64());
-                self.leading = Some(Leading { checkpoint: position, ..leading });
-                self.publish(position);
+                self.leading = Some(Leading { checkpoint: delta.version.position, ..leading });
+                self.publish(delta.version);
             }
             Ok(Commit::Fenced) => {
                 tracing::warn!(term, "another controller leads: nothing was written, nothing is published");
@@ -191,10 +196,10 @@ impl Projector {
         }
     }
 
-    fn publish(&mut self, checkpoint: Position) {
+    fn publish(&mut self, checkpoint: ConfigVersion) {
         self.view.publish(&mut self.pending, checkpoint);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-        metrics::gauge!("weft_projector_published_position").set(checkpoint.0 as f64);
+        metrics::gauge!("weft_projector_published_position").set(checkpoint.position.0 as f64);
     }
 
     fn follow_others(&mut self) {
@@ -205,7 +210,7 @@ impl Projector {
 
     async fn look_at_checkpoint(&mut self) {
         match self.store.checkpoint().await {
-            Ok(checkpoint) => self.publish(checkpoint.position),
+            Ok(checkpoint) => self.publish(checkpoint),
             Err(error) => tracing::debug!(error = %Chain(&error), "the checkpoint cannot be read"),
         }
     }

@@ -134,7 +134,7 @@ impl View {
     }
 
     /// Publishes everything in `pending` that the checkpoint covers.
-    pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: Position) {
+    pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: ConfigVersion) {
         let ready = pending.take_until(checkpoint);
         let Some(version) = ready.last().map(|delta| delta.version) else { return };
         {
@@ -172,8 +172,14 @@ impl Pending {
         }))
     }
 
-    fn take_until(&mut self, checkpoint: Position) -> Vec<Delta> {
-        let ready = self.0.iter().take_while(|delta| delta.version.position <= checkpoint).count();
+    /// A checkpoint speaks of its own epoch: positions of another one may be of events that it does not cover, as when
+    /// the log lost its end and the checkpoint is still that of the lost events. What is pending of an earlier epoch goes
+    /// with the first of the checkpoint's own.
+    fn take_until(&mut self, checkpoint: ConfigVersion) -> Vec<Delta> {
+        let covered = |delta: &Delta| {
+            delta.version.epoch == checkpoint.epoch && delta.version.position <= checkpoint.position
+        };
+        let ready = self.0.iter().rposition(covered).map_or(0, |last| last + 1);
         self.0.drain(..ready).collect()
     }
 }
@@ -183,8 +189,12 @@ mod tests {
     use super::*;
     use weft_model::Epoch;
 
+    fn at(epoch: u64, position: u64) -> ConfigVersion {
+        ConfigVersion::new(Epoch(epoch), Position(position))
+    }
+
     fn delta(position: u64) -> Delta {
-        Delta { version: ConfigVersion::new(Epoch(1), Position(position)), ..Delta::default() }
+        Delta { version: at(1, position), ..Delta::default() }
     }
 
     #[test]
@@ -193,10 +203,27 @@ mod tests {
         [3, 7, 9].into_iter().for_each(|position| pending.push(delta(position)));
         let published = |view: &View| view.published(|published| published.version().position.0);
         for (checkpoint, expected) in [(2, 0), (3, 3), (8, 7), (7, 7), (9, 9)] {
-            view.publish(&mut pending, Position(checkpoint));
+            view.publish(&mut pending, at(1, checkpoint));
             assert_eq!(published(&view), expected, "checkpoint {checkpoint}");
         }
         assert!(pending.is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_epoch_covers_nothing() {
+        let (view, mut pending) = (View::new(), Pending::default());
+        pending.push(delta(3));
+        pending.push(Delta { version: at(2, 5), ..Delta::default() });
+        for (checkpoint, expected) in
+            [(at(1, 2), at(0, 0)), (at(3, 9), at(0, 0)), (at(1, 9), at(1, 3)), (at(2, 5), at(2, 5))]
+        {
+            view.publish(&mut pending, checkpoint);
+            assert_eq!(view.published(Published::version), expected, "checkpoint {checkpoint}");
+        }
+        pending.push(Delta { version: at(2, 6), ..Delta::default() });
+        pending.push(Delta { version: at(3, 7), ..Delta::default() });
+        view.publish(&mut pending, at(3, 7));
+        assert!(pending.is_empty(), "what is before the checkpoint's epoch goes with it");
     }
 
     #[test]
@@ -206,7 +233,7 @@ mod tests {
         assert_eq!(pending.0.len(), PENDING_MAX);
         assert_eq!(pending.merged().map(|all| all.version.position), Some(Position(1_000)));
         // The merged ones are published together, not before the last of them is covered.
-        assert_eq!(pending.take_until(Position(999)).len(), PENDING_MAX - 1);
-        assert_eq!(pending.take_until(Position(1_000)).len(), 1);
+        assert_eq!(pending.take_until(at(1, 999)).len(), PENDING_MAX - 1);
+        assert_eq!(pending.take_until(at(1, 1_000)).len(), 1);
     }
 }
