@@ -152,10 +152,12 @@ create table weft.projected_policy (
 comment on table weft.projected_policy is 'Policies and defaults in force. Read status.policies.';
 
 -- Not derived from the log: what sidecars said to whichever controller they talk to. Written by every controller,
--- coalesced, one row per sidecar; losing it loses nothing but a moment of status.
+-- coalesced, one row per sidecar, until a day after it stopped taking part; losing it loses nothing but a moment of
+-- status.
 create table weft.sidecar_ack (
     instance      text        primary key,
     controller    text        not null,
+    controller_id uuid        not null,
     connected     boolean     not null,
     epoch         bigint,
     position      bigint,
@@ -166,6 +168,7 @@ create table weft.sidecar_ack (
 ) with (fillfactor = 70);
 comment on table weft.sidecar_ack is 'What each sidecar last said that it runs. Read status.sidecars.';
 comment on column weft.sidecar_ack.controller is 'The controller that heard it.';
+comment on column weft.sidecar_ack.controller_id is 'Tells apart two processes of one name.';
 comment on column weft.sidecar_ack.connected is 'It was subscribed there when this row was written.';
 comment on column weft.sidecar_ack.epoch is 'Epoch of what it runs; null if it runs nothing.';
 comment on column weft.sidecar_ack.position is 'Position of what it runs; null if it runs nothing.';

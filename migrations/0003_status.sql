@@ -73,7 +73,11 @@ select wanted.instance,
                case when sidecar.since > coalesce(ack.position, 0) then sidecar.assigned_at end,
                (select min(history.produced_at) from weft.manifest_history as history
                 where history.class_id = wanted.class_id and history.position > ack.position),
-               wanted.produced_at)), 0)::numeric, 3)
+               -- It runs this position in an earlier epoch: the first event of this one is what is new for it.
+               greatest(wanted.produced_at,
+                        (select event.recorded_at
+                         from weft.log_epoch as begun join weft.event on event.position = begun.fork_position + 1
+                         where begun.epoch = wanted.epoch)))), 0)::numeric, 3)
        end                                                                              as lag_seconds,
        coalesce(ack.connected and ack.seen_at > clock_timestamp() - interval '25 seconds', false) as connected,
        ack.seen_at                                                                      as last_seen,

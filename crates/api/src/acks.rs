@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use weft_model::{ConfigVersion, InstanceId};
 use weft_projector::{Ack, Chain, Store};
 use weft_routing::Hash;
@@ -17,7 +18,8 @@ use weft_routing::Hash;
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
 /// Sidecars in one statement.
 const FLUSH_MAX: usize = 1_000;
-/// Every so many flushes, those who are connected are marked as seen: every 10 s, which `status.sidecars` counts on.
+/// Every so many flushes, those who are connected are marked as seen: every 10 s, which `status.sidecars` counts on. Then
+/// those who left long ago are forgotten, too.
 const REFRESH_EVERY: u32 = 50;
 /// Longest reason for a refused snapshot that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 500;
@@ -105,8 +107,9 @@ impl Acks {
         ack.error = Some(error).filter(|error| !error.is_empty());
     }
 
-    /// Writes what changed until `drain`, and then once more.
-    pub async fn run(self: Arc<Self>, store: Store, controller: String, drain: CancellationToken) {
+    /// Writes what changed until `drain`, and then once more, in the name of `controller`; `id` tells it from another
+    /// process of that name.
+    pub async fn run(self: Arc<Self>, store: Store, controller: String, id: Uuid, drain: CancellationToken) {
         let mut ticks = interval(FLUSH_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut until_refresh = REFRESH_EVERY;
@@ -115,24 +118,24 @@ impl Acks {
                 () = drain.cancelled() => break,
                 _ = ticks.tick() => {}
             }
-            self.flush(&store, &controller).await;
+            self.flush(&store, &controller, id).await;
             until_refresh -= 1;
             if until_refresh == 0 {
                 until_refresh = REFRESH_EVERY;
-                self.refresh(&store, &controller).await;
+                self.refresh(&store, id).await;
             }
         }
         self.disconnect_all();
-        self.flush(&store, &controller).await;
+        self.flush(&store, &controller, id).await;
     }
 
-    async fn flush(&self, store: &Store, controller: &str) {
+    async fn flush(&self, store: &Store, controller: &str, id: Uuid) {
         loop {
             let batch = self.take();
             if batch.is_empty() {
                 return;
             }
-            if let Err(error) = store.put_acks(controller, &batch).await {
+            if let Err(error) = store.put_acks(controller, id, &batch).await {
                 tracing::warn!(error = %Chain(&error), sidecars = batch.len(), "acknowledgements not written yet");
                 let mut state = self.lock();
                 state.changed.extend(batch.into_iter().map(|(instance, _)| instance));
@@ -142,17 +145,20 @@ impl Acks {
         }
     }
 
-    async fn refresh(&self, store: &Store, controller: &str) {
+    async fn refresh(&self, store: &Store, id: Uuid) {
         let connected: Vec<_> = {
             let state = self.lock();
             let connected = state.sidecars.iter().filter(|(_, sidecar)| sidecar.streams > 0);
             connected.map(|(instance, _)| instance.clone()).collect()
         };
         for group in connected.chunks(FLUSH_MAX) {
-            if let Err(error) = store.refresh_acks(controller, group).await {
+            if let Err(error) = store.refresh_acks(id, group).await {
                 tracing::warn!(error = %Chain(&error), "connected sidecars not refreshed");
                 return;
             }
+        }
+        if let Err(error) = store.forget_acks().await {
+            tracing::warn!(error = %Chain(&error), "sidecars that left long ago are not forgotten yet");
         }
     }
 

@@ -106,13 +106,9 @@ impl Controller {
         let quiesce = CancellationToken::new();
         let ended = CancellationToken::new();
         let mut background = JoinSet::new();
-        let projector = Projector::new(
-            log.reader(),
-            store.clone(),
-            view.clone(),
-            config.name.to_string(),
-            Uuid::new_v4(),
-        );
+        let process = Uuid::new_v4();
+        let projector =
+            Projector::new(log.reader(), store.clone(), view.clone(), config.name.to_string(), process);
         let projecting = projector.run(quiesce.clone());
         background.spawn(async move {
             // The view keeps the fault: /ready says it, and commands are refused with it.
@@ -120,7 +116,8 @@ impl Controller {
         });
 
         let acks = Arc::new(Acks::default());
-        background.spawn(Arc::clone(&acks).run(store.clone(), config.name.to_string(), quiesce.clone()));
+        let (acks_store, name) = (store.clone(), config.name.to_string());
+        background.spawn(Arc::clone(&acks).run(acks_store, name, process, quiesce.clone()));
         let context = Context {
             view: view.clone(),
             appender: log.appender(),

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use weft_eventlog::migrate;
 use weft_model::{ConfigVersion, Epoch, Position};
 use weft_projector::rows::RowChanges;
-use weft_projector::{Commit, Store};
+use weft_projector::{Ack, Commit, Store};
 use weft_testkit::TestDatabase;
 
 const TTL: Duration = Duration::from_secs(3_600);
@@ -93,4 +93,77 @@ async fn of_two_that_write_from_one_checkpoint_one_does() {
         let (one, two) = tokio::join!(commit(&a, term, round, round + 1), commit(&b, term, round, round + 1));
         assert!((one == Commit::Done) != (two == Commit::Done), "{one:?} {two:?}");
     }
+}
+
+fn said(instance: &str, connected: bool) -> (weft_model::InstanceId, Ack) {
+    (instance.parse().unwrap(), Ack { connected, applied: None, took_ms: None, error: None })
+}
+
+#[tokio::test]
+async fn of_two_controllers_with_one_name_each_speaks_for_its_own_sidecars() {
+    let (database, a, b) = stores().await;
+    let (id_a, id_b) = (Uuid::new_v4(), Uuid::new_v4());
+    let client = database.connect().await;
+    let row = async || {
+        let sql = "select connected, seen_at > now() - interval '1 hour' from weft.sidecar_ack";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, bool>(0), row.get::<_, bool>(1))
+    };
+    let instance = "default/api/one".parse().unwrap();
+    a.put_acks("same", id_a, &[said("default/api/one", true)]).await.unwrap();
+    // It turned up at the other one, and the first then notices that it left.
+    b.put_acks("same", id_b, &[said("default/api/one", true)]).await.unwrap();
+    a.put_acks("same", id_a, &[said("default/api/one", false)]).await.unwrap();
+    assert!(row().await.0);
+
+    client.batch_execute("update weft.sidecar_ack set seen_at = now() - interval '2 hours'").await.unwrap();
+    a.refresh_acks(id_a, std::slice::from_ref(&instance)).await.unwrap();
+    assert_eq!(row().await, (true, false), "not this one's sidecar any more");
+    b.refresh_acks(id_b, &[instance]).await.unwrap();
+    assert_eq!(row().await, (true, true));
+}
+
+#[tokio::test]
+async fn who_left_a_day_ago_is_forgotten() {
+    let (database, store, _) = stores().await;
+    let client = database.connect().await;
+    let all = ["default/api/stays", "default/api/left", "default/api/left-just-now"];
+    store.put_acks("c1", Uuid::new_v4(), &all.map(|instance| said(instance, false))).await.unwrap();
+    let age = "insert into weft.sidecar_class values ('default/api/stays', 'x', 1, now()); \
+         update weft.sidecar_ack set seen_at = now() - interval '25 hours' \
+         where instance <> 'default/api/left-just-now'";
+    client.batch_execute(age).await.unwrap();
+    store.forget_acks().await.unwrap();
+    let left = "select string_agg(instance, ' ' order by instance) from weft.sidecar_ack";
+    let left: String = client.query_one(left, &[]).await.unwrap().get(0);
+    assert_eq!(left, "default/api/left-just-now default/api/stays");
+}
+
+#[tokio::test]
+async fn a_new_epoch_counts_as_news_from_its_first_event() {
+    let (database, _, _) = stores().await;
+    let client = database.connect().await;
+    // A sidecar runs what has been wanted for a day, 1.7; ten seconds ago an event of epoch 2 that is not its business
+    // made that 2.7.
+    let story = "insert into weft.log_epoch select n, 1, 1, now(), 1, (n - 1) * 9, repeat('x', 32)::bytea, \
+             now() - interval '1 day' from generate_series(1, 2) as n; \
+         insert into weft.event values (10, 2, 1, now() - interval '10 seconds', null, gen_random_uuid(), 1, \
+             repeat('x', 32)::bytea, 'mesh', 'Happened', 'test', null, '{}'); \
+         insert into weft.projection values ('mesh', 1, 2, 10, now()); \
+         insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, '', now() - interval '1 day'); \
+         insert into weft.manifest_history values ('c', 7, now() - interval '1 day'); \
+         insert into weft.sidecar_class values ('default/api/one', 'c', 3, now() - interval '2 days'); \
+         insert into weft.sidecar_ack (instance, controller, controller_id, connected, epoch, position, seen_at) \
+             values ('default/api/one', 'c1', gen_random_uuid(), true, 1, 7, now())";
+    client.batch_execute(story).await.unwrap();
+    let lag = async || {
+        let sql = "select wanted, lag_seconds::float8 from status.sidecars";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, String>(0), row.get::<_, f64>(1))
+    };
+    let (wanted, seconds) = lag().await;
+    assert_eq!(wanted, "2.7");
+    assert!((10.0..3_600.0).contains(&seconds), "{seconds}");
+    client.batch_execute("update weft.sidecar_ack set epoch = 2").await.unwrap();
+    assert_eq!(lag().await, (wanted, 0.0));
 }

@@ -1,6 +1,7 @@
 //! What sidecars said, and what follows from it for people.
 
 use sqlx::Row;
+use uuid::Uuid;
 use weft_model::{ConfigVersion, InstanceId};
 use weft_routing::Hash;
 
@@ -39,22 +40,27 @@ pub struct SidecarStatus {
 }
 
 impl Store {
-    /// Writes what sidecars said to `controller`. A sidecar that went away is only marked as gone if it did not turn up
-    /// at another controller since.
+    /// Writes what sidecars said to `controller`; `id` tells it from another process of that name. A sidecar that went
+    /// away is only marked as gone if it did not turn up at another controller since.
     ///
     /// # Errors
     /// If the database fails.
-    pub async fn put_acks(&self, controller: &str, acks: &[(InstanceId, Ack)]) -> Result<(), StoreError> {
-        const SQL: &str = "insert into weft.sidecar_ack as ack (instance, controller, connected, epoch, position, \
-             manifest_hash, took_ms, error, seen_at) \
-             select instance, $1, connected, epoch, position, manifest_hash, took_ms, error, clock_timestamp() \
-             from unnest($2::text[], $3::boolean[], $4::bigint[], $5::bigint[], $6::bytea[], $7::bigint[], \
-             $8::text[]) as new (instance, connected, epoch, position, manifest_hash, took_ms, error) \
+    pub async fn put_acks(
+        &self,
+        controller: &str,
+        id: Uuid,
+        acks: &[(InstanceId, Ack)],
+    ) -> Result<(), StoreError> {
+        const SQL: &str = "insert into weft.sidecar_ack as ack (instance, controller, controller_id, connected, \
+             epoch, position, manifest_hash, took_ms, error, seen_at) \
+             select instance, $1, $2, connected, epoch, position, manifest_hash, took_ms, error, clock_timestamp() \
+             from unnest($3::text[], $4::boolean[], $5::bigint[], $6::bigint[], $7::bytea[], $8::bigint[], \
+             $9::text[]) as new (instance, connected, epoch, position, manifest_hash, took_ms, error) \
              on conflict (instance) do update set controller = excluded.controller, \
-             connected = excluded.connected, epoch = excluded.epoch, position = excluded.position, \
+             controller_id = excluded.controller_id, connected = excluded.connected, epoch = excluded.epoch, position = excluded.position, \
              manifest_hash = excluded.manifest_hash, took_ms = coalesce(excluded.took_ms, ack.took_ms), \
              error = excluded.error, seen_at = excluded.seen_at \
-             where excluded.connected or ack.controller = excluded.controller";
+             where excluded.connected or ack.controller_id = excluded.controller_id";
         if acks.is_empty() {
             return Ok(());
         }
@@ -69,6 +75,7 @@ impl Store {
         let errors: Vec<_> = acks.iter().map(|(_, ack)| ack.error.clone()).collect();
         let put = sqlx::query(SQL)
             .bind(controller)
+            .bind(id)
             .bind(instances)
             .bind(connected)
             .bind(epochs)
@@ -79,19 +86,32 @@ impl Store {
         put.execute(&self.pool).await.map(|_| ()).map_err(failed("record acknowledgements"))
     }
 
-    /// Says that these sidecars are still subscribed to `controller`.
+    /// Says that these sidecars are still subscribed to the controller whose process has this id.
     ///
     /// # Errors
     /// If the database fails.
-    pub async fn refresh_acks(&self, controller: &str, instances: &[InstanceId]) -> Result<(), StoreError> {
+    pub async fn refresh_acks(&self, id: Uuid, instances: &[InstanceId]) -> Result<(), StoreError> {
         const SQL: &str = "update weft.sidecar_ack set seen_at = clock_timestamp() \
-                           where controller = $1 and connected and instance = any($2)";
+                           where controller_id = $1 and connected and instance = any($2)";
         if instances.is_empty() {
             return Ok(());
         }
         let instances: Vec<_> = instances.iter().map(ToString::to_string).collect();
-        let refreshed = sqlx::query(SQL).bind(controller).bind(instances).execute(&self.pool).await;
+        let refreshed = sqlx::query(SQL).bind(id).bind(instances).execute(&self.pool).await;
         refreshed.map(|_| ()).map_err(failed("refresh acknowledgements"))
+    }
+
+    /// Forgets what was said by sidecars that do not take part any more and were not heard of for a day. Those who
+    /// left a moment ago may be about to come back.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn forget_acks(&self) -> Result<(), StoreError> {
+        const SQL: &str = "delete from weft.sidecar_ack as ack \
+                           where seen_at < clock_timestamp() - interval '1 day' \
+                           and not exists (select from weft.sidecar_class where instance = ack.instance)";
+        let forgotten = sqlx::query(SQL).execute(&self.pool).await;
+        forgotten.map(|_| ()).map_err(failed("forget acknowledgements"))
     }
 
     /// Every sidecar that takes part, as of the checkpoint; the same answer as `status.sidecars`.
