@@ -7,7 +7,9 @@ use crate::clock;
 use crate::config::Config;
 use crate::discovery::join::{self, JoinError};
 use crate::discovery::keep::Keeper;
+use crate::discovery::own::{self, Own};
 use crate::discovery::subscribe::Subscriber;
+use crate::discovery::take::{self, Refusal};
 use crate::discovery::{Session, disk};
 use crate::drain;
 use crate::health;
@@ -31,8 +33,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
+use weft_identity::credential::Credential;
 use weft_identity::tls::TlsIdentity;
 use weft_model::{Port, ServiceName};
+use weft_routing::Snapshot;
 
 /// How often what histograms have gathered is summed up, so that it stays small if nobody scrapes.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -200,13 +204,14 @@ impl Control {
         let credential = join::obtain(&self.config, &mut rand::make_rng::<rand::rngs::SmallRng>()).await?;
         let identity = TlsIdentity::new(credential);
         self.shared.tls.set(identity.clone());
-        self.load_snapshot(&identity);
+        let own = Arc::new(Own::new(identity, join::identity_dir(&self.config)));
+        self.load_snapshot(&own).await;
 
-        let (config, sessions) = (Arc::clone(&self.config), self.sessions.subscribe());
-        let renewed = identity.clone();
+        let (config, shared) = (Arc::clone(&self.config), Arc::clone(&self.shared));
+        let (renewed, sessions) = (Arc::clone(&own), self.sessions.subscribe());
         tasks.spawn(async move {
             let mut rng = rand::make_rng::<rand::rngs::SmallRng>();
-            join::keep_fresh(&config, &renewed, &sessions, &mut rng).await;
+            join::keep_fresh(&config, &renewed, &shared, &sessions, &mut rng).await;
         });
         if self.config.loopback_addresses {
             let loopback = Loopback {
@@ -225,7 +230,7 @@ impl Control {
             advertised: self.advertised,
             shared: Arc::clone(&self.shared),
             status: Arc::clone(&self.status),
-            identity,
+            own,
             sessions: self.sessions.clone(),
             rng: rand::make_rng(),
             registered: false,
@@ -251,19 +256,33 @@ impl Control {
     }
 
     /// The last good snapshot. One that cannot be read is not used, and nothing passes until a controller sends one.
-    fn load_snapshot(&self, identity: &TlsIdentity) {
-        match disk::load(&self.config.state_dir, &self.config.instance) {
+    async fn load_snapshot(&self, own: &Own) {
+        match self.stored_snapshot(&own.tls.current()) {
             Ok(Some(snapshot)) => {
                 tracing::info!(version = %snapshot.version, "serving the snapshot from the disk");
                 metrics::config("applied", snapshot.version);
-                join::trust(identity, &snapshot.trust, &self.config.state_dir);
+                own.trust(&snapshot.trust).await;
                 self.shared.install(Arc::new(snapshot));
             }
             Ok(None) => {}
             Err(error) => {
-                tracing::error!(error = chain(&error), "nothing passes until a controller sends a snapshot");
+                tracing::error!(error, "nothing passes until a controller sends a snapshot");
             }
         }
+    }
+
+    fn stored_snapshot(&self, credential: &Credential) -> Result<Option<Snapshot>, String> {
+        let Config { state_dir, instance, .. } = &*self.config;
+        let stored = disk::load(state_dir, instance).map_err(|error| chain(&error))?;
+        if let Some(snapshot) = &stored {
+            take::belongs(snapshot, instance, &credential.spiffe_id().trust_domain)
+                .and_then(|()| {
+                    let same = own::same_authority(credential, &snapshot.trust);
+                    if same { Ok(()) } else { Err(Refusal::Authority) }
+                })
+                .map_err(|refusal| refusal.to_string())?;
+        }
+        Ok(stored)
     }
 }
 

@@ -6,31 +6,38 @@
 //! A leaf that ended meanwhile (the machine was off, the control plane away) is renewed all the same: no handshake takes
 //! it any more, so it is shown inside the request. If it ended too long ago, the join token is the last resort.
 
-use super::Sessions;
+use super::own::Own;
+use super::{Sessions, answer};
 use crate::backoff::Backoff;
 use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
+use crate::shared::Shared;
 use rand::Rng;
 use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::sleep;
 use tonic::Code;
 use weft_client::{ALPN, CallError, command};
 use weft_identity::credential::{Credential, CredentialError};
+use weft_identity::fingerprint::Fingerprint;
 use weft_identity::key::{KeyError, LeafKey};
-use weft_identity::tls::{ExpectedPeer, TlsIdentity, join_config};
+use weft_identity::tls::{ExpectedPeer, join_config};
 use weft_identity::token::JoinToken;
 use weft_model::InstanceId;
 use weft_proto::v1::identity_client::IdentityClient;
 use weft_proto::v1::{JoinRequest, LeafResponse, RenewRequest};
-use weft_routing::shard::TrustShard;
 
 /// The directory of the credential in the state directory.
 const IDENTITY_DIR: &str = "identity";
+
+/// What is written to see whether a credential could be: more than one has.
+const PROOF_BYTES: usize = 4096;
 
 /// Longest sleep before the clock is looked at again: a machine that was suspended renews soon after it wakes.
 const CLOCK_CHECK: Duration = Duration::from_secs(30);
@@ -70,6 +77,15 @@ pub enum JoinError {
     /// What is on disk, or what the controller sent, is no credential.
     #[error("the identity cannot be used")]
     Credential(#[from] CredentialError),
+    /// What the token gives could not be kept. It was not used.
+    #[error("cannot write the state directory {dir}; make it writable or give another --state-dir")]
+    StateDir {
+        /// The state directory.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// No key can be made.
     #[error("no private key can be made")]
     Key(#[from] KeyError),
@@ -80,11 +96,16 @@ pub enum JoinError {
 /// # Errors
 /// If waiting does not help.
 pub(crate) async fn obtain(config: &Config, rng: &mut impl Rng) -> Result<Credential, JoinError> {
-    let dir = config.state_dir.join(IDENTITY_DIR);
+    let dir = identity_dir(config);
     match Credential::load(&dir) {
         Ok(credential) => {
             check_name(&credential, config)?;
-            Ok(credential)
+            match &config.join_token {
+                Some(token) if !knows(&credential, token) => {
+                    rejoin(config, token, credential, &dir, rng).await
+                }
+                Some(_) | None => Ok(credential),
+            }
         }
         Err(error) if error.is_absent() => {
             let token = config.join_token.as_ref().ok_or_else(|| JoinError::NoToken {
@@ -97,12 +118,57 @@ pub(crate) async fn obtain(config: &Config, rng: &mut impl Rng) -> Result<Creden
     }
 }
 
+/// Whether the token's authority is one that the credential believes. It is not, if the mesh was made anew.
+fn knows(credential: &Credential, token: &JoinToken) -> bool {
+    credential.roots().iter().any(|root| Fingerprint::of_certificate(root) == token.root())
+}
+
+/// Joins the mesh of another authority. A token that this one does not take is an old one, left in the configuration.
+async fn rejoin(
+    config: &Config,
+    token: &JoinToken,
+    credential: Credential,
+    dir: &Path,
+    rng: &mut impl Rng,
+) -> Result<Credential, JoinError> {
+    tracing::info!("the join token is of another authority than the stored identity; joining anew");
+    match join(config, token, dir, rng).await {
+        Err(error @ JoinError::Refused { .. }) => {
+            tracing::warn!(%error, "going on with the stored identity");
+            Ok(credential)
+        }
+        joined => joined,
+    }
+}
+
+/// A token works once: what it gives shall not be lost to a directory that cannot be written. Leaves nothing behind.
+fn prove_writable(state_dir: &Path, dir: &Path) -> io::Result<()> {
+    let (new_state_dir, new_dir) = (!state_dir.exists(), !dir.exists());
+    let proof = dir.join("write-proof");
+    let written = DirBuilder::new().recursive(true).mode(0o700).create(dir).and_then(|()| {
+        let mut file = File::create(&proof)?;
+        file.write_all(&[0; PROOF_BYTES])?;
+        file.sync_all()
+    });
+    // What is not there cannot be removed, and need not be.
+    let _ = fs::remove_file(&proof);
+    if new_dir {
+        let _ = fs::remove_dir(dir);
+    }
+    if new_state_dir {
+        let _ = fs::remove_dir(state_dir);
+    }
+    written
+}
+
 async fn join(
     config: &Config,
     token: &JoinToken,
     dir: &Path,
     rng: &mut impl Rng,
 ) -> Result<Credential, JoinError> {
+    prove_writable(&config.state_dir, dir)
+        .map_err(|source| JoinError::StateDir { dir: config.state_dir.clone(), source })?;
     let key = LeafKey::generate()?;
     // Repeated with the same id and key: if the answer to the first attempt was lost, the next one gets it.
     let request = JoinRequest {
@@ -115,9 +181,9 @@ async fn join(
     let mut client = IdentityClient::new(weft_client::channel(config.controllers.clone(), tls));
     let mut backoff = Backoff::new();
     loop {
-        match client.join(request.clone()).await.map_err(CallError::from) {
+        match answer(client.join(request.clone())).await {
             Ok(answer) => {
-                let credential = credential(answer.get_ref(), key)?;
+                let credential = credential(&answer, key)?;
                 check_name(&credential, config)?;
                 credential.save(dir)?;
                 tracing::info!(identity = %credential.spiffe_id(), "joined the mesh");
@@ -167,14 +233,14 @@ fn credential(answer: &LeafResponse, key: LeafKey) -> Result<Credential, Credent
 /// Keeps the leaf fresh, for ever: renews it from half of its life on, as spread as the fleet's leaves are.
 pub(crate) async fn keep_fresh(
     config: &Config,
-    identity: &TlsIdentity,
+    own: &Own,
+    shared: &Shared,
     sessions: &Sessions,
     rng: &mut impl Rng,
 ) {
-    let dir = config.state_dir.join(IDENTITY_DIR);
     let mut backoff = Backoff::new();
     loop {
-        let current = identity.current();
+        let current = own.tls.current();
         metrics::leaf(current.expires_at());
         let renew_at = current.renew_at(rng.next_u32());
         loop {
@@ -184,24 +250,41 @@ pub(crate) async fn keep_fresh(
             }
             sleep(left.min(CLOCK_CHECK)).await;
         }
-        while let Err(error) = renew(config, identity, sessions, &dir).await {
-            if has_ended(&identity.current())
+        let mut told = false;
+        while let Err(error) = renew(config, own, sessions).await {
+            if has_ended(&own.tls.current())
                 && error.is_final()
                 && let Some(token) = &config.join_token
             {
                 tracing::warn!(%error, "the ended leaf is not renewed, joining anew");
-                match join(config, token, &dir, rng).await.map(|credential| identity.replace(credential)) {
-                    Ok(Ok(())) => break,
-                    Ok(Err(error)) => tracing::error!(%error, "the new identity cannot be used"),
+                match join(config, token, &identity_dir(config), rng).await {
+                    Ok(credential) => match own.renew(credential).await {
+                        Ok(()) => break,
+                        Err(error) => tracing::error!(%error, "the new identity cannot be used"),
+                    },
                     Err(error) => tracing::error!(error = %chain(&error), "cannot join anew"),
                 }
             }
             let wait = backoff.next(rng);
-            tracing::warn!(%error, ?wait, expires = %clock::rfc3339(current.expires_at()), "leaf not renewed");
+            if told {
+                tracing::debug!(%error, ?wait, "leaf still not renewed");
+            } else {
+                tracing::warn!(%error, expires = %clock::rfc3339(current.expires_at()), "leaf not renewed; trying on");
+                told = true;
+            }
             sleep(wait).await;
+        }
+        // The answer may have been under way while a snapshot brought newer roots.
+        if let Some(snapshot) = shared.snapshot() {
+            own.trust(&snapshot.trust).await;
         }
         backoff.reset();
     }
+}
+
+/// Where the credential is.
+pub(crate) fn identity_dir(config: &Config) -> PathBuf {
+    config.state_dir.join(IDENTITY_DIR)
 }
 
 /// A renewal did not work this time.
@@ -230,15 +313,10 @@ fn has_ended(credential: &Credential) -> bool {
     clock::now() > credential.expires_at()
 }
 
-async fn renew(
-    config: &Config,
-    identity: &TlsIdentity,
-    sessions: &Sessions,
-    dir: &Path,
-) -> Result<(), RenewError> {
-    let current = identity.current();
+async fn renew(config: &Config, own: &Own, sessions: &Sessions) -> Result<(), RenewError> {
+    let current = own.tls.current();
     let (channel, key, ended_leaf, why) = if has_ended(&current) {
-        let tls = identity.anonymous_client_config(ExpectedPeer::Controller, ALPN);
+        let tls = own.tls.anonymous_client_config(ExpectedPeer::Controller, ALPN);
         let channel = weft_client::channel(config.controllers.clone(), tls);
         (channel, current.key().clone(), current.leaf().to_vec(), "the leaf has ended")
     } else {
@@ -247,41 +325,10 @@ async fn renew(
     };
     let csr = key.csr_der()?.into();
     let request = RenewRequest { meta: Some(command(why)), csr, ended_leaf: ended_leaf.into() };
-    let answer = IdentityClient::new(channel).renew(request).await.map_err(CallError::from)?;
-    let credential = credential(answer.get_ref(), key)?;
-    // On disk first: a restart finds the newer one, never one that the mesh has forgotten.
-    credential.save(dir)?;
+    let answer = answer(IdentityClient::new(channel).renew(request)).await?;
+    let credential = credential(&answer, key)?;
     let expires = clock::rfc3339(credential.expires_at());
-    identity.replace(credential)?;
+    own.renew(credential).await?;
     tracing::info!(%expires, "leaf renewed");
     Ok(())
-}
-
-/// Believes the roots that a snapshot lists, from the next handshake on.
-pub(crate) fn trust(identity: &TlsIdentity, trust: &TrustShard, state_dir: &Path) {
-    let Ok(roots) = trust
-        .roots_pem
-        .iter()
-        .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).map(CertificateDer::into_owned))
-        .collect::<Result<Vec<_>, _>>()
-    else {
-        tracing::error!("the snapshot lists a root that is no certificate; the roots in use stay");
-        return;
-    };
-    let current = identity.current();
-    if current.roots() == roots {
-        return;
-    }
-    // A set without the own root would make this sidecar a stranger; such a set is not taken.
-    let replaced = current.with_roots(roots).and_then(|credential| {
-        credential.save(&state_dir.join(IDENTITY_DIR))?;
-        Ok(credential)
-    });
-    match replaced {
-        Ok(credential) => match identity.replace(credential) {
-            Ok(()) => tracing::info!(roots = trust.roots_pem.len(), "trusted roots changed"),
-            Err(error) => tracing::error!(%error, "the roots in use stay"),
-        },
-        Err(error) => tracing::error!(%error, "the snapshot's roots cannot be used; those in use stay"),
-    }
 }

@@ -9,8 +9,9 @@
 //! there, until a controller is reached.
 
 use super::keep::Keeper;
+use super::own::Own;
 use super::take::{self, Refusal};
-use super::{Session, join};
+use super::{Session, answer};
 use crate::backoff::Backoff;
 use crate::causes::chain;
 use crate::clock;
@@ -24,10 +25,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 use tonic::transport::Channel;
 use weft_client::{ALPN, CallError, command};
-use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+use weft_identity::tls::ExpectedPeer;
 use weft_model::{ConfigVersion, ServiceName};
 use weft_proto::v1;
 use weft_proto::v1::discovery_client::DiscoveryClient;
@@ -43,9 +44,6 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
 
 /// Missed heartbeats that mean: out of touch.
 const MISSED_MAX: u32 = 2;
-
-/// Longest that a call may take; a full snapshot over a slow line fits.
-const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest answer to a pull: a mesh seen whole, compressed.
 const PULL_BYTES_MAX: usize = 256 << 20;
@@ -67,14 +65,8 @@ enum SessionError {
     Ended,
     #[error("no notice for {MISSED_MAX} heartbeats")]
     Silent,
-    #[error("no answer within {CALL_TIMEOUT:?}")]
-    Timeout,
-}
-
-impl From<tonic::Status> for SessionError {
-    fn from(status: tonic::Status) -> Self {
-        Self::Call(status.into())
-    }
+    #[error("there is a new leaf")]
+    Renewed,
 }
 
 /// See the module's documentation.
@@ -83,7 +75,7 @@ pub(crate) struct Subscriber {
     pub(crate) advertised: SocketAddr,
     pub(crate) shared: Arc<Shared>,
     pub(crate) status: Arc<Status>,
-    pub(crate) identity: TlsIdentity,
+    pub(crate) own: Arc<Own>,
     pub(crate) sessions: watch::Sender<Option<Session>>,
     pub(crate) rng: SmallRng,
     /// Whether this process made the instance known.
@@ -104,9 +96,12 @@ impl Subscriber {
         let follow = async {
             let mut controllers = self.config.controllers.clone();
             loop {
-                let tls = self.identity.client_config(ExpectedPeer::Controller, ALPN);
+                let tls = self.own.tls.client_config(ExpectedPeer::Controller, ALPN);
                 let channel = weft_client::channel(controllers.clone(), tls);
                 let Err(error) = self.session(&channel, &due).await;
+                if matches!(error, SessionError::Renewed) {
+                    continue;
+                }
                 self.status.disconnected(&chain(&error));
                 sleep(self.backoff.next(&mut self.rng)).await;
                 controllers.rotate_left(1);
@@ -129,9 +124,7 @@ impl Subscriber {
         let mut seen = self.shared.seen.subscribe();
         let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
-        let subscribed = discovery.subscribe(v1::SubscribeRequest { have });
-        let mut notices =
-            timeout(CALL_TIMEOUT, subscribed).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have })).await?;
         self.open_session(channel);
         let mut heartbeat = HEARTBEAT_DEFAULT;
         let mut last_notice = Instant::now();
@@ -145,7 +138,7 @@ impl Subscriber {
             let since = tokio::select! {
                 biased;
                 notice = notices.message() => {
-                    let notice = notice?.ok_or(SessionError::Ended)?;
+                    let notice = notice.map_err(CallError::from)?.ok_or(SessionError::Ended)?;
                     last_notice = Instant::now();
                     heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
                     due.send_replace(last_notice + heartbeat * MISSED_MAX);
@@ -163,6 +156,8 @@ impl Subscriber {
                     last_notice
                 }
                 () = sleep_until(last_notice + heartbeat * MISSED_MAX) => return Err(SessionError::Silent),
+                // The controller ends the stream with the leaf that opened it; this is before.
+                () = self.own.renewed.notified() => return Err(SessionError::Renewed),
                 () = at(again) => last_notice,
                 () = miss(&mut seen, last_miss, head, &self.shared) => {
                     last_miss = Some(Instant::now());
@@ -214,7 +209,7 @@ impl Subscriber {
             }),
         };
         let mut mesh = MeshClient::new(channel.clone());
-        timeout(CALL_TIMEOUT, mesh.register_instance(request)).await.map_err(|_| SessionError::Timeout)??;
+        answer(mesh.register_instance(request)).await?;
         Ok(())
     }
 
@@ -282,9 +277,8 @@ impl Subscriber {
         have: Option<v1::SnapshotHeader>,
         current: Option<&Snapshot>,
     ) -> Result<Result<Option<Snapshot>, Refusal>, SessionError> {
-        let call = discovery.pull(v1::PullRequest { have });
-        let pulled = timeout(CALL_TIMEOUT, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
-        let identity = self.identity.current();
+        let pulled = answer(discovery.pull(v1::PullRequest { have })).await?;
+        let identity = self.own.tls.current();
         Ok(take::take(&pulled, current, &self.config.instance, &identity.spiffe_id().trust_domain))
     }
 
@@ -295,7 +289,7 @@ impl Subscriber {
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
         tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
-        join::trust(&self.identity, &snapshot.trust, &self.config.state_dir);
+        self.own.trust(&snapshot.trust).await;
         kept.map_err(|error| format!("applied, but not durable: {error}"))
     }
 }
@@ -349,7 +343,7 @@ async fn ack(
 ) -> Result<(), SessionError> {
     let took_ms = u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
     let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error };
-    timeout(CALL_TIMEOUT, discovery.ack(request)).await.map_err(|_| SessionError::Timeout)??;
+    answer(discovery.ack(request)).await?;
     Ok(())
 }
 

@@ -29,6 +29,8 @@ pub(crate) enum Refusal {
     Service(String),
     #[error("snapshot is of trust domain {0}")]
     TrustDomain(TrustDomain),
+    #[error("snapshot is of another mesh of the same name")]
+    Authority,
 }
 
 /// A version as the wire has it.
@@ -77,13 +79,23 @@ pub(crate) fn take(
         shards.insert(Hash::of(&bytes), bytes);
     }
     let snapshot = Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?;
+    belongs(&snapshot, own, trust_domain)?;
+    Ok(Some(snapshot))
+}
+
+/// Whether a snapshot is for this instance's service and of its mesh.
+pub(crate) fn belongs(
+    snapshot: &Snapshot,
+    own: &InstanceId,
+    trust_domain: &TrustDomain,
+) -> Result<(), Refusal> {
     if snapshot.inbound.service != own.service {
         return Err(Refusal::Service(snapshot.inbound.service.to_string()));
     }
     if snapshot.trust.trust_domain != *trust_domain {
-        return Err(Refusal::TrustDomain(snapshot.trust.trust_domain));
+        return Err(Refusal::TrustDomain(snapshot.trust.trust_domain.clone()));
     }
-    Ok(Some(snapshot))
+    Ok(())
 }
 
 /// Bounded by the announced length, and that by what a shard may have.

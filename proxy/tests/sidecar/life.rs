@@ -88,6 +88,19 @@ async fn a_used_token_is_an_error_with_the_next_step() {
 }
 
 #[tokio::test]
+async fn a_token_is_not_used_up_for_a_directory_that_cannot_be_written() {
+    let controller = controller();
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&controller, "default/db/db-1", dir.path());
+    std::os::unix::fs::symlink("/nonexistent/volume", &config.state_dir).unwrap();
+    let proxy = Proxy::bind(config, metrics()).await.unwrap();
+    let error = proxy.run(CancellationToken::new()).await.unwrap_err();
+    let StartError::Join(error @ JoinError::StateDir { .. }) = &error else { panic!("{error:?}") };
+    assert!(error.to_string().contains("--state-dir"), "{error}");
+    assert_eq!(controller.calls(), []);
+}
+
+#[tokio::test]
 async fn a_sidecar_joins_as_soon_as_there_is_a_controller() {
     let mut controller = controller();
     let app = App::echo().await;

@@ -125,6 +125,48 @@ async fn a_new_leaf_does_not_disturb_connections() {
     ping(&mut web.connect("default/db", 5432).await).await.unwrap();
     assert_ne!(web.json("/config").await["leaf"]["serial"], before);
     assert_eq!(web.page("/ready").await.0, 200);
+    // The stream of notices, too, is opened again with the new leaf.
+    let web_1: weft_model::InstanceId = "default/web/web-1".parse().unwrap();
+    wait_until("another stream", LIMIT, async || {
+        controller.count(|call| *call == Call::Subscribed(web_1.clone())) >= 2
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_leaf_that_cannot_be_kept_is_used_all_the_same() {
+    let (controller, _app, _db) = serving().await;
+    controller.state().leaf_lifetime = Duration::from_secs(2);
+    let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
+    let before = web.json("/config").await["leaf"]["serial"].clone();
+    let dir = web.state_dir().join("identity");
+    std::fs::remove_dir_all(&dir).unwrap();
+    std::fs::write(&dir, "in the way").unwrap();
+    controller.state().leaf_lifetime = Duration::from_secs(60);
+    web.config_is("a renewed leaf", |config| config["leaf"]["serial"] != before).await;
+    assert_eq!(
+        controller.count(|call| matches!(call, Call::Renewed(by) if by.to_string() == "default/web/web-1")),
+        1
+    );
+}
+
+#[tokio::test]
+async fn a_mesh_that_was_made_anew_is_joined_with_its_token() {
+    let (old, _app, mut db) = serving().await;
+    let ahead = old.wanted("default/db/db-1");
+    db.stop().await;
+    let new = Controller::start();
+    new.declare("default/db", &[5432]);
+    let again = db
+        .again_with(|config| {
+            config.controllers = vec![new.address.to_string().parse().unwrap()];
+            config.join_token = Some(new.token("default/db/db-1"));
+        })
+        .await;
+    again.ready().await;
+    let wanted = new.wanted("default/db/db-1");
+    assert!(wanted < ahead, "the old mesh's snapshot would be newer");
+    again.runs(wanted).await;
 }
 
 #[tokio::test]

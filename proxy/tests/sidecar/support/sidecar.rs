@@ -128,7 +128,14 @@ impl Sidecar {
 
     /// The same sidecar again, after it stopped.
     pub(crate) async fn again(&self) -> Self {
-        Self::start_in(Arc::clone(&self.dir), Config { join_token: None, ..self.config.clone() }).await
+        self.again_with(|config| config.join_token = None).await
+    }
+
+    /// The same sidecar again, after it stopped, told something else.
+    pub(crate) async fn again_with(&self, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = self.config.clone();
+        change(&mut config);
+        Self::start_in(Arc::clone(&self.dir), config).await
     }
 
     pub(crate) fn state_dir(&self) -> &Path {
