@@ -104,6 +104,9 @@ async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Resu
             )),
         };
         metrics::attempt(Some(failed.close.reason));
+        if failed.retry {
+            attempt.load.failed(crate::clock::now());
+        }
         if !failed.retry || tried.len() >= attempt.retries {
             return Err(failed.close);
         }
@@ -144,7 +147,8 @@ fn choose(
         return Err(Close::local(CloseReason::NoSnapshot, detail));
     }
     let (policy, _) = shard.traffic_for(&worker.shared.own.service);
-    let chosen = worker.with_rng(|rng| routes.choose(&target.service, policy.balance, tried, rng));
+    let chosen = worker
+        .with_rng(|rng| routes.choose(&target.service, policy.balance, tried, crate::clock::now(), rng));
     let Some(chosen) = chosen else { return Ok(None) };
     let instance = InstanceId { service: target.service.clone(), instance: chosen.endpoint.instance.clone() };
     facts.endpoint = Some(chosen.endpoint.address);

@@ -5,11 +5,15 @@ use crate::balance;
 use rand::Rng;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use weft_model::traffic::Balance;
-use weft_model::{Name, ServiceName};
+use weft_model::{Name, ServiceName, Timestamp};
 use weft_routing::Snapshot;
 use weft_routing::shard::Endpoint;
+
+/// How long an endpoint that failed is passed over while others are left, in milliseconds. A dead one has no live
+/// connections, so it would look like the best; its own health report takes about this long to say that it is not.
+const FAILED_MS: u64 = 5_000;
 
 /// What connections are routed by.
 #[derive(Debug)]
@@ -22,7 +26,15 @@ pub(crate) struct Routes {
 struct Counts {
     turn: Arc<AtomicUsize>,
     /// In the order of the shard's endpoints.
-    live: Vec<Arc<AtomicUsize>>,
+    endpoints: Vec<Arc<Count>>,
+}
+
+/// What is counted of an endpoint.
+#[derive(Debug, Default)]
+struct Count {
+    live: AtomicUsize,
+    /// When an attempt failed last, in milliseconds since 1970; 0 if none did.
+    failed_at: AtomicI64,
 }
 
 /// An endpoint that was chosen, counted as one more connection until it is dropped.
@@ -34,11 +46,18 @@ pub(crate) struct Chosen<'a> {
 
 /// One connection in an endpoint's count.
 #[derive(Debug)]
-pub(crate) struct Load(Arc<AtomicUsize>);
+pub(crate) struct Load(Arc<Count>);
+
+impl Load {
+    /// The attempt failed, and another endpoint may do better: others come first for a while.
+    pub(crate) fn failed(&self, now: Timestamp) {
+        self.0.failed_at.store(now.0, Ordering::Relaxed);
+    }
+}
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -49,41 +68,48 @@ impl Routes {
             let known = previous.and_then(|previous| {
                 Some((previous.snapshot.endpoints.get(service)?, previous.services.get(service)?))
             });
-            let live = shard.endpoints.iter().map(|endpoint| {
+            let endpoints = shard.endpoints.iter().map(|endpoint| {
                 let carried = known.and_then(|(shard, counts)| {
                     let index =
                         shard.endpoints.binary_search_by_key(&&endpoint.instance, |old| &old.instance);
-                    counts.live.get(index.ok()?).cloned()
+                    counts.endpoints.get(index.ok()?).cloned()
                 });
                 carried.unwrap_or_default()
             });
             let turn = known.map(|(_, counts)| Arc::clone(&counts.turn)).unwrap_or_default();
-            (service.clone(), Counts { turn, live: live.collect() })
+            (service.clone(), Counts { turn, endpoints: endpoints.collect() })
         });
         Self { services: services.collect(), snapshot: Arc::clone(snapshot) }
     }
 
-    /// Chooses among the eligible endpoints of a service that were not tried yet.
+    /// Chooses among the eligible endpoints of a service that were not tried yet; those that failed lately only if no
+    /// others are left.
     pub(crate) fn choose(
         &self,
         service: &ServiceName,
         balance: Balance,
         tried: &[Name],
+        now: Timestamp,
         rng: &mut impl Rng,
     ) -> Option<Chosen<'_>> {
         let shard = self.snapshot.endpoints.get(service)?;
         let counts = self.services.get(service)?;
-        let candidates: Vec<_> = shard
+        let mut candidates: Vec<_> = shard
             .endpoints
             .iter()
-            .zip(&counts.live)
+            .zip(&counts.endpoints)
             .filter(|(endpoint, _)| endpoint.eligible() && !tried.contains(&endpoint.instance))
             .collect();
-        let live: Vec<_> = candidates.iter().map(|(_, live)| live.load(Ordering::Relaxed)).collect();
+        let sound =
+            |count: &Count| (now.0 - count.failed_at.load(Ordering::Relaxed)).unsigned_abs() >= FAILED_MS;
+        if candidates.iter().any(|(_, count)| sound(count)) {
+            candidates.retain(|(_, count)| sound(count));
+        }
+        let live: Vec<_> = candidates.iter().map(|(_, count)| count.live.load(Ordering::Relaxed)).collect();
         let turn = counts.turn.fetch_add(1, Ordering::Relaxed);
-        let (endpoint, live) = candidates[balance::pick(balance, &live, turn, rng)?];
-        live.fetch_add(1, Ordering::Relaxed);
-        Some(Chosen { endpoint, load: Load(Arc::clone(live)) })
+        let (endpoint, count) = candidates[balance::pick(balance, &live, turn, rng)?];
+        count.live.fetch_add(1, Ordering::Relaxed);
+        Some(Chosen { endpoint, load: Load(Arc::clone(count)) })
     }
 }
 

@@ -407,7 +407,5 @@ async fn an_unregistered_service_is_waited_for() {
     .await;
     assert_eq!(web.page("/ready").await.0, 503);
     controller.declare("default/web", &[80]);
-    controller.script(|_| ());
-    // No root is listed as a snapshot needs it until the mesh has one; the controller's has.
     web.ready().await;
 }

@@ -168,6 +168,10 @@ async fn an_unhealthy_app_gets_no_connections_until_it_is_back() {
     web.sees("default/db", 0).await;
     web.refuses("default/db", 5432).await;
     web.record("no_healthy_endpoint").await;
+
+    let _back = App::echo_at(address).await;
+    web.sees("default/db", 1).await;
+    ping(&mut web.connect("default/db", 5432).await).await.unwrap();
 }
 
 #[tokio::test]

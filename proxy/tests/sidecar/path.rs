@@ -310,6 +310,23 @@ async fn a_dead_endpoint_costs_a_retry_and_no_connection() {
 }
 
 #[tokio::test]
+async fn a_dead_endpoint_is_passed_over_after_it_failed() {
+    let app = App::echo().await;
+    let (controller, _db, web) = pair(&app).await;
+    controller.pretend("default/db/db-dead", dead_address());
+    web.sees("default/db", 2).await;
+    // They stay, so that the dead one always has the fewest connections.
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        clients.push(web.connect("default/db", 5432).await);
+        ping(clients.last_mut().unwrap()).await.unwrap();
+    }
+    let live = web.json("/connections").await;
+    let retried = live.as_array().unwrap().iter().filter(|live| live["attempts"] == 2).count();
+    assert_eq!(retried, 1, "{live}");
+}
+
+#[tokio::test]
 async fn without_retries_or_endpoints_the_client_is_reset() {
     let app = App::echo().await;
     let (controller, mut db, web) = pair(&app).await;

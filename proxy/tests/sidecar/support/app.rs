@@ -21,7 +21,14 @@ impl App {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve_at(SocketAddr::from(([127, 0, 0, 1], 0)), serve).await
+    }
+
+    async fn serve_at<F>(address: SocketAddr, serve: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = TaskTracker::new();
         let task = TaskTracker::new().spawn(async move {
@@ -40,7 +47,12 @@ impl App {
 
     /// Sends back what it gets, until the end.
     pub(crate) async fn echo() -> Self {
-        Self::serve(|mut stream| async move {
+        Self::echo_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
+    }
+
+    /// The same at this address, where an app was before.
+    pub(crate) async fn echo_at(address: SocketAddr) -> Self {
+        Self::serve_at(address, |mut stream| async move {
             let (mut read, mut write) = stream.split();
             if tokio::io::copy(&mut read, &mut write).await.is_ok() {
                 let _ = write.shutdown().await;
