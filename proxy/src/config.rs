@@ -59,7 +59,7 @@ struct Args {
     /// A file with the join token; needed only until there is an identity in the state directory
     #[arg(long, env = "WEFT_JOIN_TOKEN_FILE", value_name = "PATH")]
     join_token_file: Option<PathBuf>,
-    /// The join token itself, from the environment only: a command line is readable by everybody on the machine
+    /// The join token itself; better from the environment, since everybody on the machine can read a command line
     #[arg(long, env = "WEFT_JOIN_TOKEN", value_name = "TOKEN", hide = true, hide_env_values = true)]
     join_token: Option<String>,
     /// Where identity and snapshot are kept; of this instance alone

@@ -104,8 +104,10 @@ impl From<Ended> for Close {
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Facts {
     pub(crate) connection_id: Uuid,
-    /// Where the application's connection came from.
+    /// Where the application's connection came from; for an inbound one that was opened, as its sidecar claims.
     pub(crate) source: Option<SocketAddr>,
+    /// Where the other sidecar really connected from, if it is inbound.
+    pub(crate) peer: Option<SocketAddr>,
     /// The SPIFFE id of who connects.
     pub(crate) source_identity: Option<String>,
     /// Its service, which policies are about.

@@ -82,6 +82,7 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
     let mut observer = Observer::new(probe.rise, probe.fall);
     let mut detail = String::new();
     let mut reported = 0;
+    let mut failure = String::new();
     let mut ticks = interval(probe.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -106,8 +107,18 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
             && !reporter.shared.draining()
         {
             match reporter.report(&session, observer.health, &detail).await {
-                Ok(()) => reported = session.number,
-                Err(error) => tracing::debug!(%error, "health not reported yet"),
+                Ok(()) => {
+                    reported = session.number;
+                    failure.clear();
+                }
+                Err(error) => {
+                    // Once for each text, not with every probe.
+                    let error = error.to_string();
+                    if error != failure {
+                        tracing::warn!(error, "the app's health is not reported; trying with every probe");
+                        failure = error;
+                    }
+                }
             }
         }
     }

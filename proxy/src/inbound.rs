@@ -32,8 +32,12 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves a connection of another sidecar until it ends.
 pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: SocketAddr) {
-    let facts =
-        Facts { source: Some(source), destination: Some(shared.own.service.clone()), ..Facts::default() };
+    let facts = Facts {
+        source: Some(source),
+        peer: Some(source),
+        destination: Some(shared.own.service.clone()),
+        ..Facts::default()
+    };
     let connection = Connection::begin(Direction::Inbound, facts, shared.records.clone());
     let close = match shared.connections.register(&connection) {
         Ok(_registered) => relay(&shared, &connection, socket).await.unwrap_or_else(|close| close),

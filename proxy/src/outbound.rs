@@ -240,6 +240,30 @@ fn refused_by_peer(worker: &Worker, refused: Refused) -> Failed {
         worker.shared.peer_runs(version);
     }
     let Refused { reason, rule, detail, .. } = refused;
+    // A peer refuses, or it ends what was never opened; it cannot say how this end's connection ended.
+    let reason = match reason {
+        CloseReason::PolicyDenied
+        | CloseReason::PolicyChanged
+        | CloseReason::IdentityRevoked
+        | CloseReason::CertExpired
+        | CloseReason::ConnectTimeout
+        | CloseReason::ConnectRefused
+        | CloseReason::CircuitOpen
+        | CloseReason::EndpointRemoved
+        | CloseReason::DrainDeadline
+        | CloseReason::ProxyShutdown
+        | CloseReason::NoSnapshot
+        | CloseReason::Overload
+        | CloseReason::Internal => reason,
+        CloseReason::ClientFin
+        | CloseReason::ServerFin
+        | CloseReason::ClientReset
+        | CloseReason::ServerReset
+        | CloseReason::IdleTimeout
+        | CloseReason::MaxAge
+        | CloseReason::TlsFailed
+        | CloseReason::NoHealthyEndpoint => CloseReason::Internal,
+    };
     // A policy speaks for the whole service; everything else is about the one endpoint.
     let retry = !matches!(reason, CloseReason::PolicyDenied | CloseReason::PolicyChanged);
     Failed { close: Close { reason, by: ClosedBy::Server, rule, detail }, retry }

@@ -31,6 +31,8 @@ async fn a_denied_connection_says_why_on_both_sides() {
         assert_eq!(record["rule"], "security/default/db#default");
         assert_eq!(record["bytes_up"], 0);
     }
+    assert!(there["peer"].is_string() && there["peer"] != there["source"], "{there}");
+    assert!(here["peer"].is_null());
     assert_eq!((there["closed_by"].as_str(), here["closed_by"].as_str()), (Some("local"), Some("server")));
     assert_eq!(here["attempts"], 1, "a policy speaks for every instance: no retry");
 }
