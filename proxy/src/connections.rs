@@ -22,8 +22,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName, Timestamp};
 
-/// Most live connections of a sidecar. Far above what one app holds; each costs two sockets and a TLS session (about
-/// 40 KiB), so 100,000 are the 4 GiB at which refusing is better than being killed.
+/// Most live connections of a sidecar. Far above what one app holds; each costs two file descriptors, so the process's
+/// limit of these is usually lower and then the one that counts. A quiet one holds some 40 KiB here, 4 GiB for all; one
+/// whose receivers take nothing up to 128 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
 pub(crate) const LIVE_MAX: usize = 100_000;
 
 /// Parts of the registry, so that threads seldom meet at one lock.

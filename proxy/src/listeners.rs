@@ -154,7 +154,16 @@ impl Loopback {
                 Some((address, Target { service: shard.service.clone(), port: port.port }))
             })
         });
-        addresses.take(LOOPBACK_MAX).collect()
+        let mut wanted: BTreeMap<_, _> = addresses.collect();
+        let left_out = wanted.len().saturating_sub(LOOPBACK_MAX);
+        if left_out > 0 {
+            tracing::warn!(
+                left_out,
+                "more than {LOOPBACK_MAX} loopback addresses; name the upstreams that are needed"
+            );
+            wanted = wanted.into_iter().take(LOOPBACK_MAX).collect();
+        }
+        wanted
     }
 
     fn report(&self, open: &Open, failures: BTreeMap<SocketAddr, (Target, String)>) {

@@ -14,6 +14,7 @@ use crate::tls;
 use crate::tunnel::copy::{self, Ended};
 use crate::tunnel::frame::{self, Frame, FrameError, Open, Refused};
 use crate::worker::Worker;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -203,7 +204,15 @@ async fn connect(
     check_own_leaf(identity).map_err(Failed::for_good)?;
     let socket = TcpStream::connect(attempt.address).await.map_err(|error| {
         let detail = format!("{} at {}: {error}", attempt.instance, attempt.address);
-        Failed::other_may_do(Close::new(CloseReason::ConnectRefused, ClosedBy::Server, detail))
+        let (reason, by) = match error.kind() {
+            // This machine's shortage, which another endpoint may not meet: local ports are counted for each.
+            io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory => {
+                (CloseReason::Overload, ClosedBy::Local)
+            }
+            io::ErrorKind::TimedOut => (CloseReason::ConnectTimeout, ClosedBy::Server),
+            _ => (CloseReason::ConnectRefused, ClosedBy::Server),
+        };
+        Failed::other_may_do(Close::new(reason, by, detail))
     })?;
     socket::prepare(&socket);
     let mut tunnel =
@@ -219,8 +228,7 @@ async fn connect(
             version: facts.config_version.unwrap_or_default(),
         })
     };
-    let broke =
-        |error: &std::io::Error| Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error));
+    let broke = |error: &io::Error| Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error));
     frame::write(&mut tunnel, &open).await.map_err(|error| broke(&error))?;
     match frame::read(&mut tunnel).await {
         Ok(Frame::Opened) => {

@@ -128,6 +128,7 @@ impl Worker {
     }
 
     async fn accept(self: Arc<Self>, listener: TcpListener, purpose: Purpose, stop: CancellationToken) {
+        let mut failing = false;
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -135,10 +136,17 @@ impl Worker {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, source)) => self.serve(stream, source, &purpose),
+                Ok((stream, source)) => {
+                    failing = false;
+                    self.serve(stream, source, &purpose);
+                }
                 Err(error) => {
                     metrics::accept_failed();
-                    tracing::warn!(%error, "a connection cannot be accepted");
+                    // Once, until one is accepted again; the metric counts.
+                    if !failing {
+                        tracing::warn!(%error, "connections cannot be accepted");
+                    }
+                    failing = true;
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
