@@ -139,12 +139,14 @@ impl Mesh {
     }
 
     async fn status_now(&self) -> Result<pb::StatusResponse, ApiError> {
-        let (head, leader, sidecars) = tokio::join!(
-            self.context.reader.head(),
-            self.context.store.leader(),
-            self.context.store.sidecars()
-        );
-        let (head, leader, sidecars) = (head?, leader?, sidecars?);
+        // The checkpoint before the rows that it stands for: whoever sees that it has come as far as his change sees the
+        // sidecars' wanted versions with that change in them, and can wait for them to run it.
+        let projected = async {
+            let leader = self.context.store.leader().await?;
+            Ok::<_, ApiError>((leader, self.context.store.sidecars().await?))
+        };
+        let (head, projected) = tokio::join!(self.context.reader.head(), projected);
+        let (head, (leader, sidecars)) = (head?, projected?);
         let head = ConfigVersion::new(head.epoch, head.position);
         let sidecars = sidecars.into_iter().map(reads::sidecar).collect();
         Ok(self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars)))

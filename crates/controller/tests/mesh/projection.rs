@@ -209,6 +209,26 @@ async fn readers_see_the_mesh_in_sql() {
 }
 
 #[tokio::test]
+async fn a_status_whose_checkpoint_covers_a_change_shows_who_should_run_it() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api"]).await;
+    let mut admin = mesh.admin();
+    for n in 1..30 {
+        let port = 9_000 + n;
+        let applied = mesh.apply(vec![register("default/api/one", port)]).await.version.unwrap().position;
+        loop {
+            let status = admin.status(pb::StatusRequest::default()).await.unwrap().into_inner();
+            if status.leader.unwrap().position >= applied {
+                let wanted = status.sidecars[0].wanted.unwrap().position;
+                assert!(wanted >= applied, "{wanted} is not {applied}");
+                break;
+            }
+        }
+    }
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
 async fn many_changes_are_projected_in_order() {
     let mesh = TestMesh::start().await;
     for n in 0..40 {
