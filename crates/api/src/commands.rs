@@ -3,7 +3,9 @@
 //! A decision is made in memory against this controller's fold, which may be behind the log. So it is never trusted by
 //! itself: every scope that it saw or rests on goes into the append as `Exact(version seen)`, and the log, under its
 //! lock, accepts the events only if all of them still hold. A decision that leads to no append (a refusal, or nothing
-//! to change) is final only if the fold had reached the log's head; otherwise it waits for the fold and decides again.
+//! to change) is final only if it rests on everything that was in the log at some moment since the request came: then
+//! that is how things stood at that moment or later. So the log's head is asked for once per request, and a fold that is
+//! behind it waited for; that the log goes on meanwhile does not matter.
 //!
 //! **Exactly once.** What makes two requests the same command is the fingerprint: SHA-256 over the caller, the
 //! operation and the encoded request. The log answers a repeat with the first outcome before it looks at expectations,
@@ -134,46 +136,53 @@ impl Commands {
         result
     }
 
-    /// Decides a request and changes nothing.
+    /// Decides a request, against everything that is in the log now, and changes nothing.
     ///
     /// # Errors
     /// As [`execute`](Self::execute).
-    pub fn rehearse(&self, changes: &[Change]) -> Result<Outcome, ApiError> {
-        let (version, decisions) = self.decide(changes)?;
-        Ok(unchanged_or_planned(version, &decisions))
+    pub async fn rehearse(&self, changes: &[Change]) -> Result<Outcome, ApiError> {
+        self.wait_for(self.reader.head().await?.position).await?;
+        let (version, decided) = self.decide(changes);
+        Ok(unchanged_or_planned(version, &decided?))
     }
 
     async fn execute_counted(&self, request: &Request) -> Result<Outcome, ApiError> {
         if let Some(fault) = self.view.fault() {
             return Err(ApiError::from(&*fault));
         }
+        // Where the log ended at some moment of this request.
+        let mut head = None;
         for _ in 0..ATTEMPTS_MAX {
-            let decided = self.decide(&request.changes);
-            let (at, refusal) = match decided {
-                Ok((_, decisions)) if decisions.iter().any(|decision| !decision.events.is_empty()) => {
+            let (at, decided) = self.decide(&request.changes);
+            let answer = match decided {
+                Ok(decisions) if decisions.iter().any(|decision| !decision.events.is_empty()) => {
                     match self.append(request, &decisions).await? {
                         Step::Done(outcome) => return Ok(outcome),
                         Step::Behind(scope, version) => self.wait_for_scope(&scope, version).await?,
                     }
                     continue;
                 }
-                Ok((at, decisions)) => (at.position, Ok(unchanged_or_planned(at, &decisions))),
-                Err(error) => (self.view.read(|projection| projection.version().position), Err(error)),
+                Ok(decisions) => Ok(unchanged_or_planned(at, &decisions)),
+                Err(error) => Err(error),
             };
             // The first execution of this command may be what it now stumbles over.
             if let Some(first) = self.first_outcome(request).await? {
                 return Ok(first);
             }
-            let head = self.reader.head().await?.position;
-            if head <= at {
-                return refusal;
+            let head = match head {
+                Some(head) => head,
+                None => *head.insert(self.reader.head().await?.position),
+            };
+            if head <= at.position {
+                return answer;
             }
             self.wait_for(head).await?;
         }
         Err(ApiError::Overloaded { retry_after_ms: CONTENTION_RETRY_MS })
     }
 
-    fn decide(&self, changes: &[Change]) -> Result<(ConfigVersion, Vec<Decision>), ApiError> {
+    /// Decides against the fold as it is, and says where it is.
+    fn decide(&self, changes: &[Change]) -> (ConfigVersion, Result<Vec<Decision>, ApiError>) {
         let batch: Vec<Command> = changes.iter().map(|change| change.command.clone()).collect();
         let now = (self.clock)();
         // One look, so that version, decisions and expectations are about the same moment.
@@ -187,14 +196,15 @@ impl Commands {
         for (index, (change, current)) in changes.iter().zip(current).enumerate() {
             if !change.expected.admits(current) {
                 let (scope, expected) = (change.command.scope(), change.expected);
-                return Err(ApiError::Conflict { change: None, scope, expected, current }.at_change(index));
+                let conflict = ApiError::Conflict { change: None, scope, expected, current };
+                return (version, Err(conflict.at_change(index)));
             }
         }
         let decisions = decided.map_err(|refused| {
             let (scope, rejection) = (refused.scope, refused.rejection);
             ApiError::Rejected { change: None, scope, rejection }.at_change(refused.index)
         });
-        Ok((version, decisions?))
+        (version, decisions)
     }
 
     async fn append(&self, request: &Request, decisions: &[Decision]) -> Result<Step, ApiError> {

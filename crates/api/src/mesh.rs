@@ -76,7 +76,7 @@ impl Mesh {
         let message = request.into_inner();
         let changes = convert::changes(message.changes.clone())?;
         if message.dry_run {
-            return Ok(Response::new(applied(self.commands.rehearse(&changes)?)));
+            return Ok(Response::new(applied(self.commands.rehearse(&changes).await?)));
         }
         let request = command(&caller, "apply", &message, message.meta.clone(), changes)?;
         Ok(Response::new(applied(self.commands.execute(&request).await?)))

@@ -120,6 +120,45 @@ async fn a_batch_is_all_or_nothing_and_names_the_change_at_fault() {
 }
 
 #[tokio::test]
+#[tokio::test]
+async fn a_refusal_is_final_however_busy_the_log_is() {
+    let mesh = TestMesh::start().await;
+    let busy = mesh.another("c2").await;
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..8 {
+        let mut client = mesh.admin_at(&busy);
+        writers.spawn(async move {
+            for port in 1.. {
+                let declared = declare(&format!("default/w{writer}"), port);
+                client.apply(apply_request(vec![declared])).await.unwrap();
+            }
+        });
+    }
+    for _ in 0..30 {
+        let refused = apply_request(vec![register("default/nobody/one", 9000)]);
+        let status = mesh.admin().apply(refused).await.unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");
+    }
+    writers.shutdown().await;
+    busy.stop().await;
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_rehearsal_knows_what_was_done_at_another_controller() {
+    let mesh = TestMesh::start().await;
+    let second = mesh.another("c2").await;
+    for port in 1..20 {
+        let mut request = apply_request(vec![declare("default/db", port)]);
+        mesh.admin_at(&second).apply(request.clone()).await.unwrap();
+        request.dry_run = true;
+        let planned = mesh.admin().apply(request).await.unwrap().into_inner();
+        assert!(!planned.outcomes[0].changed);
+    }
+    second.stop().await;
+    mesh.controller.stop().await;
+}
+
 async fn only_newer_observations_count() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api"]).await;
