@@ -3,13 +3,18 @@
 //! Who calls is known from the mTLS leaf alone: the listener verified it and put a [`Peer`] beside the request. Nothing
 //! a request says about its sender is believed. Who may call what is the table in [`permits`], and only there.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use tokio::time::Instant;
 use tonic::{Extensions, Request, Status};
 use weft_identity::certificate::PeerIdentity;
 use weft_identity::spiffe::{Role, SpiffeId, Subject};
 use weft_model::{InstanceId, Timestamp};
 
+use crate::Clock;
 use crate::status::ApiError;
+
+/// What somebody is told whose leaf ended while it was connected.
+pub(crate) const LEAF_ENDED: &str = "the client certificate ended; connect again with a renewed one";
 
 /// The other end of a connection, as the listener found it.
 #[derive(Clone, Debug)]
@@ -20,12 +25,23 @@ pub struct Peer {
     pub identity: Option<PeerIdentity>,
 }
 
+impl Peer {
+    /// Where it is, as far as that tells one party from another: whoever has an IPv6 address has as a rule all that share
+    /// its first half.
+    #[must_use]
+    pub fn network(&self) -> IpAddr {
+        match self.address.ip().to_canonical() {
+            IpAddr::V4(address) => address.into(),
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        }
+    }
+}
+
 /// A peer with a name.
 #[derive(Clone, Debug)]
 pub struct Caller {
     id: SpiffeId,
-    /// The last moment in which its leaf is valid.
-    pub leaf_not_after: Timestamp,
+    leaf_not_after: Timestamp,
 }
 
 /// What a call needs.
@@ -100,8 +116,7 @@ impl Caller {
         };
         if *not_after < now {
             metrics::counter!("weft_api_refused_total", "reason" => "expired").increment(1);
-            let message = "the client certificate ended; connect again with a renewed one";
-            return Err(ApiError::Unauthenticated(message.into()));
+            return Err(ApiError::Unauthenticated(LEAF_ENDED.into()));
         }
         Ok(Self { id: id.clone(), leaf_not_after: *not_after })
     }
@@ -129,6 +144,12 @@ impl Caller {
         self.id.as_instance().ok_or_else(|| ApiError::Denied("only an instance may do this".into()))
     }
 
+    /// When its leaf ends, and with it whatever goes on until then.
+    #[must_use]
+    pub fn ends(&self, now: Timestamp) -> Instant {
+        Instant::now() + self.leaf_not_after.since(now)
+    }
+
     /// How the log names it.
     #[must_use]
     pub fn actor(&self) -> String {
@@ -136,10 +157,12 @@ impl Caller {
     }
 }
 
-/// Lets anybody with a leaf of the mesh pass.
-pub(crate) fn any_member(request: Request<()>) -> Result<Request<()>, Status> {
-    let known = request.extensions().get::<Peer>().is_some_and(|peer| peer.identity.is_some());
-    if known { Ok(request) } else { Err(Status::unauthenticated("this call needs a client certificate")) }
+/// Lets anybody with a good leaf of the mesh pass.
+pub(crate) fn any_member(clock: Clock) -> impl Fn(Request<()>) -> Result<Request<()>, Status> + Clone {
+    move |request| {
+        Caller::of(request.extensions(), clock())?;
+        Ok(request)
+    }
 }
 
 #[cfg(test)]
@@ -148,6 +171,16 @@ mod tests {
 
     fn operator(role: Role) -> Subject {
         Subject::Operator { role, name: "ann".parse().unwrap() }
+    }
+
+    #[test]
+    fn a_network_is_an_address_or_half_of_one() {
+        let network = |address: &str| Peer { address: address.parse().unwrap(), identity: None }.network();
+        assert_eq!(network("192.0.2.7:1"), network("192.0.2.7:2"));
+        assert_eq!(network("[::ffff:192.0.2.7]:1"), network("192.0.2.7:2"));
+        assert_ne!(network("192.0.2.7:1"), network("192.0.2.8:1"));
+        assert_eq!(network("[2001:db8:1:2:3::]:1"), network("[2001:db8:1:2::9]:1"));
+        assert_ne!(network("[2001:db8:1:2::]:1"), network("[2001:db8:1:3::]:1"));
     }
 
     #[test]

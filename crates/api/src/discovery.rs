@@ -183,7 +183,7 @@ impl discovery_server::Discovery for Discovery {
             view,
             instance: instance.clone(),
             drain: self.context.drain.clone(),
-            ends: Instant::now() + caller.leaf_not_after.since((self.context.clock)()),
+            ends: caller.ends((self.context.clock)()),
             next_heartbeat: Instant::now() + HEARTBEAT,
             sent: None,
             _connected: self.context.acks.connect(instance, have),

@@ -77,6 +77,7 @@ pub struct Context {
 /// If the embedded protobuf descriptors do not decode, which is a fault of this program.
 pub fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
     let commands = Commands::new(context);
+    let any_member = caller::any_member(Arc::clone(&context.clock));
     let past = Arc::new(Past::new(context.reader.clone()));
     let mesh = Mesh::new(context.clone(), commands.clone(), past);
     let discovery = Discovery::new(context.clone());
@@ -91,6 +92,6 @@ pub fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Err
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(IdentityServer::new(identity).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(health::service(context.view.clone()))
-        .add_service(tonic::service::interceptor::InterceptedService::new(reflection, caller::any_member));
+        .add_service(tonic::service::interceptor::InterceptedService::new(reflection, any_member));
     Ok(routes.routes())
 }

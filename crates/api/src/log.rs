@@ -1,17 +1,20 @@
 //! ReadLog: the events as they are, filtered, a page at a time, and if wanted those to come.
 //!
-//! A stream holds one page at most. It reads only when the client takes what it was sent, and ends with the client.
+//! A stream holds one page at most. It reads only when the client takes what it was sent, and ends with the client. One
+//! that follows ends with the client's leaf, too, and says so.
 
 use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use weft_eventlog::{Reader, RecordedEvent, Tail};
 use weft_model::Position;
 use weft_proto::v1 as pb;
 
+use crate::caller::LEAF_ENDED;
 use crate::convert::log_event;
 use crate::status::ApiError;
 
@@ -61,13 +64,14 @@ impl Filter {
     }
 }
 
-/// The matching events after `after` up to `to`, then, if `follow`, those to come until `drain`.
+/// The matching events after `after` up to `to`, then, if `follow`, those to come: until `drain`, or the moment when the
+/// caller's leaf ends.
 pub(crate) async fn read(
     reader: Reader,
     filter: Filter,
     request: &pb::ReadLogRequest,
     to: Option<Position>,
-    drain: CancellationToken,
+    (drain, ends): (CancellationToken, Instant),
 ) -> Result<Batches, ApiError> {
     let head = reader.head().await?.position;
     let end = to.unwrap_or(head).min(head);
@@ -83,9 +87,12 @@ pub(crate) async fn read(
     let follow = request.follow && to.is_none();
     let events = if follow {
         let tail = reader.tail(after.max(end));
-        let to_come = stream::try_unfold(tail, |mut tail: Tail| async move {
-            let page = tail.next().await.map_err(ApiError::from)?;
-            Ok(Some((page, tail)))
+        let to_come = stream::try_unfold(tail, move |mut tail: Tail| async move {
+            tokio::select! {
+                biased;
+                () = sleep_until(ends) => Err(ApiError::Unauthenticated(LEAF_ENDED.into())),
+                page = tail.next() => Ok(Some((page?, tail))),
+            }
         });
         past.chain(to_come).take_until(drain.cancelled_owned()).boxed()
     } else {

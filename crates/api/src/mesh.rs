@@ -308,12 +308,14 @@ impl mesh_server::Mesh for Mesh {
         &self,
         request: Request<pb::ReadLogRequest>,
     ) -> Result<Response<Self::ReadLogStream>, Status> {
-        self.caller(&request)?.require(Need::Read)?;
+        let caller = self.caller(&request)?;
+        caller.require(Need::Read)?;
+        let ends = caller.ends((self.context.clock)());
         let message = request.into_inner();
         let filter = log::Filter::new(&message)?;
         let to = self.past.position(convert::at(message.until)).await?;
         let drain = self.context.drain.clone();
         let reader = self.context.reader.clone();
-        Ok(Response::new(log::read(reader, filter, &message, to, drain).await?))
+        Ok(Response::new(log::read(reader, filter, &message, to, (drain, ends)).await?))
     }
 }

@@ -4,6 +4,7 @@ use crate::support::{LIMIT, TestMesh, apply_request, declare, deny_all, health, 
 use futures_util::TryStreamExt;
 use tonic::Code;
 use weft_client::{CallError, command};
+use weft_identity::spiffe::{Role, Subject};
 use weft_proto::v1 as pb;
 use weft_proto::v1::change::Change as Wire;
 use weft_proto::v1::mesh_client::MeshClient;
@@ -120,7 +121,6 @@ async fn a_batch_is_all_or_nothing_and_names_the_change_at_fault() {
 }
 
 #[tokio::test]
-#[tokio::test]
 async fn a_refusal_is_final_however_busy_the_log_is() {
     let mesh = TestMesh::start().await;
     let busy = mesh.another("c2").await;
@@ -159,6 +159,7 @@ async fn a_rehearsal_knows_what_was_done_at_another_controller() {
     mesh.controller.stop().await;
 }
 
+#[tokio::test]
 async fn only_newer_observations_count() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api"]).await;
@@ -227,6 +228,21 @@ async fn the_log_is_read_filtered_from_its_end_and_followed() {
     // A shutdown ends streams instead of waiting for them.
     mesh.controller.stop().await;
     assert!(!matches!(stream.message().await, Ok(Some(_))));
+}
+
+#[tokio::test]
+async fn who_follows_the_log_does_so_no_longer_than_its_leaf_is_good() {
+    let mesh = TestMesh::start().await;
+    let subject = Subject::Operator { role: Role::Viewer, name: "tess".parse().unwrap() };
+    let short = std::time::Duration::from_secs(3);
+    let credential = mesh.authority().issue_credential(&subject, weft_controller::clock::now(), short);
+    let mut viewer = MeshClient::new(mesh.channel(credential.unwrap()));
+    let follow = pb::ReadLogRequest { follow: true, ..Default::default() };
+    let mut stream = viewer.read_log(follow).await.unwrap().into_inner();
+    assert!(stream.message().await.unwrap().is_some());
+    let end = tokio::time::timeout(LIMIT, stream.message()).await.unwrap();
+    assert_eq!(end.unwrap_err().code(), Code::Unauthenticated);
+    mesh.controller.stop().await;
 }
 
 #[tokio::test]
