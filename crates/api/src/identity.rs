@@ -11,6 +11,11 @@
 //! **Who slept through the end of its leaf** (a machine that was off, a control plane that was away) comes without a
 //! certificate, shows the ended leaf inside the request and proves by the request's signature that it has the key. For
 //! some days that is enough; after that it joins anew.
+//!
+//! **A renewal looks at the identity and not at the membership.** An instance that was deregistered, by an operator or by
+//! its own sidecar's orderly end, is out of every snapshot and gets no traffic, and may renew: the sidecar that ended
+//! must be able to come back. So deregistering somebody does not take its identity away. That is revocation, which is
+//! an event of its own and does not exist yet; until then, whoever holds an instance's key can renew its leaf.
 
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -30,7 +35,7 @@ use weft_proto::v1 as pb;
 use weft_proto::v1::identity_server;
 
 use crate::Context;
-use crate::caller::Caller;
+use crate::caller::{Caller, Peer};
 use crate::commands::{self, Change, Commands};
 use crate::convert;
 use crate::joins::FailedJoins;
@@ -48,16 +53,18 @@ impl Identity {
         Self { context, commands, failed: FailedJoins::new() }
     }
 
-    async fn join(&self, request: pb::JoinRequest) -> Result<pb::LeafResponse, ApiError> {
-        if let Err(wait) = self.failed.admit() {
+    async fn join(&self, request: Request<pb::JoinRequest>) -> Result<pb::LeafResponse, ApiError> {
+        let network = request.extensions().get::<Peer>().map(Peer::network);
+        let network = network.ok_or_else(|| ApiError::Internal("a request without a peer".into()))?;
+        if let Err(wait) = self.failed.admit(network) {
             let retry_after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1);
             return Err(ApiError::Overloaded { retry_after_ms });
         }
-        let result = self.redeem(request).await;
+        let result = self.redeem(request.into_inner()).await;
         let outcome = result.as_ref().map_or_else(ApiError::as_str, |_| "joined");
         metrics::counter!("weft_api_joins_total", "outcome" => outcome).increment(1);
         if matches!(result, Err(ApiError::Rejected { .. } | ApiError::Invalid { .. })) {
-            self.failed.count();
+            self.failed.count(network);
         }
         result
     }
@@ -205,7 +212,7 @@ fn join_fingerprint(secret_sha256: &str, instance: &InstanceId, key: &PublicKey)
 #[tonic::async_trait]
 impl identity_server::Identity for Identity {
     async fn join(&self, request: Request<pb::JoinRequest>) -> Result<Response<pb::LeafResponse>, Status> {
-        Ok(Response::new(Self::join(self, request.into_inner()).await?))
+        Ok(Response::new(Self::join(self, request).await?))
     }
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::LeafResponse>, Status> {
