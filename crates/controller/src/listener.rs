@@ -3,6 +3,12 @@
 //! Handshakes run beside the accept loop, each under a time limit; how many may be under way is bounded, and whoever
 //! comes when all places are taken waits in the kernel's queue. A finished connection carries its
 //! [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
+//!
+//! Connections are bounded, too; who comes when all places are taken is cut off at once, so that it turns to another
+//! controller. Those without a certificate are for joining and for health checks, a call or two each: they get a small
+//! part of the places, each network a part of that, and end soon ([`places`]).
+
+mod places;
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,12 +29,17 @@ use tonic::transport::server::Connected;
 use weft_api::caller::Peer;
 use weft_identity::tls::{HandshakeFault, peer_identity};
 
+use places::{Place, Places};
+
 /// How long a handshake may take. An honest one takes two round trips.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Handshakes under way. Each costs a signature, so more at once would only make all of them later.
 const HANDSHAKES_MAX: usize = 256;
 /// Finished connections that wait for the server to take them, which it does at once.
 const READY_MAX: usize = 64;
+/// How long a connection without a certificate may last: a join takes well under a second, and a client that waits for
+/// the control plane makes a new connection as a matter of course.
+const STRANGER_AGE_MAX: Duration = Duration::from_secs(30);
 /// Pause after the system refused to accept, for want of file descriptors as a rule.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
@@ -72,11 +83,12 @@ impl Listener {
 }
 
 async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<io::Result<Connection>>) {
-    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let handshaking = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let places = Places::new();
     let mut handshakes = JoinSet::new();
     loop {
         while handshakes.try_join_next().is_some() {}
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&handshaking).acquire_owned().await else { return };
         let (stream, address) = match socket.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -85,20 +97,33 @@ async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<
                 continue;
             }
         };
+        let Some(place) = places.take() else {
+            count("full");
+            continue;
+        };
         let (acceptor, ready) = (acceptor.clone(), ready.clone());
         handshakes.spawn(async move {
-            if let Some(connection) = handshake(&acceptor, stream, address).await {
+            if let Some(connection) = handshake(&acceptor, stream, address, place).await {
                 // Only a server that ends does not take it.
                 let _ = ready.send(Ok(connection)).await;
             }
-            drop(place);
+            drop(permit);
         });
     }
 }
 
-async fn handshake(acceptor: &TlsAcceptor, stream: TcpStream, address: SocketAddr) -> Option<Connection> {
-    let refused = |reason: &'static str| {
-        metrics::counter!("weft_controller_handshakes_total", "result" => reason).increment(1);
+fn count(result: &'static str) {
+    metrics::counter!("weft_controller_handshakes_total", "result" => result).increment(1);
+}
+
+async fn handshake(
+    acceptor: &TlsAcceptor,
+    stream: TcpStream,
+    address: SocketAddr,
+    mut place: Place,
+) -> Option<Connection> {
+    let refused = |reason| {
+        count(reason);
         None
     };
     if stream.set_nodelay(true).is_err() {
@@ -116,8 +141,16 @@ async fn handshake(acceptor: &TlsAcceptor, stream: TcpStream, address: SocketAdd
     let Ok(identity) = peer_identity(stream.get_ref().1.peer_certificates()) else {
         return refused("peer_untrusted");
     };
-    metrics::counter!("weft_controller_handshakes_total", "result" => "ok").increment(1);
-    Some(Connection { stream, peer: Peer { address, identity } })
+    let peer = Peer { address, identity };
+    let mut ends = None;
+    if peer.identity.is_none() {
+        if !place.be_stranger(peer.network()) {
+            return refused("strangers_full");
+        }
+        ends = Some(Box::pin(sleep(STRANGER_AGE_MAX)));
+    }
+    count("ok");
+    Some(Connection { stream, peer, ends, _place: place })
 }
 
 /// A connection whose peer is known.
@@ -125,6 +158,9 @@ async fn handshake(acceptor: &TlsAcceptor, stream: TcpStream, address: SocketAdd
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    /// When a connection without a certificate is cut.
+    ends: Option<Pin<Box<Sleep>>>,
+    _place: Place,
 }
 
 impl Connected for Connection {
@@ -141,6 +177,12 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // A server that has nothing else to do on a connection waits here.
+        if let Some(ends) = &mut self.ends
+            && ends.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
