@@ -14,18 +14,27 @@ use weft_projector::{Chain, View};
 struct Admin {
     view: View,
     metrics: Option<Arc<PrometheusHandle>>,
-    drain: CancellationToken,
+    serving: Serving,
 }
 
-/// Serves until `ended`. `drain` makes it unready before that.
+/// Whether the API is there for others.
+#[derive(Clone)]
+pub(crate) struct Serving {
+    /// Set once it takes connections: the log is folded by then, and the root in it.
+    pub(crate) begun: CancellationToken,
+    /// Set when it takes no more.
+    pub(crate) drain: CancellationToken,
+}
+
+/// Serves until `ended`.
 pub(crate) async fn serve(
     socket: TcpListener,
     view: View,
     metrics: Option<Arc<PrometheusHandle>>,
-    drain: CancellationToken,
+    serving: Serving,
     ended: CancellationToken,
 ) {
-    let admin = Admin { view, metrics, drain };
+    let admin = Admin { view, metrics, serving };
     let router = Router::new()
         .route("/live", get(|| async { "ok\n" }))
         .route("/ready", get(ready))
@@ -38,13 +47,17 @@ pub(crate) async fn serve(
 }
 
 async fn ready(State(admin): State<Admin>) -> (StatusCode, String) {
-    if admin.drain.is_cancelled() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n".into());
-    }
-    match admin.view.fault() {
-        None => (StatusCode::OK, "ready\n".into()),
-        Some(fault) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", Chain(&*fault))),
-    }
+    let reason = if admin.serving.drain.is_cancelled() {
+        "shutting down".into()
+    } else if let Some(fault) = admin.view.fault() {
+        Chain(&*fault).to_string()
+    } else if admin.serving.begun.is_cancelled() {
+        return (StatusCode::OK, "ready\n".into());
+    } else {
+        let folded = admin.view.read(|projection| projection.version().position);
+        format!("starting; the log is folded up to event {folded}")
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n"))
 }
 
 async fn metrics_text(State(admin): State<Admin>) -> (StatusCode, String) {
@@ -54,5 +67,22 @@ async fn metrics_text(State(admin): State<Admin>) -> (StatusCode, String) {
             (StatusCode::OK, metrics.render())
         }
         None => (StatusCode::NOT_FOUND, "this process records no metrics\n".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn ready_means_that_it_serves() {
+        let serving = Serving { begun: CancellationToken::new(), drain: CancellationToken::new() };
+        let admin = Admin { view: View::new(), metrics: None, serving: serving.clone() };
+        let ready = async || ready(State(admin.clone())).await.0;
+        assert_eq!(ready().await, StatusCode::SERVICE_UNAVAILABLE);
+        serving.begun.cancel();
+        assert_eq!(ready().await, StatusCode::OK);
+        serving.drain.cancel();
+        assert_eq!(ready().await, StatusCode::SERVICE_UNAVAILABLE);
     }
 }

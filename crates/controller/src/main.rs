@@ -49,9 +49,13 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
     })
 }
 
-/// `RUST_LOG` chooses what is logged, `info` by default. Lines go to stderr.
+/// What is logged unless `RUST_LOG` says otherwise. What PostgreSQL remarks about the statements of migrations ("already
+/// exists, skipping") is no news to anybody.
+const LOGGED: &str = "info,sqlx::postgres::notice=warn";
+
+/// Lines go to stderr.
 fn init_logging(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOGGED));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

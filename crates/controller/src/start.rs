@@ -25,8 +25,10 @@ use weft_model::ca::RootAdded;
 use weft_model::version::ExpectedVersion;
 use weft_projector::{Chain, Projector, Store, View};
 
+use crate::admin::Serving;
 use crate::config::Config;
 use crate::listener::Listener;
+use crate::operator::AdminCredential;
 use crate::{admin, clock, operator, renewal};
 
 /// How long a start waits for the database: as long as one takes to recover from a crash, and people to wait.
@@ -92,7 +94,8 @@ impl Controller {
                     format!("cannot use the certificate authority in {}", authority_dir.display())
                 })?;
         let authority = Arc::new(authority);
-        let admin_credential = operator::save_admin(&authority, &config.state_dir)?;
+        let admin = AdminCredential::issue(&authority, &config.state_dir, clock::now())?;
+        let admin_credential = admin.dir().to_owned();
 
         let connect: ConnectConfig = config.database_url.parse().context(
             "the database URL is malformed; its form is postgres://user:password@host:port/database",
@@ -131,7 +134,8 @@ impl Controller {
 
         let mut last = JoinSet::new();
         let metrics = metrics.map(Arc::new);
-        last.spawn(admin::serve(admin_socket, view.clone(), metrics, drain.clone(), ended.clone()));
+        let serving = Serving { begun: CancellationToken::new(), drain: drain.clone() };
+        last.spawn(admin::serve(admin_socket, view.clone(), metrics, serving.clone(), ended.clone()));
 
         let head = log.reader().head().await.context("cannot read the event log")?.position;
         wait_for_fold(&view, head).await;
@@ -144,12 +148,13 @@ impl Controller {
             identity.clone(),
             Arc::clone(&authority),
             config.name.clone(),
+            admin,
             quiesce.clone(),
         ));
         let tls = identity.server_config(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"]);
         let connections = listener.run(&mut background, TlsAcceptor::from(tls), drain.clone());
         let routes = weft_api::routes(&context).context("the protobuf descriptors are damaged")?;
-        let serving = Server::builder()
+        let server_task = Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
             .max_connection_age(CONNECTION_AGE_MAX)
             .http2_keepalive_interval(Some(KEEPALIVE.0))
@@ -159,10 +164,11 @@ impl Controller {
             .serve_with_incoming_shutdown(connections, drain.clone().cancelled_owned());
         let mut server = JoinSet::new();
         server.spawn(async move {
-            if let Err(error) = serving.await {
+            if let Err(error) = server_task.await {
                 tracing::error!(error = %Chain(&error), "the server ended");
             }
         });
+        serving.begun.cancel();
         tracing::info!(%address, admin = %admin_address, name = %config.name, position = %head, "serving");
         Ok(Self {
             address,
