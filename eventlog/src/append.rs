@@ -22,7 +22,7 @@ use weft_model::version::{ExpectedVersion, Position, Version};
 use crate::request::{AppendRequest, Appended, Invalid, Malformed, TooLarge};
 use crate::session::StoreError;
 
-pub(crate) use task::{AppendTask, Chain};
+pub(crate) use task::AppendTask;
 pub(crate) use writer::{Unusable, Writer};
 
 /// Requests that may wait: two full batches, one filling up while the other is written.

@@ -11,8 +11,8 @@ use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 use weft_model::version::Position;
 
-use crate::append::Chain;
 use crate::session::{Access, Session, StoreError};
+use weft_model::Chain;
 
 /// The channel of `LISTEN` and `NOTIFY`.
 const CHANNEL: &str = "weft_log";

@@ -2,7 +2,6 @@
 
 use crate::admin;
 use crate::backoff::Backoff;
-use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::discovery::join::{self, JoinError};
@@ -35,7 +34,7 @@ use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
 use weft_identity::credential::Credential;
 use weft_identity::tls::TlsIdentity;
-use weft_model::{Port, ServiceName};
+use weft_model::{Chain, Port, ServiceName};
 use weft_routing::Snapshot;
 
 /// How often what histograms have gathered is summed up, so that it stays small if nobody scrapes.
@@ -273,7 +272,7 @@ impl Control {
 
     fn stored_snapshot(&self, credential: &Credential) -> Result<Option<Snapshot>, String> {
         let Config { state_dir, instance, .. } = &*self.config;
-        let stored = disk::load(state_dir, instance).map_err(|error| chain(&error))?;
+        let stored = disk::load(state_dir, instance).map_err(|error| Chain(&error).to_string())?;
         if let Some(snapshot) = &stored {
             take::belongs(snapshot, instance, &credential.spiffe_id().trust_domain)
                 .and_then(|()| {

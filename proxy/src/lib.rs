@@ -22,7 +22,6 @@ pub mod metrics;
 mod admin;
 mod backoff;
 mod balance;
-mod causes;
 mod clock;
 mod connections;
 mod discovery;

@@ -4,7 +4,6 @@
 //! An address that cannot be bound at run time is reported and tried again with every snapshot; it never stops anything
 //! else.
 
-use crate::causes::chain;
 use crate::config::Upstream;
 use crate::metrics;
 use crate::outbound::Target;
@@ -20,7 +19,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use weft_model::ServiceName;
+use weft_model::{Chain, ServiceName};
 use weft_routing::Snapshot;
 
 /// Most loopback addresses that are listened on at once. Each costs a socket for every thread; a sidecar that needs more
@@ -120,7 +119,7 @@ impl Loopback {
                     place.insert((target, close));
                 }
                 Err(error) => {
-                    failures.insert(address, (target, chain(&error)));
+                    failures.insert(address, (target, Chain(&error).to_string()));
                 }
             }
         }

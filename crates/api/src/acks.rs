@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{Ack, Chain, Store};
+use weft_model::{Chain, ConfigVersion, InstanceId};
+use weft_projector::{Ack, Store};
 use weft_routing::Hash;
 
 /// How often what changed is written: people see it as immediate, and the database as little.

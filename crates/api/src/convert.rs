@@ -83,7 +83,7 @@ pub(crate) fn name<T: std::str::FromStr>(field: &str, text: &str) -> Result<T, A
 where
     T::Err: std::error::Error,
 {
-    text.parse().map_err(|error: T::Err| ApiError::invalid(field, weft_projector::Chain(&error)))
+    text.parse().map_err(|error: T::Err| ApiError::invalid(field, weft_model::Chain(&error)))
 }
 
 pub(crate) fn port(field: &str, number: u32) -> Result<Port, ApiError> {

@@ -29,8 +29,7 @@ use weft_identity::token::JoinToken;
 use weft_model::identity::LeafIssued;
 use weft_model::token::TokenCommand;
 use weft_model::version::ExpectedVersion;
-use weft_model::{Command, InstanceId};
-use weft_projector::Chain;
+use weft_model::{Chain, Command, InstanceId};
 use weft_proto::v1 as pb;
 use weft_proto::v1::identity_server;
 

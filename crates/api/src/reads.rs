@@ -157,7 +157,7 @@ pub(crate) fn why(projection: &Projection, request: &pb::WhyRequest) -> Result<p
     let port = convert::port("port", request.port)?;
     let explained = explain(projection, &source, &destination, port);
     let Explanation { as_of, refusal, summary, steps } =
-        explained.map_err(|error| ApiError::Internal(weft_projector::Chain(&error).to_string()))?;
+        explained.map_err(|error| ApiError::Internal(weft_model::Chain(&error).to_string()))?;
     let step = |step: weft_routing::why::Step| {
         let (scope, source) =
             step.rests_on.map(|(scope, source)| (scope.to_string(), source)).unwrap_or_default();

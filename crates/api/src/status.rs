@@ -9,8 +9,8 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use weft_eventlog::{AppendError, StoreError};
 use weft_model::version::{ExpectedVersion, Version};
-use weft_model::{Rejection, Scope};
-use weft_projector::{Chain, Fault, FoldToError};
+use weft_model::{Chain, Rejection, Scope};
+use weft_projector::{Fault, FoldToError};
 use weft_proto::v1::error_detail::Detail;
 use weft_proto::v1::{Conflict, ErrorDetail, Rejected};
 

@@ -8,7 +8,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use weft_projector::{Chain, View};
+use weft_model::Chain;
+use weft_projector::View;
 
 #[derive(Clone)]
 struct Admin {

@@ -8,8 +8,8 @@ use weft_identity::ca::{CertificateAuthority, IssueError, LEAF_LIFETIME};
 use weft_identity::credential::Credential;
 use weft_identity::spiffe::Subject;
 use weft_identity::tls::TlsIdentity;
+use weft_model::Chain;
 use weft_model::Name;
-use weft_projector::Chain;
 
 use crate::clock;
 use crate::operator::AdminCredential;

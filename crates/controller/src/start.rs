@@ -20,10 +20,10 @@ use weft_eventlog::{ConnectConfig, EventLog, LogConfig, MigrateError, OpenError,
 use weft_identity::ca::CertificateAuthority;
 use weft_identity::spiffe::{SpiffeId, Subject};
 use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
-use weft_model::Command;
 use weft_model::ca::RootAdded;
 use weft_model::version::ExpectedVersion;
-use weft_projector::{Chain, Projector, Store, View};
+use weft_model::{Chain, Command};
+use weft_projector::{Projector, Store, View};
 
 use crate::admin::Serving;
 use crate::config::Config;

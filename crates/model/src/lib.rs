@@ -9,6 +9,7 @@
 //! verdicts, snapshots) is in `weft-routing`; how events are stored is in `weft-eventlog`.
 
 pub mod ca;
+pub mod chain;
 pub mod command;
 pub mod event;
 pub mod health;
@@ -26,6 +27,7 @@ pub mod token;
 pub mod traffic;
 pub mod version;
 
+pub use chain::Chain;
 pub use command::Command;
 pub use event::{DecodeError, Event, Fact};
 pub use id::{IdError, InstanceId, Name, Namespace, Port, ServiceName, TrustDomain};

@@ -24,7 +24,7 @@ mod verify;
 mod view;
 
 pub use decode::{Undecodable, UndecodableEvent, decode};
-pub use fault::{Chain, Fault};
+pub use fault::Fault;
 pub use fold::{FoldProgress, FoldToError, fold_to};
 pub use projector::Projector;
 pub use published::{Published, PublishedShard};

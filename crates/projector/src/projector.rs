@@ -28,10 +28,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_eventlog::{Reader, RecordedEvent, StoreError as LogError, Tail};
-use weft_model::{ConfigVersion, Fact, Position};
+use weft_model::{Chain, ConfigVersion, Fact, Position};
 
 use crate::decode::{Undecodable, decode};
-use crate::fault::{Chain, Fault};
+use crate::fault::Fault;
 use crate::published::Delta;
 use crate::rows::RowChanges;
 use crate::store::{Commit, Lease, Store, StoreError};

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use weft_model::Chain;
 use weft_model::version::Position;
 
 use super::writer::{Failure, Writer};
@@ -128,21 +129,6 @@ fn fill(first: Item, queue: &mut mpsc::Receiver<Item>) -> Vec<Item> {
         batch.push(item);
     }
     batch
-}
-
-/// Prints an error and its sources, for the log line where it is handled.
-pub(crate) struct Chain<'a>(pub(crate) &'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@
 use super::own::Own;
 use super::{Sessions, answer};
 use crate::backoff::Backoff;
-use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
@@ -29,7 +28,7 @@ use weft_identity::fingerprint::Fingerprint;
 use weft_identity::key::{KeyError, LeafKey};
 use weft_identity::tls::{ExpectedPeer, join_config};
 use weft_identity::token::JoinToken;
-use weft_model::InstanceId;
+use weft_model::{Chain, InstanceId};
 use weft_proto::v1::identity_client::IdentityClient;
 use weft_proto::v1::{JoinRequest, LeafResponse, RenewRequest};
 
@@ -262,7 +261,7 @@ pub(crate) async fn keep_fresh(
                         Ok(()) => break,
                         Err(error) => tracing::error!(%error, "the new identity cannot be used"),
                     },
-                    Err(error) => tracing::error!(error = %chain(&error), "cannot join anew"),
+                    Err(error) => tracing::error!(error = %Chain(&error), "cannot join anew"),
                 }
             }
             let wait = backoff.next(rng);

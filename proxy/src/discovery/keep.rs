@@ -2,14 +2,13 @@
 //! thread and nobody who waits here for longer than [`DISK_WAIT`].
 
 use super::disk;
-use crate::causes::chain;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
-use weft_model::{ConfigVersion, InstanceId};
+use weft_model::{Chain, ConfigVersion, InstanceId};
 use weft_routing::Snapshot;
 
 /// How long a new snapshot waits for the disk before it counts all the same. A healthy disk takes milliseconds; a quarter
@@ -74,7 +73,7 @@ async fn write_newest(
         let version = snapshot.version;
         let (dir, instance) = (dir.clone(), instance.clone());
         let result = match spawn_blocking(move || disk::save(&dir, &instance, &snapshot)).await {
-            Ok(saved) => saved.map_err(|error| chain(&error)),
+            Ok(saved) => saved.map_err(|error| Chain(&error).to_string()),
             Err(error) => Err(error.to_string()),
         };
         failed = result.is_err();

@@ -4,7 +4,6 @@
 //! What is in use comes first: a disk that refuses or hangs costs a restart its newest leaf, never the running sidecar.
 
 use super::keep::DISK_WAIT;
-use crate::causes::chain;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use std::path::PathBuf;
@@ -14,6 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use weft_identity::credential::Credential;
 use weft_identity::tls::{IdentityChanged, TlsIdentity};
+use weft_model::Chain;
 use weft_routing::shard::TrustShard;
 
 /// See the module's documentation.
@@ -65,7 +65,7 @@ impl Own {
             return Ok(false);
         }
         // A set without the own root would make this sidecar a stranger; such a set is not taken.
-        let credential = current.with_roots(roots).map_err(|error| chain(&error))?;
+        let credential = current.with_roots(roots).map_err(|error| Chain(&error).to_string())?;
         self.tls.replace(credential).map_err(|error| error.to_string())?;
         Ok(true)
     }
@@ -79,7 +79,7 @@ impl Own {
         });
         let error = match timeout(DISK_WAIT, write).await {
             Ok(Ok(Ok(()))) => return,
-            Ok(Ok(Err(error))) => chain(&error),
+            Ok(Ok(Err(error))) => Chain(&error).to_string(),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("the disk did not take it within {DISK_WAIT:?}"),
         };

@@ -13,7 +13,6 @@ use super::own::Own;
 use super::take::{self, Refusal};
 use super::{Session, answer};
 use crate::backoff::Backoff;
-use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
@@ -29,7 +28,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tonic::transport::Channel;
 use weft_client::{ALPN, CallError, command};
 use weft_identity::tls::ExpectedPeer;
-use weft_model::{ConfigVersion, ServiceName};
+use weft_model::{Chain, ConfigVersion, ServiceName};
 use weft_proto::v1;
 use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_proto::v1::mesh_client::MeshClient;
@@ -102,7 +101,7 @@ impl Subscriber {
                 if matches!(error, SessionError::Renewed) {
                     continue;
                 }
-                self.status.disconnected(&chain(&error));
+                self.status.disconnected(&Chain(&error).to_string());
                 sleep(self.backoff.next(&mut self.rng)).await;
                 controllers.rotate_left(1);
             }
@@ -262,7 +261,7 @@ impl Subscriber {
                 ack(discovery, Some(&snapshot), since, kept.err().unwrap_or_default()).await
             }
             Err(refusal) => {
-                let error = chain(&refusal);
+                let error = Chain(&refusal).to_string();
                 metrics::config_refused();
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
