@@ -80,7 +80,8 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
 }
 
 /// What `weft sql` takes.
-const ONE_QUESTION: &str = "give one statement that answers with rows, such as a SELECT, in quotes";
+const ONE_QUESTION: &str =
+    "give one statement that answers with rows, such as a SELECT, in quotes; `weft apply` changes the mesh";
 
 type Rows = Vec<Vec<Option<String>>>;
 

@@ -40,7 +40,9 @@ fn parts_that_do_not_belong_together_are_refused() {
     assert!(matches!(refusal(&leaf, &key, other_root), CredentialError::Untrusted(_)));
     assert!(matches!(refusal(&leaf, &key, vec![]), CredentialError::RootCount { count: 0 }));
     let many = vec![root.clone(); ROOTS_MAX + 1];
-    assert!(matches!(refusal(&leaf, &key, many), CredentialError::RootCount { count: 9 }));
+    assert!(
+        matches!(refusal(&leaf, &key, many), CredentialError::RootCount { count } if count == ROOTS_MAX + 1)
+    );
     let not_a_root = vec![root.clone(), leaf.clone()];
     assert!(matches!(refusal(&leaf, &key, not_a_root), CredentialError::Root { index: 1 }));
     let foreign = vec![root.clone(), foreign_mesh.root().clone()];
