@@ -64,7 +64,7 @@ pub(crate) fn at(at: Option<pb::At>) -> At {
     match at.and_then(|at| at.at) {
         None => At::Now,
         Some(pb::at::At::Position(position)) => At::Position(Position(position)),
-        Some(pb::at::At::TimeMs(ms)) => At::Time(UnixMicros(ms.saturating_mul(1_000).saturating_add(999))),
+        Some(pb::at::At::TimeMs(ms)) => At::Time(UnixMicros::end_of_millis(ms)),
     }
 }
 

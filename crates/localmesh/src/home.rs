@@ -15,10 +15,11 @@
 
 use crate::error::StartError;
 use serde::Serialize;
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use weft_pgserver::log;
 
 /// The home's usual name, in the current folder.
 pub const HOME_DIR: &str = ".weft";
@@ -27,9 +28,6 @@ pub const CONTEXT_FILE: &str = "context.json";
 
 /// How much of a log's end an error shows.
 const TAIL_LINES: usize = 15;
-const TAIL_BYTES: u64 = 8 << 10;
-/// A log is moved aside at the start after it has grown past this, so two files of it are the most that is kept.
-const LOG_BYTES_MAX: u64 = 8 << 20;
 
 /// Paths in a home.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,33 +195,21 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> 
 
 /// A log to append to; a long one is moved aside first.
 pub(crate) fn open_log(path: &Path) -> io::Result<File> {
-    if fs::metadata(path).is_ok_and(|found| found.len() > LOG_BYTES_MAX) {
-        fs::rename(path, path.with_extension("log.1"))?;
-    }
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+    log::open(path, 0o600)
 }
 
-/// The last lines of a file; empty if it cannot be read.
+/// The last lines of a file, indented; empty if it cannot be read.
 #[must_use]
 pub fn tail(path: &Path) -> String {
-    let read = || -> io::Result<String> {
-        let mut file = File::open(path)?;
-        let start = file.metadata()?.len().saturating_sub(TAIL_BYTES);
-        file.seek(SeekFrom::Start(start))?;
-        let mut bytes = Vec::new();
-        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    let text = read().unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    let last: Vec<String> =
-        lines[lines.len().saturating_sub(TAIL_LINES)..].iter().map(|line| format!("    {line}")).collect();
-    last.join("\n")
+    let lines = log::tail(path, TAIL_LINES);
+    let indented: Vec<String> = lines.lines().map(|line| format!("    {line}")).collect();
+    indented.join("\n")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     fn home() -> (tempfile::TempDir, Home) {

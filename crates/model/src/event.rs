@@ -28,9 +28,6 @@ macro_rules! event_family {
         }
 
         impl $family {
-            /// The stored names of this family's events, each with its current schema version.
-            pub const TYPES: &'static [(&'static str, u16)] = &[$((stringify!($event), $schema),)+];
-
             pub(crate) const fn type_name(&self) -> &'static str {
                 match self { $(Self::$event(_) => stringify!($event),)+ }
             }

@@ -29,6 +29,7 @@ mod binaries;
 mod cluster;
 mod home;
 mod install;
+pub mod log;
 mod port;
 mod server;
 mod watchdog;

@@ -3,8 +3,8 @@
 //! `postgres` is a direct child in a process group of its own: its pid is known, and a Ctrl-C in the terminal reaches
 //! the owner only, who stops the server's clients first. Waiting is by polls of bounded number, so no clock is read.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs::{self, File};
+use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use crate::Say;
 use crate::account::Account;
 use crate::cluster::{Cluster, SUPERUSER, private_dir};
+use crate::log;
 use crate::port::reserve_loopback_port;
 use crate::watchdog::Watchdog;
 
@@ -30,11 +31,8 @@ const START_POLLS: u32 = 6_000;
 const POLLS_PER_SAY: u32 = 250;
 /// 20 seconds for a shutdown with its checkpoint, then as long for one without.
 const STOP_POLLS: u32 = 1_000;
-/// The log is moved aside at the start after it has grown past this, so two files of it are the most that is kept.
-const LOG_BYTES_MAX: u64 = 8 << 20;
 /// How much of the log's end an error shows.
 const TAIL_LINES: usize = 20;
-const TAIL_BYTES: u64 = 8 << 10;
 /// What a unix socket's address holds, less its closing zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -157,7 +155,7 @@ impl Cluster {
         let short_dir = short_socket_dir(&self).map_err(io_error)?;
         let socket_dir =
             short_dir.as_ref().map_or_else(|| self.home.join("socket"), |dir| dir.path().to_owned());
-        let log = open_log(&self.log_file()).map_err(io_error)?;
+        let log = log::open(&self.log_file(), 0o666).map_err(io_error)?;
 
         let mut scratch: Vec<&Path> = self.scratch.iter().map(TempDir::path).collect();
         scratch.extend(short_dir.iter().map(TempDir::path));
@@ -205,7 +203,7 @@ impl Server {
 
     /// The last lines of the server's log, for an error message.
     pub fn log_tail(&self) -> String {
-        tail(&self.cluster.log_file())
+        log::tail(&self.cluster.log_file(), TAIL_LINES)
     }
 
     /// Stops the server: clients are disconnected, a checkpoint is made; if that takes too long, without a checkpoint.
@@ -297,7 +295,9 @@ fn wait_until_ready(process: &mut Process, cluster: &Cluster, say: Say<'_>) -> R
     for poll in 1..=START_POLLS {
         let ended = process.child.try_wait();
         match ended.map_err(|source| StartError::Io { data: process.data.clone(), source })? {
-            Some(status) => return Err(StartError::Exited { status, tail: tail(&log), log }),
+            Some(status) => {
+                return Err(StartError::Exited { status, tail: log::tail(&log, TAIL_LINES), log });
+            }
             None if is_ready(&process.data, process.child.id()) => return Ok(()),
             None => {}
         }
@@ -309,7 +309,7 @@ fn wait_until_ready(process: &mut Process, cluster: &Cluster, say: Say<'_>) -> R
         }
         thread::sleep(POLL);
     }
-    Err(StartError::TimedOut { tail: tail(&log), log })
+    Err(StartError::TimedOut { tail: log::tail(&log, TAIL_LINES), log })
 }
 
 /// Whether the pid file says that the server `pid` accepts connections: its first line is the pid, its eighth the state,
@@ -399,28 +399,6 @@ fn short_socket_dir(cluster: &Cluster) -> io::Result<Option<TempDir>> {
     let dir = tempfile::Builder::new().prefix("weft-pg-").tempdir_in("/tmp")?;
     private_dir(dir.path(), &cluster.account)?;
     Ok(Some(dir))
-}
-
-fn open_log(path: &Path) -> io::Result<File> {
-    if fs::metadata(path).is_ok_and(|found| found.len() > LOG_BYTES_MAX) {
-        fs::rename(path, path.with_extension("log.1"))?;
-    }
-    OpenOptions::new().create(true).append(true).open(path)
-}
-
-/// The last lines of a file; empty if it cannot be read.
-fn tail(path: &Path) -> String {
-    let read = || -> io::Result<String> {
-        let mut file = File::open(path)?;
-        let start = file.metadata()?.len().saturating_sub(TAIL_BYTES);
-        file.seek(SeekFrom::Start(start))?;
-        let mut bytes = Vec::new();
-        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    let text = read().unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
 }
 
 #[cfg(test)]
