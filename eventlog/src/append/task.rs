@@ -6,11 +6,16 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use weft_model::Chain;
 use weft_model::version::Position;
 
+use super::flight::{Flight, Flights};
+use super::live::Landed;
 use super::writer::{Failure, Writer};
 use super::{AppendError, Item, Queue};
+use crate::request::Appended;
+use crate::session::StoreError;
 
 /// Requests per batch. At this size the fsync costs each of them next to nothing, and the insert still takes only
 /// tens of milliseconds, which is what the next batch waits.
@@ -27,16 +32,27 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::
 
 /// Owns the writer. Runs until the log is closed and everything queued is answered.
 pub(crate) struct AppendTask {
-    pub(crate) writer: Writer,
-    pub(crate) queue: Queue,
+    writer: Writer,
+    queue: Queue,
     /// Told the last position of every batch that was written here.
-    pub(crate) committed: watch::Sender<Position>,
+    committed: watch::Sender<Position>,
     /// Wakes the tails of this process.
-    pub(crate) wake: watch::Sender<Position>,
-    pub(crate) closing: CancellationToken,
+    wake: watch::Sender<Position>,
+    closing: CancellationToken,
+    flights: Flights,
 }
 
 impl AppendTask {
+    pub(crate) fn new(
+        writer: Writer,
+        queue: Queue,
+        committed: watch::Sender<Position>,
+        wake: watch::Sender<Position>,
+        closing: CancellationToken,
+    ) -> Self {
+        Self { writer, queue, committed, wake, closing, flights: Flights::default() }
+    }
+
     /// Natural batching: while one batch is written the next one queues up; there is no artificial delay.
     pub(crate) async fn run(mut self) {
         loop {
@@ -47,25 +63,76 @@ impl AppendTask {
                     self.queue.items.close();
                     continue;
                 }
-                next = self.queue.items.recv() => next,
+                (flight, result) = self.flights.landed(), if !self.flights.is_empty() => {
+                    self.land(flight, result).await;
+                    continue;
+                }
+                next = self.queue.items.recv(), if self.flights.has_room() => next,
             };
-            let Some(first) = next else { return };
+            let Some(first) = next else { break };
             // Callers answered by the last batch are about to send again; let them, then take them all.
             tokio::task::yield_now().await;
             let batch = fill(first, &mut self.queue.items);
-            let started = Instant::now();
-            self.write(batch).await;
-            let took = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.queue.batch_ms.store(took, Ordering::Relaxed);
+            self.take_on(batch).await;
+        }
+        self.land_all().await;
+    }
+
+    /// Sends a batch ahead if that can be; otherwise waits for those under way and decides it under the lock.
+    async fn take_on(&mut self, batch: Vec<Item>) {
+        let batch = match self.writer.send_ahead(batch).await {
+            Ok(flight) => return self.flights.push(flight),
+            Err(batch) => batch,
+        };
+        self.land_all().await;
+        self.write(batch, BTreeSet::new()).await;
+    }
+
+    async fn land_all(&mut self) {
+        while !self.flights.is_empty() {
+            let (flight, result) = self.flights.landed().await;
+            self.land(flight, result).await;
+        }
+    }
+
+    /// Answers a batch that was sent ahead. If it was not written, or that is unknown, it and those sent after it are
+    /// decided anew under the lock, where those that were written are found by their command ids.
+    async fn land(&mut self, mut flight: Flight, result: Result<Landed, StoreError>) {
+        match result {
+            Ok(landed) => {
+                self.writer.landed(&mut flight, &landed);
+                self.note(flight.began, flight.last);
+                answer(flight.items, flight.answers);
+            }
+            Err(error) => {
+                tracing::debug!(error = %Chain(&error), "a batch sent ahead is decided anew");
+                let refused = self.writer.crashed(&error);
+                let items: Vec<Item> = flight.items.into_iter().chain(self.flights.abandon()).collect();
+                let ids = items.iter().map(|item| item.request.command_id);
+                let attempted = if refused { BTreeSet::new() } else { ids.collect() };
+                self.write(items, attempted).await;
+            }
+        }
+    }
+
+    fn note(&self, began: Instant, last: Option<Position>) {
+        let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.queue.batch_ms.store(took, Ordering::Relaxed);
+        if let Some(position) = last {
+            self.committed.send_replace(position);
+            self.wake.send_replace(position);
         }
     }
 
     /// Writes a batch and answers everybody in it. If the database refuses the batch because of something in it, it
     /// is halved until only the culprit fails.
-    async fn write(&mut self, batch: Vec<Item>) {
+    ///
+    /// `attempted` are commands whose commit may have been attempted: their outcome must be found out even if nobody waits
+    /// any more, and an outcome found for them is their first.
+    async fn write(&mut self, batch: Vec<Item>, mut attempted: BTreeSet<Uuid>) {
         let mut rest = vec![batch];
         while let Some(mut batch) = rest.pop() {
-            match self.persist(&mut batch).await {
+            match self.persist(&mut batch, &mut attempted).await {
                 Ok(()) => {}
                 Err(Failure::Content(_)) if batch.len() > 1 => {
                     rest.push(batch.split_off(batch.len() / 2));
@@ -84,27 +151,23 @@ impl AppendTask {
     }
 
     /// Tries a batch until it is written, cannot be, or [`STORE_WAIT_MAX`] is over. Answers and empties it if written.
-    async fn persist(&mut self, batch: &mut Vec<Item>) -> Result<(), Failure> {
-        let deadline = Instant::now() + STORE_WAIT_MAX;
+    async fn persist(
+        &mut self,
+        batch: &mut Vec<Item>,
+        attempted: &mut BTreeSet<Uuid>,
+    ) -> Result<(), Failure> {
+        let began = Instant::now();
+        let deadline = began + STORE_WAIT_MAX;
         let mut pause = RETRY_PAUSE.0;
-        // Commands whose commit was attempted: their outcome must be found out even if nobody waits any more, and an
-        // outcome found for them is their first.
-        let mut attempted = BTreeSet::new();
         loop {
             batch.retain(|item| !item.respond.is_closed() || attempted.contains(&item.request.command_id));
             if batch.is_empty() {
                 return Ok(());
             }
-            match self.writer.attempt(batch, &mut attempted).await {
+            match self.writer.attempt(batch, attempted).await {
                 Ok(written) => {
-                    if let Some(position) = written.last {
-                        self.committed.send_replace(position);
-                        self.wake.send_replace(position);
-                    }
-                    for (item, answer) in batch.drain(..).zip(written.answers) {
-                        // A caller that has gone needs no answer.
-                        let _ = item.respond.send(answer);
-                    }
+                    self.note(began, written.last);
+                    answer(std::mem::take(batch), written.answers);
                     return Ok(());
                 }
                 Err(Failure::Transient(error)) if Instant::now() + pause < deadline => {
@@ -115,6 +178,13 @@ impl AppendTask {
                 Err(failure) => return Err(failure),
             }
         }
+    }
+}
+
+fn answer(items: Vec<Item>, answers: Vec<Result<Appended, AppendError>>) {
+    for (item, answer) in items.into_iter().zip(answers) {
+        // A caller that has gone needs no answer.
+        let _ = item.respond.send(answer);
     }
 }
 
@@ -135,7 +205,6 @@ fn fill(first: Item, queue: &mut mpsc::Receiver<Item>) -> Vec<Item> {
 mod tests {
     use std::sync::Arc;
     use tokio::sync::{Semaphore, oneshot};
-    use uuid::Uuid;
     use weft_model::version::ExpectedVersion;
 
     use super::*;

@@ -78,9 +78,14 @@ async fn nobody_changes_history_not_even_a_superuser() {
             "update weft.log_epoch set epoch = 9",
             "delete from weft.log_epoch",
             "truncate weft.log_epoch",
-            "update weft.command_outcome set epoch = 9",
-            "delete from weft.command_outcome",
-            "truncate weft.command_outcome",
+            "update weft.event_1 set payload = '{}'",
+            "delete from weft.event_1",
+            "truncate weft.event_1",
+            "update weft.log_batch set epoch = 9",
+            "delete from weft.log_batch",
+            "truncate weft.log_batch",
+            "delete from weft.log_segment",
+            "truncate weft.log_partition",
         ] {
             let error = client.batch_execute(statement).await.unwrap_err();
             assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
@@ -97,7 +102,7 @@ async fn the_reader_role_reads_and_does_nothing_else() {
     log.appender().append(one("s")).await.unwrap();
     let client = database.connect().await;
     client.batch_execute("set role weft_reader").await.unwrap();
-    for table in ["audit.events", "weft.event", "weft.log_epoch", "weft.command_outcome"] {
+    for table in ["audit.events", "weft.event", "weft.log_epoch", "weft.log_batch"] {
         let count: i64 =
             client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
         assert_eq!(count, 1, "{table}");
@@ -107,7 +112,8 @@ async fn the_reader_role_reads_and_does_nothing_else() {
     for statement in [
         "insert into weft.event select * from weft.event",
         "delete from weft.event",
-        "insert into weft.command_outcome select * from weft.command_outcome",
+        "insert into weft.log_batch select * from weft.log_batch",
+        "select weft.make_partitions()",
         "create table weft.mine (id int)",
         // Nor does it hold up those who write.
         "begin; lock table weft.log_lock in access share mode",
@@ -136,7 +142,9 @@ async fn every_column_that_people_see_says_what_it_means() {
     let sql = "select n.nspname || '.' || c.relname || '.' || a.attname from pg_attribute a \
                join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace \
                where (n.nspname, c.relname) in (('weft', 'event'), ('weft', 'log_epoch'), \
-               ('weft', 'command_outcome'), ('audit', 'events')) and a.attnum > 0 \
+               ('weft', 'event_1'), ('weft', 'log_batch'), ('weft', 'log_partition'), ('weft', 'log_segment'), \
+               ('weft', 'log_layout'), ('weft', 'scope_head'), ('weft', 'scope_head_mark'), ('audit', 'events'), \
+               ('audit', 'sealed')) and a.attnum > 0 \
                and not a.attisdropped and col_description(c.oid, a.attnum) is null";
     let silent: Vec<String> =
         database.connect().await.query(sql, &[]).await.unwrap().iter().map(|r| r.get(0)).collect();
