@@ -3,7 +3,7 @@
 //! The format is PostgreSQL's own (COPY, "Binary Format"): after a header, each row is its number of fields, then for each
 //! field its length, or -1 for null, and its bytes. The server sends a row per message.
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::pin::Pin;
 use uuid::Uuid;
@@ -71,16 +71,14 @@ impl Rows {
                 self.ended = true;
                 break;
             };
-            let mut message = message.map_err(StoreError::while_doing("read events"))?;
+            let message = message.map_err(StoreError::while_doing("read events"))?;
+            let mut fields = Fields(&message);
             if !self.begun {
-                skip_header(&mut message)?;
+                fields.header()?;
                 self.begun = true;
             }
-            while message.has_remaining() {
-                if message.remaining() == 2 && message.chunk() == (-1_i16).to_be_bytes() {
-                    break;
-                }
-                page.row(&mut message)?;
+            while !fields.at_end() {
+                page.row(&mut fields)?;
             }
         }
         let page = (!page.entries.is_empty()).then(|| (Page::new(page.text, page.entries), page.beside));
@@ -88,18 +86,51 @@ impl Rows {
     }
 }
 
-fn skip_header(message: &mut Bytes) -> Result<(), StoreError> {
-    let torn = undecodable("copy");
-    if !message.starts_with(SIGNATURE) || message.len() < SIGNATURE.len() + 8 {
-        return Err(torn);
+/// What is left of a message.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn header(&mut self) -> Result<(), StoreError> {
+        let signature = self.take(SIGNATURE.len(), "copy")?;
+        // Flags, of which none that matters is defined.
+        self.take(4, "copy")?;
+        let extension = u32::from_be_bytes(fixed(self.take(4, "copy")?, "copy")?);
+        self.take(usize::try_from(extension).unwrap_or(usize::MAX), "copy")?;
+        if signature == SIGNATURE { Ok(()) } else { Err(undecodable("copy")) }
     }
-    message.advance(SIGNATURE.len() + 4);
-    let extension = message.get_u32() as usize;
-    if message.len() < extension {
-        return Err(torn);
+
+    /// Whether no row is left; the last message says so with a number of fields of its own.
+    fn at_end(&self) -> bool {
+        self.0.is_empty() || self.0 == (-1_i16).to_be_bytes()
     }
-    message.advance(extension);
-    Ok(())
+
+    fn take(&mut self, length: usize, column: &'static str) -> Result<&'a [u8], StoreError> {
+        let (taken, rest) = self.0.split_at_checked(length).ok_or(undecodable(column))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    /// The next field; none if it is null.
+    fn optional(&mut self, column: &'static str) -> Result<Option<&'a [u8]>, StoreError> {
+        let length = i32::from_be_bytes(fixed(self.take(4, column)?, column)?);
+        match usize::try_from(length) {
+            Ok(length) => self.take(length, column).map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn required(&mut self, column: &'static str) -> Result<&'a [u8], StoreError> {
+        self.optional(column)?.ok_or(undecodable(column))
+    }
+
+    fn number(&mut self, column: &'static str) -> Result<i64, StoreError> {
+        Ok(i64::from_be_bytes(fixed(self.required(column)?, column)?))
+    }
+
+    /// A counter is never negative.
+    fn counter(&mut self, column: &'static str) -> Result<u64, StoreError> {
+        u64::try_from(self.number(column)?).map_err(|_| undecodable(column))
+    }
 }
 
 #[derive(Default)]
@@ -110,21 +141,21 @@ struct Builder {
 }
 
 impl Builder {
-    fn row(&mut self, row: &mut Bytes) -> Result<(), StoreError> {
-        if row.remaining() < 2 || row.get_u16() != FIELDS {
+    fn row(&mut self, row: &mut Fields<'_>) -> Result<(), StoreError> {
+        if row.take(2, "copy")? != FIELDS.to_be_bytes() {
             return Err(undecodable("copy"));
         }
-        let position = Position(counter(row, "position")?);
-        let epoch = Epoch(counter(row, "epoch")?);
-        let version = Version(counter(row, "version")?);
-        let recorded_at = number(row, "recorded_at")?.checked_add(EPOCH_2000_MICROS);
+        let position = Position(row.counter("position")?);
+        let epoch = Epoch(row.counter("epoch")?);
+        let version = Version(row.counter("version")?);
+        let recorded_at = row.number("recorded_at")?.checked_add(EPOCH_2000_MICROS);
         let recorded_at = UnixMicros(recorded_at.ok_or(undecodable("recorded_at"))?);
-        let cause = match field(row, "cause")? {
+        let cause = match row.optional("cause")? {
             None => None,
-            Some(bytes) => Some(Position(u64::from_be_bytes(fixed(&bytes, "cause")?))),
+            Some(bytes) => Some(Position(u64::from_be_bytes(fixed(bytes, "cause")?))),
         };
-        let command_id = Uuid::from_bytes(fixed(&required(row, "command_id")?, "command_id")?);
-        let schema = u16::from_be_bytes(fixed(&required(row, "schema")?, "schema")?);
+        let command_id = Uuid::from_bytes(fixed(row.required("command_id")?, "command_id")?);
+        let schema = u16::from_be_bytes(fixed(row.required("schema")?, "schema")?);
         let entry = Entry {
             position,
             epoch,
@@ -133,20 +164,20 @@ impl Builder {
             cause,
             command_id,
             recorded_at,
-            scope: self.text(&required(row, "scope")?, "scope")?,
-            event_type: self.text(&required(row, "type")?, "type")?,
-            actor: self.text(&required(row, "actor")?, "actor")?,
-            reason: field(row, "reason")?.map(|reason| self.text(&reason, "reason")).transpose()?,
-            payload: self.text(&required(row, "payload")?, "payload")?,
+            scope: self.text(row.required("scope")?, "scope")?,
+            event_type: self.text(row.required("type")?, "type")?,
+            actor: self.text(row.required("actor")?, "actor")?,
+            reason: row.optional("reason")?.map(|reason| self.text(reason, "reason")).transpose()?,
+            payload: self.text(row.required("payload")?, "payload")?,
         };
-        let hash = EventHash(fixed(&required(row, "hash")?, "hash")?);
-        let fingerprint = field(row, "fingerprint")?;
-        let events = field(row, "command_events")?;
+        let hash = EventHash(fixed(row.required("hash")?, "hash")?);
+        let fingerprint = row.optional("fingerprint")?;
+        let events = row.optional("command_events")?;
         let torn = fingerprint.is_some() != events.is_some();
         let command = match (fingerprint, events) {
             (Some(fingerprint), Some(events)) => Some((
-                fixed(&fingerprint, "fingerprint")?,
-                u32::from_be_bytes(fixed(&events, "command_events")?),
+                fixed(fingerprint, "fingerprint")?,
+                u32::from_be_bytes(fixed(events, "command_events")?),
             )),
             _ => None,
         };
@@ -164,35 +195,87 @@ impl Builder {
     }
 }
 
-/// The next field; none if it is null.
-fn field(row: &mut Bytes, column: &'static str) -> Result<Option<Bytes>, StoreError> {
-    if row.remaining() < 4 {
-        return Err(undecodable(column));
-    }
-    match usize::try_from(row.get_i32()) {
-        Err(_) => Ok(None),
-        Ok(length) if length <= row.remaining() => Ok(Some(row.split_to(length))),
-        Ok(_) => Err(undecodable(column)),
-    }
-}
-
-fn required(row: &mut Bytes, column: &'static str) -> Result<Bytes, StoreError> {
-    field(row, column)?.ok_or(undecodable(column))
-}
-
 fn fixed<const N: usize>(bytes: &[u8], column: &'static str) -> Result<[u8; N], StoreError> {
     bytes.try_into().map_err(|_| undecodable(column))
 }
 
-fn number(row: &mut Bytes, column: &'static str) -> Result<i64, StoreError> {
-    Ok(i64::from_be_bytes(fixed(&required(row, column)?, column)?))
-}
-
-/// A counter is never negative.
-fn counter(row: &mut Bytes, column: &'static str) -> Result<u64, StoreError> {
-    u64::try_from(number(row, column)?).map_err(|_| undecodable(column))
-}
-
 const fn undecodable(column: &'static str) -> StoreError {
     StoreError::Undecodable { table: "weft.event", column }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(fields: &[Option<&[u8]>]) -> Vec<u8> {
+        let mut row = u16::try_from(fields.len()).unwrap().to_be_bytes().to_vec();
+        for field in fields {
+            let length = field.map_or(-1, |field| i32::try_from(field.len()).unwrap());
+            row.extend(length.to_be_bytes());
+            row.extend(field.unwrap_or_default());
+        }
+        row
+    }
+
+    fn sound() -> Vec<Option<&'static [u8]>> {
+        let eight = |bytes: &'static [u8; 8]| Some(&bytes[..]);
+        vec![
+            eight(b"\0\0\0\0\0\0\0\x07"),
+            eight(b"\0\0\0\0\0\0\0\x02"),
+            eight(b"\0\0\0\0\0\0\0\x03"),
+            eight(b"\0\0\0\0\0\0\0\x01"),
+            None,
+            Some(&[1; 16]),
+            Some(b"\0\x01"),
+            Some(b"scope"),
+            Some(b"Happened"),
+            Some(b"actor"),
+            None,
+            Some("\"ü\"".as_bytes()),
+            Some(&[2; 32]),
+            Some(&[3; 32]),
+            Some(b"\0\0\0\x01"),
+        ]
+    }
+
+    fn read(fields: &[Option<&[u8]>]) -> Result<Page, StoreError> {
+        let mut builder = Builder::default();
+        builder.row(&mut Fields(&row(fields)))?;
+        Ok(Page::new(builder.text, builder.entries))
+    }
+
+    #[test]
+    fn a_row_is_read_field_by_field() {
+        let page = read(&sound()).unwrap();
+        let event = page.events().next().unwrap();
+        assert_eq!((event.position, event.epoch, event.version), (Position(7), Epoch(2), Version(3)));
+        assert_eq!((event.scope, event.payload, event.reason), ("scope", "\"ü\"", None));
+        assert_eq!(event.recorded_at, UnixMicros(EPOCH_2000_MICROS + 1));
+    }
+
+    #[test]
+    fn what_is_cut_short_or_out_of_its_domain_is_refused_by_its_column() {
+        let whole = row(&sound());
+        for length in 0..whole.len() {
+            let cut = Builder::default().row(&mut Fields(&whole[..length]));
+            assert!(matches!(cut, Err(StoreError::Undecodable { .. })), "{length}");
+        }
+        let negative: &[u8] = &[255; 8];
+        let cases: [(usize, Option<&[u8]>, &str); 5] = [
+            (0, Some(negative), "position"),
+            (0, None, "position"),
+            (5, Some(b"short"), "command_id"),
+            (7, Some(b"\xff"), "scope"),
+            (12, Some(b"short"), "hash"),
+        ];
+        for (at, value, named) in cases {
+            let mut fields = sound();
+            fields[at] = value;
+            let refused = read(&fields);
+            assert!(
+                matches!(refused, Err(StoreError::Undecodable { column, .. }) if column == named),
+                "{refused:?}"
+            );
+        }
+    }
 }
