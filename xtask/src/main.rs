@@ -6,6 +6,7 @@
 mod cargo;
 mod check;
 mod test;
+mod torture;
 mod up;
 
 use std::process::ExitCode;
@@ -27,6 +28,8 @@ enum Task {
     Up(up::Up),
     /// Run every test, on a real PostgreSQL
     Test(test::Test),
+    /// Break things on purpose, and prove that nothing was lost
+    Torture(torture::Torture),
     /// Check format, lints, the layering of the crates, and the dependencies
     Check(check::Check),
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
     let ended = match Cli::parse().command {
         Task::Up(up) => up.run(),
         Task::Test(test) => test.run(),
+        Task::Torture(torture) => torture.run(),
         Task::Check(check) => check.run(),
     };
     ended.unwrap_or_else(|error| {
