@@ -1,0 +1,145 @@
+//! How fast stored events become the mesh: decoding, folding, and the projection beside the fold.
+//!
+//! Run it with
+//!
+//!     cargo bench -p weft-routing --bench fold -- [--events N] [--services N] [--instances N] [--rounds N]
+//!
+//! A seeded mesh of `services` x `instances` lives through `events` events of about 200 bytes of payload where that
+//! applies: mostly health reports with details, beside them registrations, drains, policies, leaves and tokens. All of
+//! it is in memory, so nothing of the database is measured. Each figure is the best of `rounds`, on one core. The last line
+//! is JSON; to compare two versions of the code, run both on one machine with the same arguments, one after the other.
+//! The fold is the same in every round: the versions and hashes that the bench prints must not differ between them.
+
+#![expect(clippy::unwrap_used, reason = "a bench that cannot run fails")]
+
+use std::fmt::Write;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+use weft_model::{Epoch, Position, Timestamp, Version};
+use weft_model::{Event, Fact, Scope};
+use weft_routing::{Projection, RoutingState};
+
+#[path = "fold/mesh.rs"]
+mod mesh;
+
+/// A page as the log hands it out.
+const PAGE: usize = 4_096;
+
+fn main() {
+    let arguments = Arguments::parse();
+    let events = mesh::events(arguments.services, arguments.instances, arguments.events);
+    let bytes: usize = events.iter().map(|event| event.payload.len()).sum();
+    println!(
+        "{} events, {} services x {} instances, {} bytes of payload each",
+        events.len(),
+        arguments.services,
+        arguments.instances,
+        bytes / events.len()
+    );
+
+    let mut report = Report::new(events.len(), arguments.rounds);
+    report.measure("decode", || events.iter().map(decode).for_each(|fact| drop(black_box(fact))));
+    let facts: Vec<Fact> = events.iter().map(decode).collect();
+    report.measure("state", || {
+        let mut state = RoutingState::default();
+        for fact in &facts {
+            black_box(state.apply(fact).unwrap());
+        }
+        drop(black_box(state));
+    });
+    report.measure("pages", || {
+        let mut projection = Projection::default();
+        for page in facts.chunks(PAGE) {
+            black_box(projection.apply(page).unwrap());
+        }
+        drop(black_box(projection));
+    });
+    report.measure("bulk", || {
+        let mut projection = Projection::default();
+        black_box(projection.apply(&facts).unwrap());
+        drop(black_box(projection));
+    });
+    report.measure("decode_and_bulk", || {
+        let mut projection = Projection::default();
+        let facts: Vec<Fact> = events.iter().map(decode).collect();
+        black_box(projection.apply(&facts).unwrap());
+        drop(black_box(projection));
+    });
+    report.print();
+}
+
+fn decode(event: &mesh::Stored) -> Fact {
+    let scope: Scope = event.scope.parse().unwrap();
+    let meaning = Event::decode(&scope, event.event_type, event.schema, &event.payload).unwrap();
+    Fact {
+        epoch: Epoch(1),
+        position: Position(event.position),
+        version: Version(event.version),
+        at: Timestamp(1_700_000_000_000 + event.position.cast_signed()),
+        actor: event.actor.clone(),
+        scope,
+        event: meaning,
+    }
+}
+
+struct Arguments {
+    events: usize,
+    services: usize,
+    instances: usize,
+    rounds: usize,
+}
+
+impl Arguments {
+    fn parse() -> Self {
+        let mut arguments = Self { events: 300_000, services: 200, instances: 10, rounds: 3 };
+        // Cargo adds `--bench`.
+        let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+        for pair in words.chunks(2) {
+            let value = pair.get(1).unwrap().parse().unwrap();
+            match pair[0].as_str() {
+                "--events" => arguments.events = value,
+                "--services" => arguments.services = value,
+                "--instances" => arguments.instances = value,
+                "--rounds" => arguments.rounds = value,
+                other => unreachable!("{other} is not an argument of this bench"),
+            }
+        }
+        arguments
+    }
+}
+
+struct Report {
+    events: usize,
+    rounds: usize,
+    json: String,
+}
+
+impl Report {
+    fn new(events: usize, rounds: usize) -> Self {
+        Self { events, rounds, json: format!("{{\"events\":{events}") }
+    }
+
+    fn measure(&mut self, what: &str, mut work: impl FnMut()) {
+        let best = (0..self.rounds).map(|_| timed(&mut work)).min().unwrap();
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a rate"
+        )]
+        let rate = (self.events as f64 / best.as_secs_f64()) as u64;
+        println!("{what:>20}  {rate:>10} events/s  {best:?}");
+        write!(self.json, ",\"{what}_events_per_s\":{rate}").unwrap();
+    }
+
+    fn print(self) {
+        println!("{}}}", self.json);
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "a bench measures time")]
+fn timed(work: impl FnOnce()) -> Duration {
+    let started = Instant::now();
+    work();
+    started.elapsed()
+}
