@@ -15,8 +15,7 @@
 use std::fmt::Write;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
-use weft_model::{Epoch, Position, Timestamp, Version};
-use weft_model::{Event, Fact, Scope};
+use weft_model::{Decoder, Epoch, Fact, Position, StoredEvent, Timestamp, Version};
 use weft_routing::{Projection, RoutingState};
 
 #[path = "fold/mesh.rs"]
@@ -38,8 +37,12 @@ fn main() {
     );
 
     let mut report = Report::new(events.len(), arguments.rounds);
-    report.measure("decode", || events.iter().map(decode).for_each(|fact| drop(black_box(fact))));
-    let facts: Vec<Fact> = events.iter().map(decode).collect();
+    report.measure("decode", || {
+        let mut decoder = Decoder::default();
+        events.iter().for_each(|event| drop(black_box(decoder.decode(&view(event)).unwrap())));
+    });
+    let mut decoder = Decoder::default();
+    let facts: Vec<Fact> = events.iter().map(|event| decoder.decode(&view(event)).unwrap()).collect();
     report.measure("state", || {
         let mut state = RoutingState::default();
         for fact in &facts {
@@ -55,30 +58,37 @@ fn main() {
         drop(black_box(projection));
     });
     report.measure("bulk", || {
-        let mut projection = Projection::default();
-        black_box(projection.apply(&facts).unwrap());
-        drop(black_box(projection));
+        let mut bulk = Projection::default().into_bulk();
+        for page in facts.chunks(PAGE) {
+            bulk.apply(page).unwrap();
+        }
+        drop(black_box(bulk.finish()));
     });
     report.measure("decode_and_bulk", || {
-        let mut projection = Projection::default();
-        let facts: Vec<Fact> = events.iter().map(decode).collect();
-        black_box(projection.apply(&facts).unwrap());
-        drop(black_box(projection));
+        let mut bulk = Projection::default().into_bulk();
+        let mut decoder = Decoder::default();
+        let mut facts = Vec::with_capacity(PAGE);
+        for page in events.chunks(PAGE) {
+            facts.extend(page.iter().map(|event| decoder.decode(&view(event)).unwrap()));
+            bulk.apply(&facts).unwrap();
+            facts.clear();
+        }
+        drop(black_box(bulk.finish()));
     });
     report.print();
 }
 
-fn decode(event: &mesh::Stored) -> Fact {
-    let scope: Scope = event.scope.parse().unwrap();
-    let meaning = Event::decode(&scope, event.event_type, event.schema, &event.payload).unwrap();
-    Fact {
+fn view(event: &mesh::Stored) -> StoredEvent<'_> {
+    StoredEvent {
         epoch: Epoch(1),
         position: Position(event.position),
         version: Version(event.version),
         at: Timestamp(1_700_000_000_000 + event.position.cast_signed()),
-        actor: event.actor.clone(),
-        scope,
-        event: meaning,
+        actor: &event.actor,
+        scope: &event.scope,
+        event_type: event.event_type,
+        schema: event.schema,
+        payload: &event.payload,
     }
 }
 

@@ -26,7 +26,7 @@ mod wire;
 pub use hash::Hash;
 pub use interest::InterestClass;
 pub use manifest::Manifest;
-pub use projection::{Changes, Projection};
+pub use projection::{Bulk, Changes, Projection};
 pub use shard::{EndpointsShard, InboundShard, ShardKey, TrustShard};
 pub use snapshot::Snapshot;
 pub use state::RoutingState;

@@ -13,8 +13,9 @@ use crate::hash::Hash;
 use crate::interest::InterestClass;
 use crate::manifest::{Manifest, ManifestEntry};
 use crate::shard::{ShardKey, build};
-use crate::state::{FoldError, RoutingState};
+use crate::state::{FoldError, RoutingState, TouchedShards};
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::{ConfigVersion, Fact, InstanceId, Position, ServiceName};
@@ -88,6 +89,75 @@ pub struct Projection {
     wildcards: BTreeSet<InterestClass>,
 }
 
+/// The last event of a batch that touched each shard, and what else it changed.
+#[derive(Debug, Default)]
+struct Batch {
+    endpoints: Positions,
+    inbound: Positions,
+    trust: Option<Position>,
+    changes: Changes,
+}
+
+#[expect(clippy::disallowed_types, reason = "what is built from it is put into ordered maps")]
+type Positions = std::collections::HashMap<ServiceName, Position, BuildHasherDefault<DefaultHasher>>;
+
+impl Batch {
+    fn touch(&mut self, shards: &TouchedShards<'_>, position: Position) {
+        fn put(positions: &mut Positions, service: &ServiceName, position: Position) {
+            match positions.get_mut(service) {
+                Some(last) => *last = position,
+                None => {
+                    positions.insert(service.clone(), position);
+                }
+            }
+        }
+        match shards {
+            TouchedShards::None => {}
+            TouchedShards::Endpoints(service) => put(&mut self.endpoints, service, position),
+            TouchedShards::Service(service) => {
+                put(&mut self.endpoints, service, position);
+                put(&mut self.inbound, service, position);
+            }
+            TouchedShards::Inbound(services) => {
+                services.iter().for_each(|service| put(&mut self.inbound, service, position));
+            }
+            TouchedShards::Trust => self.trust = Some(position),
+        }
+    }
+}
+
+/// A projection that takes in many events before shards and manifests are built, once, at the end. Nobody sees it in
+/// between, when its state is ahead of them. Because a shard's position is that of the last event that touched it, it
+/// ends up the same as if it had been built after every event.
+#[derive(Debug)]
+pub struct Bulk {
+    projection: Projection,
+    batch: Batch,
+}
+
+impl Bulk {
+    /// The last event that was folded.
+    #[must_use]
+    pub const fn version(&self) -> ConfigVersion {
+        self.projection.version()
+    }
+
+    /// Takes in the next events.
+    ///
+    /// # Errors
+    /// If an event is not the next one. Those before it were taken in; this is not to be used further.
+    pub fn apply<'a>(&mut self, facts: impl IntoIterator<Item = &'a Fact>) -> Result<(), FoldError> {
+        self.projection.fold(&mut self.batch, facts)
+    }
+
+    /// The projection after all of them.
+    #[must_use]
+    pub fn finish(mut self) -> Projection {
+        self.projection.build(self.batch);
+        self.projection
+    }
+}
+
 impl Projection {
     /// The fold's state.
     #[must_use]
@@ -132,19 +202,41 @@ impl Projection {
     /// # Errors
     /// If an event is not the next one. Those before it were taken in; the projection is not to be used further.
     pub fn apply<'a>(&mut self, facts: impl IntoIterator<Item = &'a Fact>) -> Result<Changes, FoldError> {
-        let mut changes = Changes::default();
-        let mut touched: BTreeMap<ShardKey, Position> = BTreeMap::new();
+        let mut batch = Batch::default();
+        self.fold(&mut batch, facts)?;
+        Ok(self.build(batch))
+    }
+
+    /// Begins a batch of many pages, for a long replay.
+    #[must_use]
+    pub fn into_bulk(self) -> Bulk {
+        Bulk { projection: self, batch: Batch::default() }
+    }
+
+    fn fold<'a>(
+        &mut self,
+        batch: &mut Batch,
+        facts: impl IntoIterator<Item = &'a Fact>,
+    ) -> Result<(), FoldError> {
         for fact in facts {
-            let by_fact = self.state.apply(fact)?;
-            touched.extend(by_fact.shards.into_iter().map(|key| (key, fact.position)));
-            if let Some(instance) = by_fact.instance
-                && let Some(classes) = self.assign(&instance, fact.position)
+            let touched = self.state.apply(fact)?;
+            batch.touch(&touched.shards, fact.position);
+            if let Some(instance) = touched.instance
+                && let Some(classes) = self.assign(instance, fact.position)
             {
-                changes.classes.extend(classes);
-                changes.sidecars.insert(instance);
+                batch.changes.classes.extend(classes);
+                batch.changes.sidecars.insert(instance.clone());
             }
         }
-        for (key, position) in touched {
+        Ok(())
+    }
+
+    fn build(&mut self, batch: Batch) -> Changes {
+        let Batch { endpoints, inbound, trust, mut changes } = batch;
+        let endpoints = endpoints.into_iter().map(|(service, at)| (ShardKey::Endpoints(service), at));
+        let inbound = inbound.into_iter().map(|(service, at)| (ShardKey::Inbound(service), at));
+        let trust = trust.map(|at| (ShardKey::Trust, at));
+        for (key, position) in endpoints.chain(inbound).chain(trust) {
             self.rebuild_shard(&key, position);
             changes.classes.extend(self.classes_with(&key));
             changes.shards.insert(key);
@@ -152,7 +244,7 @@ impl Projection {
         for class in &changes.classes {
             self.rebuild_manifest(class);
         }
-        Ok(changes)
+        changes
     }
 
     /// Everything, built from the state alone but for the positions, which only the log's order tells. Equal to `self`
@@ -182,14 +274,16 @@ impl Projection {
     /// it stays where it is.
     fn assign(&mut self, instance: &InstanceId, position: Position) -> Option<Vec<InterestClass>> {
         let registration = self.state.membership(instance).and_then(|entry| entry.state.registration());
+        let current = self.sidecars.get(instance).map(|sidecar| &sidecar.class);
+        // A class is of its instance's own service, so the upstreams tell.
+        if registration.map(|it| &it.upstreams) == current.map(|class| &class.upstreams) {
+            return None;
+        }
+        let current = current.cloned();
         let wanted = registration.map(|registration| InterestClass {
             service: instance.service.clone(),
             upstreams: registration.upstreams.clone(),
         });
-        let current = self.sidecars.get(instance).map(|sidecar| sidecar.class.clone());
-        if wanted == current {
-            return None;
-        }
         if let Some(class) = &current {
             self.leave(instance, class);
         }
