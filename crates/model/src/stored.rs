@@ -11,7 +11,7 @@ use crate::id::{IdError, InstanceId, ServiceName};
 use crate::scope::{Scope, ScopeError};
 use crate::time::Timestamp;
 use crate::version::{Epoch, Position, Version};
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use foldhash::fast::FixedState;
 
 /// Instances and services that are remembered. More than most meshes have; in a larger one all are forgotten when so many
 /// are known, which costs a second reading of each. At some 200 bytes each, a few dozen megabytes.
@@ -71,7 +71,7 @@ pub enum UndecodableEvent {
 }
 
 #[expect(clippy::disallowed_types, reason = "only ever looked up; its order reaches nothing")]
-type Remembered<T> = std::collections::HashMap<Box<str>, T, BuildHasherDefault<DefaultHasher>>;
+type Remembered<T> = std::collections::HashMap<Box<str>, T, FixedState>;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]

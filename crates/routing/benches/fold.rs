@@ -8,7 +8,7 @@
 //! applies: mostly health reports with details, beside them registrations, drains, policies, leaves and tokens. All of
 //! it is in memory, so nothing of the database is measured. Each figure is the best of `rounds`, on one core. The last line
 //! is JSON; to compare two versions of the code, run both on one machine with the same arguments, one after the other.
-//! The fold is the same in every round: the versions and hashes that the bench prints must not differ between them.
+//! The fold is the same in every round: the hash of the checkpoint that it prints must not differ between them, unless they fold differently.
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot run fails")]
 
@@ -16,7 +16,7 @@ use std::fmt::Write;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use weft_model::{Decoder, Epoch, Fact, Position, StoredEvent, Timestamp, Version};
-use weft_routing::{Projection, RoutingState};
+use weft_routing::{Checkpoint, Projection, RoutingState};
 
 #[path = "fold/mesh.rs"]
 mod mesh;
@@ -75,6 +75,9 @@ fn main() {
         }
         drop(black_box(bulk.finish()));
     });
+    let mut projection = Projection::default();
+    projection.apply(&facts).unwrap();
+    report.checkpoint(&projection);
     report.print();
 }
 
@@ -140,6 +143,26 @@ impl Report {
         let rate = (self.events as f64 / best.as_secs_f64()) as u64;
         println!("{what:>20}  {rate:>10} events/s  {best:?}");
         write!(self.json, ",\"{what}_events_per_s\":{rate}").unwrap();
+    }
+
+    /// What a checkpoint of the projection costs: to take and to write it, to read it and to build what follows.
+    fn checkpoint(&mut self, projection: &Projection) {
+        let checkpoint = Checkpoint::of(projection);
+        let bytes = checkpoint.encode();
+        let read = Checkpoint::decode(&bytes).unwrap();
+        assert_eq!(read.clone().into_projection(), *projection);
+        self.time("checkpoint_take", || drop(black_box(Checkpoint::of(projection))));
+        self.time("checkpoint_encode", || drop(black_box(checkpoint.encode())));
+        self.time("checkpoint_decode", || drop(black_box(Checkpoint::decode(&bytes).unwrap())));
+        self.time("checkpoint_build", || drop(black_box(read.clone().into_projection())));
+        println!("{:>20}  {:>10} bytes  {}", "checkpoint", bytes.len(), weft_routing::Hash::of(&bytes));
+        write!(self.json, ",\"checkpoint_bytes\":{}", bytes.len()).unwrap();
+    }
+
+    fn time(&mut self, what: &str, mut work: impl FnMut()) {
+        let best = (0..self.rounds).map(|_| timed(&mut work)).min().unwrap();
+        println!("{what:>20}  {best:?}");
+        write!(self.json, ",\"{what}_us\":{}", best.as_micros()).unwrap();
     }
 
     fn print(self) {

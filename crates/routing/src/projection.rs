@@ -14,8 +14,8 @@ use crate::interest::InterestClass;
 use crate::manifest::{Manifest, ManifestEntry};
 use crate::shard::{ShardKey, build};
 use crate::state::{FoldError, RoutingState, TouchedShards};
+use foldhash::fast::FixedState;
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::{ConfigVersion, Fact, InstanceId, Position, ServiceName};
@@ -99,7 +99,7 @@ struct Batch {
 }
 
 #[expect(clippy::disallowed_types, reason = "what is built from it is put into ordered maps")]
-type Positions = std::collections::HashMap<ServiceName, Position, BuildHasherDefault<DefaultHasher>>;
+type Positions = std::collections::HashMap<ServiceName, Position, FixedState>;
 
 impl Batch {
     fn touch(&mut self, shards: &TouchedShards<'_>, position: Position) {
@@ -251,23 +251,40 @@ impl Projection {
     /// unless the incremental path has a fault.
     #[must_use]
     pub fn recompute(&self) -> Self {
-        let mut fresh = Self { state: self.state.clone(), ..Self::default() };
-        let of_service = |service: &ServiceName| {
-            [ShardKey::Endpoints(service.clone()), ShardKey::Inbound(service.clone())]
-        };
-        for key in self.state.services_ever().flat_map(of_service).chain([ShardKey::Trust]) {
-            let position = self.shards.get(&key).map(|shard| shard.position).unwrap_or_default();
-            fresh.rebuild_shard(&key, position);
+        let position = |key: &ShardKey| self.shards.get(key).map(|shard| shard.position).unwrap_or_default();
+        let since = |id: &InstanceId| self.sidecars.get(id).map(|sidecar| sidecar.since).unwrap_or_default();
+        Self::of_state(self.state.clone(), position, since)
+    }
+
+    /// What follows from a state and the positions that only the log's order tells: of each shard the last event that
+    /// touched it, of each sidecar the one that put it into its class.
+    pub(crate) fn of_state(
+        state: RoutingState,
+        position: impl Fn(&ShardKey) -> Position,
+        since: impl Fn(&InstanceId) -> Position,
+    ) -> Self {
+        let mut fresh = Self { state, ..Self::default() };
+        let services: Vec<_> = fresh.state.services_ever().cloned().collect();
+        for service in services {
+            for key in [ShardKey::Endpoints(service.clone()), ShardKey::Inbound(service)] {
+                fresh.rebuild_shard(&key, position(&key));
+            }
         }
-        for instance in self.state.live_instances() {
-            let since = self.sidecars.get(&instance).map(|sidecar| sidecar.since).unwrap_or_default();
-            fresh.assign(&instance, since);
+        fresh.rebuild_shard(&ShardKey::Trust, position(&ShardKey::Trust));
+        let live: Vec<_> = fresh.state.live_instances().collect();
+        for instance in &live {
+            fresh.assign(instance, since(instance));
         }
         let classes: Vec<_> = fresh.classes.keys().cloned().collect();
         for class in &classes {
             fresh.rebuild_manifest(class);
         }
         fresh
+    }
+
+    /// The event that put each sidecar into its class.
+    pub(crate) fn since(&self) -> impl Iterator<Item = (&InstanceId, Position)> {
+        self.sidecars.iter().map(|(id, sidecar)| (id, sidecar.since))
     }
 
     /// Puts an instance into the class that its registration asks for. Says which classes gained or lost it; none if

@@ -56,19 +56,19 @@ pub(crate) struct EffectiveHealth {
 /// The mesh as of one position: the fold of every event up to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RoutingState {
-    version: ConfigVersion,
-    at: Timestamp,
-    services: BTreeMap<ServiceName, Entry<ServiceState>>,
-    instances: Instances,
-    traffic: BTreeMap<TrafficScope, Entry<TrafficState>>,
-    security: BTreeMap<SecurityScope, Entry<SecurityState>>,
-    tokens: BTreeMap<TokenId, Entry<TokenState>>,
-    ca: Entry<CaState>,
-    mesh: Entry<MeshState>,
-    mesh_security: ScopeVersion,
-    addresses: Addresses,
+    pub(crate) version: ConfigVersion,
+    pub(crate) at: Timestamp,
+    pub(crate) services: BTreeMap<ServiceName, Entry<ServiceState>>,
+    pub(crate) instances: Instances,
+    pub(crate) traffic: BTreeMap<TrafficScope, Entry<TrafficState>>,
+    pub(crate) security: BTreeMap<SecurityScope, Entry<SecurityState>>,
+    pub(crate) tokens: BTreeMap<TokenId, Entry<TokenState>>,
+    pub(crate) ca: Entry<CaState>,
+    pub(crate) mesh: Entry<MeshState>,
+    pub(crate) mesh_security: ScopeVersion,
+    pub(crate) addresses: Addresses,
     /// The instances that are ready or draining; what an instance costs ends with it.
-    live: BTreeMap<ServiceName, BTreeSet<Name>>,
+    pub(crate) live: BTreeMap<ServiceName, BTreeSet<Name>>,
 }
 
 impl RoutingState {

@@ -3,10 +3,14 @@
 //!
 //! Found by hash and listed by name. An instance that was once seen stays, so a place in the list is for good; which
 //! place it is depends on the order in which instances came, and is not part of what two of these are compared by.
+//!
+//! A clone shares what it can, and the fold copies what it changes while the clone lives: a checkpoint is encoded from one,
+//! beside the fold.
 
 use super::{EffectiveHealth, Entry};
+use foldhash::fast::FixedState;
 use std::collections::BTreeMap;
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::sync::Arc;
 use weft_model::InstanceId;
 use weft_model::health::HealthState;
 use weft_model::identity::IdentityState;
@@ -17,7 +21,7 @@ use weft_model::membership::MembershipState;
 /// The hasher has a fixed key, as pure code draws no randomness. Whoever may choose many names could choose ones that
 /// collide, and make the fold slow; but whoever may register a hundred thousand instances can do that anyway.
 #[expect(clippy::disallowed_types, reason = "only ever looked up; its order reaches nothing")]
-type Places = std::collections::HashMap<InstanceId, usize, BuildHasherDefault<DefaultHasher>>;
+type Places = std::collections::HashMap<InstanceId, usize, FixedState>;
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,18 +35,18 @@ pub(crate) struct Instance {
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Instances {
-    all: Vec<Instance>,
-    places: Places,
-    names: BTreeMap<InstanceId, usize>,
+    all: Vec<Arc<Instance>>,
+    places: Arc<Places>,
+    names: Arc<BTreeMap<InstanceId, usize>>,
 }
 
 impl Instances {
     pub(crate) fn get(&self, id: &InstanceId) -> Option<&Instance> {
-        self.places.get(id).and_then(|place| self.all.get(*place))
+        self.places.get(id).and_then(|place| self.all.get(*place)).map(AsRef::as_ref)
     }
 
     pub(crate) fn get_mut(&mut self, id: &InstanceId) -> Option<&mut Instance> {
-        self.places.get(id).and_then(|place| self.all.get_mut(*place))
+        self.places.get(id).and_then(|place| self.all.get_mut(*place)).map(Arc::make_mut)
     }
 
     /// The instance, which is there from now on.
@@ -51,18 +55,18 @@ impl Instances {
             Some(place) => *place,
             None => {
                 let place = self.all.len();
-                self.all.push(Instance::default());
-                self.places.insert(id.clone(), place);
-                self.names.insert(id.clone(), place);
+                self.all.push(Arc::default());
+                Arc::make_mut(&mut self.places).insert(id.clone(), place);
+                Arc::make_mut(&mut self.names).insert(id.clone(), place);
                 place
             }
         };
-        &mut self.all[place]
+        Arc::make_mut(&mut self.all[place])
     }
 
     /// Every instance, by name.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&InstanceId, &Instance)> {
-        self.names.iter().filter_map(|(id, place)| Some((id, self.all.get(*place)?)))
+        self.names.iter().filter_map(|(id, place)| Some((id, self.all.get(*place)?.as_ref())))
     }
 }
 
