@@ -8,7 +8,9 @@ psql --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname postgres \
     --set reader="$(cat "$secrets/weft_sql")" \
     --set shop="$(cat "$secrets/shop")" <<'SQL'
 create role weft_reader nologin;
-create role weft_controller login password :'controller';
+create role weft_appender nologin;
+create role weft_projector nologin;
+create role weft_controller login password :'controller' in role weft_appender, weft_projector, weft_reader;
 create role weft_sql login password :'reader' in role weft_reader;
 create role shop login password :'shop';
 drop database if exists weft;

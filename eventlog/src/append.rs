@@ -8,8 +8,11 @@
 //! gets it back. A refused command (a conflict) changed nothing and is not stored: a repeat is decided anew and may
 //! then be accepted, which is what a caller who repeats it wants.
 
+mod columns;
 mod decide;
+mod flight;
 mod heads;
+mod live;
 mod task;
 mod writer;
 
@@ -22,6 +25,8 @@ use weft_model::version::{ExpectedVersion, Position, Version};
 use crate::request::{AppendRequest, Appended, Invalid, Malformed, TooLarge};
 use crate::session::StoreError;
 
+pub(crate) use columns::{Begun, COMMANDS_FORMAT, MARK_BYTES, encode_command, mark};
+pub(crate) use decide::CLOCK_AHEAD_MAX;
 pub(crate) use task::AppendTask;
 pub(crate) use writer::{Unusable, Writer};
 
@@ -33,6 +38,9 @@ const QUEUE_KIB_MAX: u32 = 64 * 1024;
 /// ([`task::STORE_WAIT_MAX`]) and than the last of them takes on a server that is gone. Reached when the server holds a
 /// commit back, for example for an absent standby, and by those who queued behind a batch that took that long.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long the outcome of a command is sure to be known, counted from when its id was made. A repeat after that is
+/// refused, because nobody could tell whether it is one; three days are a long weekend.
+pub const OUTCOME_KEPT: Duration = Duration::from_secs(72 * 60 * 60);
 /// Bounds of the advice given to callers that come while the queue is full.
 const RETRY_AFTER_MS: (u64, u64) = (5, 1_000);
 
@@ -53,6 +61,10 @@ pub enum AppendError {
     /// The command id was accepted before with other content. Make a new id for a new command.
     #[error("the command id was already used for another command")]
     CommandIdReused,
+    /// The command id is older than outcomes are kept ([`OUTCOME_KEPT`]). Look whether the log has its events; if it has
+    /// not, make a new id.
+    #[error("the command id is older than 72 hours; whether it was recorded is not known any more")]
+    CommandIdExpired,
     /// Too much is waiting. Nothing happened; repeat after the time given.
     #[error("the log is overloaded; retry after {retry_after_ms} ms")]
     Overloaded {

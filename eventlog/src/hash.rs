@@ -137,6 +137,7 @@ impl RecordedEvent {
 }
 
 /// Feeds SHA-256 with the unambiguous encoding described in the module documentation.
+#[derive(Clone, Debug)]
 pub(crate) struct Encoder(Sha256);
 
 impl Encoder {

@@ -22,33 +22,40 @@
 //! for what it promises and `src/append/decide.rs` for how requests win or lose.
 
 mod append;
+mod archive;
 mod epoch;
 mod event;
 pub mod hash;
 mod log;
 mod migrate;
 mod notify;
+mod page;
+mod partitions;
 mod read;
 mod request;
+mod segment;
 mod session;
 mod settings;
 mod tail;
 mod verify;
 
-pub use append::{AppendError, Appender};
+pub use append::{AppendError, Appender, OUTCOME_KEPT};
+pub use archive::{ArchiveConfig, ArchiveError, ArchiveProgress, ArchiveReport, SEALED_AGE_MIN, archive};
 pub use event::{NewEvent, RecordedEvent, UnixMicros};
 pub use hash::EventHash;
 pub use log::{EventLog, LogConfig, OpenError, SHUTDOWN_MAX};
 pub use migrate::{MigrateError, migrate};
+pub use page::{EventView, Page};
 pub use read::{CommandOutcome, Head, PAGE_BYTES_MAX, PAGE_EVENTS_MAX, Reader};
 pub use request::{
     ACTOR_BYTES_MAX, AppendRequest, Appended, EVENTS_PER_REQUEST_MAX, Malformed, PAYLOAD_BYTES_MAX,
     REASON_BYTES_MAX, REQUEST_BYTES_MAX, SCHEMA_MAX, SCOPE_BYTES_MAX, SCOPES_PER_REQUEST_MAX, ScopeAppend,
     TYPE_BYTES_MAX, TooLarge,
 };
+pub use segment::SegmentError;
 pub use session::StoreError;
 pub use settings::SettingsError;
 pub use tail::Tail;
 /// How to reach a database: parsed from a URL or a `key=value` list, unix sockets included.
 pub use tokio_postgres::Config as ConnectConfig;
-pub use verify::{Defect, VerifyError, VerifyProgress, VerifyReport, verify};
+pub use verify::{Contradiction, Defect, VerifyError, VerifyProgress, VerifyReport, verify};

@@ -1,5 +1,7 @@
 //! An open log: the owner of the tasks behind an [`Appender`] and its [`Reader`]s.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -10,6 +12,7 @@ use weft_model::version::Position;
 
 use crate::append::{AppendTask, Appender, Unusable, Writer};
 use crate::notify;
+use crate::partitions;
 use crate::read::Reader;
 use crate::session::StoreError;
 use crate::settings::SettingsError;
@@ -55,9 +58,9 @@ pub enum OpenError {
 impl From<Unusable> for OpenError {
     fn from(unusable: Unusable) -> Self {
         match unusable {
+            Unusable::Store(StoreError::NotMigrated) => Self::NotMigrated,
             Unusable::Store(error) => Self::Store(error),
             Unusable::Unfit(error) => Self::Unfit(error),
-            Unusable::NotMigrated => Self::NotMigrated,
         }
     }
 }
@@ -83,7 +86,8 @@ impl EventLog {
     pub async fn open(config: LogConfig) -> Result<Self, OpenError> {
         let connect = config.connect.clone();
         let delivered = Delivered::default();
-        let writer = Writer::open(config, delivered.clone()).await?;
+        let forgotten = Arc::new(AtomicI64::new(0));
+        let writer = Writer::open(config, delivered.clone(), Arc::clone(&forgotten)).await?;
         let wake = watch::Sender::new(writer.position());
         let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered);
         let (committed, announced) = watch::channel(writer.position());
@@ -91,8 +95,9 @@ impl EventLog {
         let closing = CancellationToken::new();
 
         let mut tasks = JoinSet::new();
-        tasks.spawn(notify::announce(connect, announced.clone(), closing.clone()));
-        tasks.spawn(AppendTask { writer, queue, committed, wake, closing: closing.clone() }.run());
+        tasks.spawn(notify::announce(connect.clone(), announced.clone(), closing.clone()));
+        tasks.spawn(partitions::look_after(connect, forgotten, announced.clone(), closing.clone()));
+        tasks.spawn(AppendTask::new(writer, queue, committed, wake, closing.clone()).run());
         Ok(Self { appender, reader, committed: announced, closing, tasks })
     }
 

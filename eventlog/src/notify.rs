@@ -11,7 +11,7 @@ use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 use weft_model::version::Position;
 
-use crate::session::{Access, Session, StoreError};
+use crate::session::{Duty, Session, StoreError};
 use weft_model::Chain;
 
 /// The channel of `LISTEN` and `NOTIFY`.
@@ -49,7 +49,7 @@ pub(crate) async fn announce(
 async fn send(config: &Config, session: Option<Session>, position: Position) -> Result<Session, StoreError> {
     let session = match session {
         Some(session) if !session.client.is_closed() => session,
-        _ => Session::open(config, Access::ReadWrite).await?,
+        _ => Session::open(config, Duty::Append).await?,
     };
     let sent = session.client.query("select pg_notify($1, $2)", &[&CHANNEL, &position.to_string()]).await;
     sent.map_err(StoreError::while_doing("notify readers"))?;
@@ -68,7 +68,7 @@ pub(crate) async fn listen(config: Config, wake: watch::Sender<Position>) {
 
 async fn listen_once(config: &Config, wake: &watch::Sender<Position>) -> Result<(), StoreError> {
     let heard = wake.clone();
-    let mut session = Session::open_with(config, Access::ReadOnly, move |notification| {
+    let mut session = Session::open_with(config, Duty::Read, move |notification| {
         hear(notification.channel(), notification.payload(), &heard);
     })
     .await?;

@@ -1,30 +1,38 @@
-//! Reading: pages by position or scope, the head, a point in time.
+//! Reading: pages by position, the whole log in bulk, the head, a point in time.
 //!
 //! Because the log only grows at its end and positions have no gap, a page needs no transaction: pages that are read
-//! one after another fit together. Readers never wait for writers, nor writers for readers.
+//! one after another fit together. Readers never wait for writers, nor writers for readers. What is sealed is read as if
+//! it were rows.
 //!
-//! Deliberately absent: any meaning of payloads, and filters other than position and scope.
+//! Deliberately absent: any meaning of payloads, and filters other than position.
 
+pub(crate) mod copy;
 mod pool;
+pub(crate) mod replay;
 mod rows;
+pub(crate) mod sealed;
 
 use futures_util::stream::{Stream, try_unfold};
-use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_postgres::Config;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
-use weft_model::version::{Epoch, Position, Version};
+use weft_model::version::{Epoch, Position};
 
 use crate::event::{RecordedEvent, UnixMicros};
 use crate::hash::EventHash;
 use crate::notify;
+use crate::page::Page;
 use crate::request::Appended;
+use crate::segment::{Segment, SegmentError};
 use crate::session::StoreError;
 use crate::tail::{Delivered, Tail};
 use pool::{Pool, Query};
+use replay::Replay;
 
 pub(crate) use rows::{OUTCOMES_SQL, decode_outcome};
 
@@ -32,6 +40,9 @@ pub(crate) use rows::{OUTCOMES_SQL, decode_outcome};
 pub const PAGE_EVENTS_MAX: usize = 4_096;
 /// Bytes at which a page is full: what a reader holds in memory, plus one event.
 pub const PAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Longest silence of the server before a page of a bulk read: it may have to wait for the disk, and for an archive that
+/// takes a range away.
+pub(crate) const REPLAY_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Events asked for before it is known how large they are.
 pub(crate) const FIRST_PAGE: usize = 512;
 
@@ -65,17 +76,10 @@ pub(crate) struct Evidence {
     pub(crate) head: Head,
     /// What each epoch found when it was opened: the last position and its hash.
     pub(crate) forks: Vec<(Epoch, Position, EventHash)>,
-    /// The last position that any accepted command was told.
+    /// The end of the last batch: the last position that any accepted command was told.
     pub(crate) acknowledged: Position,
-}
-
-/// What the outcome of a command says about the events that it recorded.
-#[derive(Clone, Debug)]
-pub(crate) struct Testimony {
-    pub(crate) command_id: Uuid,
-    pub(crate) epoch: Epoch,
-    pub(crate) positions: RangeInclusive<Position>,
-    pub(crate) recorded_at: UnixMicros,
+    /// Up to where the log is sealed.
+    pub(crate) sealed: Position,
 }
 
 /// What became of an event that was read before.
@@ -103,6 +107,8 @@ struct Shared {
     wake: watch::Sender<Position>,
     /// What tails have delivered; the writer of this process looks at it.
     delivered: Delivered,
+    /// Up to where the log is known to be sealed; it may be further by now.
+    sealed: AtomicU64,
     /// Listens for hints once somebody tails; ends with the last clone of the reader.
     listener: Mutex<JoinSet<()>>,
 }
@@ -117,7 +123,15 @@ impl Reader {
     /// `wake` is told positions that exist, by whoever learns of them first.
     pub(crate) fn with_shared(connect: Config, wake: watch::Sender<Position>, delivered: Delivered) -> Self {
         let listener = Mutex::new(JoinSet::new());
-        Self { shared: Arc::new(Shared { pool: Pool::new(connect), wake, delivered, listener }) }
+        Self {
+            shared: Arc::new(Shared {
+                pool: Pool::new(connect),
+                wake,
+                delivered,
+                sealed: AtomicU64::new(0),
+                listener,
+            }),
+        }
     }
 
     /// The end of the log.
@@ -145,25 +159,39 @@ impl Reader {
         to: Position,
         limit: usize,
     ) -> Result<Vec<RecordedEvent>, StoreError> {
-        let bounds = (signed(after.0), signed(to.0), signed(limit.clamp(1, PAGE_EVENTS_MAX) as u64));
+        let limit = limit.clamp(1, PAGE_EVENTS_MAX);
+        if after.0 < self.shared.sealed.load(Ordering::Relaxed)
+            && let Some(page) = self.read_sealed(after, to, limit).await?
+        {
+            return Ok(page);
+        }
+        let bounds = (signed(after.0), signed(to.0), signed(limit as u64));
         let params: [&(dyn ToSql + Sync); 3] = [&bounds.0, &bounds.1, &bounds.2];
         let rows = self.shared.pool.rows(Query::Range, &params, PAGE_BYTES_MAX).await?;
-        rows.iter().map(rows::decode_event).collect()
+        let page = rows.iter().map(rows::decode_event).collect::<Result<Vec<_>, _>>()?;
+        // Where the next one is not there, it may be sealed.
+        if after < to
+            && page.first().is_none_or(|first| first.position != after.next())
+            && let Some(page) = self.read_sealed(after, to, limit).await?
+        {
+            return Ok(page);
+        }
+        Ok(page)
     }
 
-    /// Events of one scope after a version, in order, bounded as [`read`](Self::read) is.
-    ///
-    /// # Errors
-    /// If the store fails or holds what the log never writes.
-    pub async fn read_scope(
+    /// The same of what is sealed; none if the event after `after` is not.
+    async fn read_sealed(
         &self,
-        scope: &str,
-        after: Version,
+        after: Position,
+        to: Position,
         limit: usize,
-    ) -> Result<Vec<RecordedEvent>, StoreError> {
-        let (after, limit) = (signed(after.0), signed(limit.clamp(1, PAGE_EVENTS_MAX) as u64));
-        let rows = self.shared.pool.rows(Query::Scope, &[&scope, &after, &limit], PAGE_BYTES_MAX).await?;
-        rows.iter().map(rows::decode_event).collect()
+    ) -> Result<Option<Vec<RecordedEvent>>, StoreError> {
+        let next = signed(after.next().0);
+        let rows = self.shared.pool.rows(Query::Segment, &[&next], usize::MAX).await?;
+        let Some(segment) = rows.first().map(sealed::decode).transpose()? else { return Ok(None) };
+        self.shared.sealed.fetch_max(segment.last.0, Ordering::Relaxed);
+        let events = record(&segment)?.into_iter();
+        Ok(Some(events.filter(|event| after < event.position && event.position <= to).take(limit).collect()))
     }
 
     /// The events after `after` up to and including `to`, in order, a page at a time and so in bounded memory. Ends
@@ -185,6 +213,17 @@ impl Reader {
         })
     }
 
+    /// As [`stream`](Self::stream), but in bulk: made for walking the whole log. Has a connection of its own; while it lasts,
+    /// an archive waits.
+    pub fn replay(
+        &self,
+        after: Position,
+        to: Position,
+    ) -> impl Stream<Item = Result<Page, StoreError>> + Send + use<> {
+        let replay = Replay::new(self.shared.pool.config().clone(), after, to);
+        try_unfold(replay, |mut replay| async move { Ok(replay.next().await?.map(|page| (page, replay))) })
+    }
+
     /// Follows the log from after a position; see [`Tail`]. Needs a tokio runtime.
     #[must_use]
     pub fn tail(&self, after: Position) -> Tail {
@@ -200,9 +239,16 @@ impl Reader {
     /// # Errors
     /// If the store fails.
     pub async fn position_at(&self, time: UnixMicros) -> Result<Position, StoreError> {
-        let time = time.to_database();
-        let rows = self.shared.pool.rows(Query::PositionAt, &[&time], usize::MAX).await?;
-        rows.first().map_or(Err(StoreError::NotMigrated), |row| Ok(Position(rows::counter(row, 0)?)))
+        let at = time.to_database();
+        let rows = self.shared.pool.rows(Query::PositionAt, &[&at], usize::MAX).await?;
+        let row = rows.first().ok_or(StoreError::NotMigrated)?;
+        let whole = Position(rows::counter(row, 0)?);
+        // What is sealed is told by whole segments. The next one may begin in time.
+        let rows = self.shared.pool.rows(Query::Segment, &[&signed(whole.next().0)], usize::MAX).await?;
+        let Some(segment) = rows.first().map(sealed::decode).transpose()? else { return Ok(whole) };
+        let page = segment.open().map_err(|source| broken(&segment, source))?;
+        let within = page.events().rfind(|event| event.recorded_at <= time);
+        Ok(within.map_or(whole, |event| event.position))
     }
 
     /// What a command recorded; `None` if it was never accepted, or had no events.
@@ -211,7 +257,7 @@ impl Reader {
     /// If the store fails or holds what the log never writes.
     pub async fn outcome(&self, command_id: Uuid) -> Result<Option<CommandOutcome>, StoreError> {
         let ids = [command_id].to_vec();
-        let rows = self.shared.pool.rows(Query::Outcomes, &[&ids], usize::MAX).await?;
+        let rows = self.shared.pool.rows(Query::Outcomes, &[&ids, &0_i64], usize::MAX).await?;
         rows.first().map(decode_outcome).transpose()
     }
 
@@ -221,22 +267,42 @@ impl Reader {
         rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_evidence)
     }
 
-    /// What commands were told, in the order of their events: a page of those whose events end after a position.
-    pub(crate) async fn testimony(&self, after: Position) -> Result<Vec<Testimony>, StoreError> {
-        let (after, limit) = (signed(after.0), signed(PAGE_EVENTS_MAX as u64));
-        let rows = self.shared.pool.rows(Query::Testimony, &[&after, &limit], usize::MAX).await?;
-        rows.iter().map(rows::decode_testimony).collect()
-    }
-
     /// What became of the event at a position.
     pub(crate) async fn anchor(&self, at: Position) -> Result<Anchor, StoreError> {
         let rows = self.shared.pool.rows(Query::Anchor, &[&signed(at.0)], usize::MAX).await?;
-        rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_anchor)
+        let found = rows.first().map_or(Err(StoreError::NotMigrated), rows::decode_anchor)?;
+        let Anchor::Gone { end } = found else { return Ok(found) };
+        let sealed = self.read_sealed(Position(at.0.saturating_sub(1)), at, 1).await?;
+        let hash = sealed.and_then(|events| events.first().map(|event| event.hash));
+        Ok(hash.map_or(found, |hash| Anchor::Stands { hash, end }))
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        self.shared.pool.config()
     }
 
     pub(crate) fn delivered(&self) -> &Delivered {
         &self.shared.delivered
     }
+}
+
+/// The events of a segment with their hashes, which must lead from the one before it to the one at its end.
+fn record(segment: &Segment) -> Result<Vec<RecordedEvent>, StoreError> {
+    let page = segment.open().map_err(|source| broken(segment, source))?;
+    let mut hash = segment.previous_hash;
+    let events = page.events().map(|event| {
+        hash = event.chain(hash);
+        event.record(hash)
+    });
+    let events = events.collect();
+    if hash != segment.last_hash {
+        return Err(StoreError::Broken { position: segment.last });
+    }
+    Ok(events)
+}
+
+pub(crate) const fn broken(segment: &Segment, source: SegmentError) -> StoreError {
+    StoreError::Segment { first: segment.first, source }
 }
 
 /// How many events to ask for next. A page that was cut short was full of bytes, and the rest of what the server sent

@@ -84,6 +84,11 @@ pub enum Malformed {
     /// The command id is not time-ordered.
     #[error("command id {0} is not a UUIDv7")]
     CommandId(Uuid),
+    /// The command id says that it was made in the future, by more than clocks may differ.
+    #[error(
+        "command id {0} was made more than an hour ahead of the database's clock; set the clock of its author"
+    )]
+    CommandIdFuture(Uuid),
     /// A text that must say something is empty.
     #[error("{0} is empty")]
     Empty(&'static str),

@@ -36,6 +36,17 @@ pub enum StoreError {
     /// No usable connection could be made.
     #[error("cannot connect to PostgreSQL")]
     Connect(#[source] Arc<tokio_postgres::Error>),
+    /// The login may not act in the role that has the rights for this.
+    #[error(
+        "the login may not act as {role}; as an administrator of the database run: grant {role} to the login"
+    )]
+    Role {
+        /// The role.
+        role: &'static str,
+        /// PostgreSQL's error.
+        #[source]
+        source: Arc<tokio_postgres::Error>,
+    },
     /// A statement failed, or the connection was lost during it.
     #[error("PostgreSQL failed to {doing}")]
     Statement {
@@ -72,6 +83,15 @@ pub enum StoreError {
         /// Where the log ends now.
         found: Position,
     },
+    /// Sealed events are not what was sealed.
+    #[error("the segment of events from {first} on is damaged; run `weft verify`")]
+    Segment {
+        /// Its first event.
+        first: Position,
+        /// What is wrong with it.
+        #[source]
+        source: crate::segment::SegmentError,
+    },
     /// An event does not follow the one before it: one of the two was changed, or events between them were removed.
     #[error("event {position} does not follow the one before it; run `weft verify`")]
     Broken {
@@ -86,47 +106,80 @@ impl StoreError {
         move |source| Self::Statement { doing, source: Arc::new(source) }
     }
 
+    /// The name of the constraint that was violated, if one was.
+    pub(crate) fn constraint(&self) -> Option<&str> {
+        match self {
+            Self::Statement { source, .. } => source.as_db_error()?.constraint(),
+            _ => None,
+        }
+    }
+
     /// PostgreSQL's own code, where the server answered.
     pub(crate) fn sql_state(&self) -> Option<&SqlState> {
         match self {
-            Self::Connect(source) | Self::Statement { source, .. } => source.code(),
+            Self::Connect(source) | Self::Role { source, .. } | Self::Statement { source, .. } => {
+                source.code()
+            }
             Self::Unfit(_)
             | Self::Undecodable { .. }
             | Self::NotMigrated
             | Self::Unanswered
             | Self::Rewound { .. }
+            | Self::Segment { .. }
             | Self::Broken { .. } => None,
         }
     }
 }
 
-/// Where a session may end up when several hosts are configured.
+/// What a session is for. It takes the role that can do this and no more, whatever its login could.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Access {
-    ReadOnly,
-    ReadWrite,
+pub(crate) enum Duty {
+    /// Reading, from any host.
+    Read,
+    /// Appending, on the host that takes writes.
+    Append,
+    /// What only the owner of the tables can do, there too. Takes no role.
+    Own,
+}
+
+impl Duty {
+    const fn role(self) -> &'static str {
+        match self {
+            Self::Read => "weft_reader",
+            Self::Append => "weft_appender",
+            Self::Own => "none",
+        }
+    }
+
+    const fn take_role(self) -> &'static str {
+        match self {
+            Self::Read => "set role weft_reader",
+            Self::Append => "set role weft_appender",
+            Self::Own => "set role none",
+        }
+    }
 }
 
 /// A connection together with the task that drives it; dropping it ends both.
 #[derive(Debug)]
 pub(crate) struct Session {
-    pub(crate) client: Client,
+    pub(crate) client: Arc<Client>,
     driver: JoinSet<()>,
 }
 
 impl Session {
     /// Connects; notifications are dropped.
-    pub(crate) async fn open(config: &Config, access: Access) -> Result<Self, StoreError> {
-        Self::open_with(config, access, |_| ()).await
+    pub(crate) async fn open(config: &Config, duty: Duty) -> Result<Self, StoreError> {
+        Self::open_with(config, duty, |_| ()).await
     }
 
     /// Connects and hands every notification to `on_notification`.
     pub(crate) async fn open_with(
         config: &Config,
-        access: Access,
+        duty: Duty,
         mut on_notification: impl FnMut(&Notification) + Send + 'static,
     ) -> Result<Self, StoreError> {
-        let config = hardened(config, access);
+        let config = hardened(config, duty);
         let connect = |error| StoreError::Connect(Arc::new(error));
         let login = within(open_max(&config), config.connect(NoTls)).await?;
         let (client, mut connection) = login.map_err(connect)?;
@@ -140,12 +193,26 @@ impl Session {
             }
         });
         within(LOGIN_MAX, client.batch_execute(ONE_PLAN)).await?.map_err(connect)?;
-        Ok(Self { client, driver })
+        within(LOGIN_MAX, client.batch_execute(duty.take_role()))
+            .await?
+            .map_err(|error| refused(duty, error))?;
+        Ok(Self { client: Arc::new(client), driver })
     }
 
     /// Resolves when the connection has ended.
     pub(crate) async fn closed(&mut self) {
         while self.driver.join_next().await.is_some() {}
+    }
+}
+
+/// A role that is missing means that the log is; one that may not be taken is the administrator's to give.
+fn refused(duty: Duty, error: tokio_postgres::Error) -> StoreError {
+    match error.code() {
+        Some(&SqlState::UNDEFINED_OBJECT | &SqlState::INVALID_PARAMETER_VALUE) => StoreError::NotMigrated,
+        Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            StoreError::Role { role: duty.role(), source: Arc::new(error) }
+        }
+        _ => StoreError::Connect(Arc::new(error)),
     }
 }
 
@@ -161,7 +228,7 @@ fn open_max(config: &Config) -> Duration {
     connect.saturating_mul(hosts).saturating_add(LOGIN_MAX)
 }
 
-fn hardened(config: &Config, access: Access) -> Config {
+fn hardened(config: &Config, duty: Duty) -> Config {
     let mut config = config.clone();
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(CONNECT_TIMEOUT);
@@ -175,7 +242,7 @@ fn hardened(config: &Config, access: Access) -> Config {
     if config.get_application_name().is_none() {
         config.application_name("weft-eventlog");
     }
-    if access == Access::ReadWrite {
+    if duty != Duty::Read {
         config.target_session_attrs(TargetSessionAttrs::ReadWrite);
     }
     config
@@ -188,14 +255,14 @@ mod tests {
     #[test]
     fn a_dead_host_is_noticed_in_seconds_unless_the_configuration_says_otherwise() {
         let given: Config = "host=a,b user=u".parse().unwrap();
-        let config = hardened(&given, Access::ReadWrite);
+        let config = hardened(&given, Duty::Append);
         let found = config.get_keepalives_idle() + config.get_keepalives_interval().unwrap();
         assert!(found <= Duration::from_secs(12), "{found:?}");
         assert_eq!(open_max(&config), 2 * CONNECT_TIMEOUT + LOGIN_MAX);
 
         let given: Config =
             "host=a user=u keepalives_interval=30 tcp_user_timeout=7 connect_timeout=1".parse().unwrap();
-        let config = hardened(&given, Access::ReadOnly);
+        let config = hardened(&given, Duty::Read);
         assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(30)));
         assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(7)));
         assert_eq!(open_max(&config), Duration::from_secs(1) + LOGIN_MAX);

@@ -1,22 +1,45 @@
 //! Proves that the log is what was appended: nothing changed, missing, added or reordered.
 //!
 //! What the chain alone cannot show is a tail that was cut off, or a history rewritten from some point to the end
-//! with every hash made anew. Two other append-only tables testify against that: the outcomes that commands were
-//! given, which say where, when and in which epoch each command's events are, and the hash that each epoch found when it
-//! was opened. Against somebody who rewrites all three, compare the reported head with one that was noted elsewhere.
+//! with every hash made anew. Two other append-only tables testify against that: the batches, which remember the hashes of
+//! what each transaction appended and what its commands asked for, and the hash that each epoch found when it was opened.
+//! Against somebody who rewrites all three, compare the reported head with one that was noted elsewhere.
 //!
-//! Not checked: the fingerprints in outcomes, which say what was asked for and not what was recorded.
+//! The log is cut into parts that are checked side by side (`part.rs`), each against the stored hash before it; what holds
+//! across parts (each scope's versions, the order of epochs and times) is checked as they are joined in order (`join.rs`).
+//!
+//! Not checked: fingerprints of what is sealed, which are not kept.
 
-use futures_util::TryStreamExt;
-use std::collections::{BTreeMap, VecDeque};
+mod join;
+mod part;
+
+use futures_util::{StreamExt, stream};
+use std::num::NonZero;
 use std::pin::pin;
-use uuid::Uuid;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use tokio::task::JoinSet;
+use tokio_postgres::Config;
 use weft_model::version::{Epoch, Position, Version};
 
-use crate::event::{RecordedEvent, UnixMicros};
+use crate::event::UnixMicros;
 use crate::hash::EventHash;
-use crate::read::{Evidence, Head, Reader, Testimony};
+use crate::read::replay::open_still;
+use crate::read::{Evidence, Head, Reader};
+use crate::segment::SegmentError;
 use crate::session::StoreError;
+use join::Whole;
+use part::{Epochs, Part, Passed};
+
+/// What is known of scopes. Asked for each event, and walked only where no order comes out.
+#[expect(clippy::disallowed_types, reason = "a look-up per event; nothing depends on its order")]
+type ByScope<T> = std::collections::HashMap<Box<str>, T>;
+
+/// Events in a part: a fraction of a second of work, beside which a connection costs nothing; and with a scope for each,
+/// some 30 MiB.
+const PART_EVENTS: u64 = 262_144;
+/// Parts that are checked at once. Each keeps one core of ours and one of the server's busy.
+const PARTS_AT_ONCE_MAX: usize = 4;
 
 /// How far a verification has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +78,29 @@ pub enum VerifyError {
     /// It could not be read.
     #[error("the log could not be read")]
     Store(#[from] StoreError),
+}
+
+/// How an event and its batch contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Contradiction {
+    /// No batch holds the event.
+    #[error("no batch holds the event")]
+    Missing,
+    /// A batch does not begin where the one before it ends.
+    #[error("a batch does not begin where the one before it ends")]
+    Order,
+    /// The batch remembers another event.
+    #[error("it remembers another event, or another command")]
+    Mark,
+    /// The batch was recorded at another time or in another epoch.
+    #[error("it was recorded at another time or in another epoch")]
+    Time,
+    /// The log had another hash at the batch's end.
+    #[error("the log had another hash at its end")]
+    Hash,
+    /// The commands of the batch are not those that it recorded.
+    #[error("its commands were others")]
+    Commands,
 }
 
 /// What is wrong with a position of the log.
@@ -106,13 +152,13 @@ pub enum Defect {
         /// The hash that it found.
         found: EventHash,
     },
-    /// The command that it names was not answered with this event: its outcome is missing, or names other positions,
-    /// another epoch or another time.
-    #[error("the outcome recorded for command {command} does not include the event")]
-    Outcome {
-        /// The event's command.
-        command: Uuid,
-    },
+    /// What was written down beside the event when it was appended says otherwise: it or its witness was changed, or one of
+    /// the two was added or removed.
+    #[error("the batch that was recorded with it says otherwise: {0}")]
+    Witness(Contradiction),
+    /// It is sealed, and its segment is not what was sealed.
+    #[error("its segment is not what was sealed: {0}")]
+    Segment(SegmentError),
     /// The log ends before this position, which is known to have been recorded.
     #[error("the log ends at {end}, but events up to {acknowledged} were acknowledged")]
     CutOff {
@@ -124,7 +170,7 @@ pub enum Defect {
 }
 
 /// Walks the whole log from its first event to the end that it has at the start, and checks all that its events and
-/// the tables beside it promise. Calls `progress` after each page. Needs memory for every scope's name.
+/// the tables beside it promise. Calls `progress` after each part, in order. Needs memory for every scope's name.
 ///
 /// # Errors
 /// [`VerifyError::Damaged`] with the first defect, or a failure of the store.
@@ -133,148 +179,88 @@ pub async fn verify(
     mut progress: impl FnMut(VerifyProgress) + Send,
 ) -> Result<VerifyReport, VerifyError> {
     // All of one moment: an epoch that opens or an event that comes in between would not fit the rest.
-    let Evidence { head, forks, acknowledged } = reader.evidence().await?;
+    let evidence = reader.evidence().await?;
+    let epochs = Arc::new(Epochs::new(&evidence.forks));
+    let mut whole = Whole::default();
+    epochs.check(Position::ZERO, EventHash::GENESIS).map_err(|defect| damaged(Position::ZERO, defect))?;
 
-    let mut walk = Walk::new(&forks)?;
-    let mut outcomes = Outcomes::new(reader);
-    let mut pages = pin!(reader.stream(Position::ZERO, head.position));
-    while let Some(page) = pages.try_next().await? {
-        for event in &page {
-            walk.step(event).map_err(|(position, defect)| VerifyError::Damaged { position, defect })?;
-            outcomes.step(event).await?;
+    let parts = cut(reader.config(), &evidence).await?;
+    let at_once = available_parallelism().map_or(1, NonZero::get).min(PARTS_AT_ONCE_MAX);
+    let checks = stream::iter(parts).map(|part| check(reader.config().clone(), part, Arc::clone(&epochs)));
+    let mut checks = pin!(checks.buffered(at_once));
+    while let Some(passed) = checks.next().await {
+        let (passed, defect) = passed?;
+        let checked = whole.join(passed).map_err(|(position, defect)| damaged(position, defect))?;
+        if let Some((position, defect)) = defect {
+            return Err(damaged(position, defect));
         }
-        progress(VerifyProgress { checked: walk.position, of: head.position });
+        progress(VerifyProgress { checked, of: evidence.head.position });
     }
-    walk.finish(acknowledged.max(forks.iter().map(|fork| fork.1).max().unwrap_or_default()))?;
+    let known = evidence.forks.iter().map(|fork| fork.1).fold(evidence.acknowledged, Position::max);
+    let end = whole.position();
+    if known > end {
+        return Err(damaged(end.next(), Defect::CutOff { end, acknowledged: known }));
+    }
     Ok(VerifyReport {
-        head,
-        events: walk.position.0,
-        scopes: walk.versions.len() as u64,
-        epochs: forks.len() as u64,
+        head: evidence.head,
+        events: end.0,
+        scopes: whole.scopes(),
+        epochs: evidence.forks.len() as u64,
     })
 }
 
-/// The outcomes of commands, in the order of their events. Together they cover the log, each event once.
-struct Outcomes<'a> {
-    reader: &'a Reader,
-    page: VecDeque<Testimony>,
-    /// The last event of the outcomes that were read.
-    read_to: Position,
-    /// The last event of the outcome before the first one of `page`.
-    done: Position,
+const fn damaged(position: Position, defect: Defect) -> VerifyError {
+    VerifyError::Damaged { position, defect }
 }
 
-impl<'a> Outcomes<'a> {
-    fn new(reader: &'a Reader) -> Self {
-        Self { reader, page: VecDeque::new(), read_to: Position::ZERO, done: Position::ZERO }
-    }
+/// A part that passed up to where its first defect is, and that one.
+type Checked = Result<(Passed, Option<(Position, Defect)>), VerifyError>;
 
-    /// Checks the next event against the outcome of the command that it claims to be of.
-    async fn step(&mut self, event: &RecordedEvent) -> Result<(), VerifyError> {
-        if self.page.is_empty() {
-            self.page = self.reader.testimony(self.read_to).await?.into();
-            self.read_to = self.page.back().map_or(self.read_to, |last| *last.positions.end());
+/// Checks a part in a task of its own, which ends with the future.
+fn check(config: Config, part: Part, epochs: Arc<Epochs>) -> impl Future<Output = Checked> {
+    let mut task = JoinSet::new();
+    task.spawn(async move { part.check(&config, &epochs).await });
+    async move {
+        match task.join_next().await {
+            Some(Ok(checked)) => Ok(checked?),
+            // The runtime is ending, or the check has a fault that was reported where it is.
+            Some(Err(_)) | None => Err(VerifyError::Store(StoreError::Unanswered)),
         }
-        let Some(outcome) = self.page.front().filter(|outcome| agree(outcome, self.done, event)) else {
-            let defect = Defect::Outcome { command: event.command_id };
-            return Err(VerifyError::Damaged { position: event.position, defect });
-        };
-        if *outcome.positions.end() == event.position {
-            self.page.pop_front();
-            self.done = event.position;
-        }
-        Ok(())
     }
 }
 
-fn agree(outcome: &Testimony, done: Position, event: &RecordedEvent) -> bool {
-    *outcome.positions.start() == done.next()
-        && outcome.positions.contains(&event.position)
-        && outcome.command_id == event.command_id
-        && outcome.epoch == event.epoch
-        && outcome.recorded_at == event.recorded_at
+/// Cuts the log into parts that end with segments, and where it is not sealed, with batches.
+async fn cut(config: &Config, evidence: &Evidence) -> Result<Vec<Part>, StoreError> {
+    const SEALED_SQL: &str = "select end_of.last_position from generate_series($1::bigint, $2::bigint - 1, $1::bigint) as at \
+         cross join lateral (select last_position from weft.log_segment where last_position >= at \
+         order by last_position limit 1) as end_of order by 1";
+    const ROWS_SQL: &str = "select end_of.last_position from generate_series($2::bigint + $1::bigint, $3::bigint - 1, $1::bigint) as at \
+         cross join lateral (select last_position from weft.log_batch where last_position >= at \
+         order by last_position limit 1) as end_of order by 1";
+    let session = open_still(config).await?;
+    let doing = StoreError::while_doing("cut the log into parts");
+    let (step, sealed, head) =
+        (PART_EVENTS.cast_signed(), signed(evidence.sealed), signed(evidence.head.position));
+    let in_segments = session.client.query(SEALED_SQL, &[&step, &sealed]).await.map_err(&doing)?;
+    let in_rows = session.client.query(ROWS_SQL, &[&step, &sealed, &head]).await.map_err(&doing)?;
+    let ends = |rows: &[tokio_postgres::Row]| -> Vec<Position> {
+        rows.iter().map(|row| Position(row.get::<_, i64>(0).cast_unsigned())).collect()
+    };
+    let mut parts = Vec::new();
+    let mut after = Position::ZERO;
+    let mut push = |to: Position, sealed: bool| {
+        if to > after {
+            parts.push(Part { after, to, sealed });
+            after = to;
+        }
+    };
+    ends(&in_segments).into_iter().filter(|end| *end < evidence.sealed).for_each(|end| push(end, true));
+    push(evidence.sealed, true);
+    ends(&in_rows).into_iter().filter(|end| *end < evidence.head.position).for_each(|end| push(end, false));
+    push(evidence.head.position, false);
+    Ok(parts)
 }
 
-/// What holds after the events seen so far.
-struct Walk {
-    position: Position,
-    hash: EventHash,
-    epoch: Epoch,
-    recorded_at: UnixMicros,
-    versions: BTreeMap<Box<str>, Version>,
-    /// By position: the epochs opened there and the hash that they found.
-    forks: BTreeMap<Position, Vec<(Epoch, EventHash)>>,
-    /// Every epoch and the position after which it was open.
-    opened: BTreeMap<Epoch, Position>,
-}
-
-impl Walk {
-    fn new(forks: &[(Epoch, Position, EventHash)]) -> Result<Self, VerifyError> {
-        let mut walk = Self {
-            position: Position::ZERO,
-            hash: EventHash::GENESIS,
-            epoch: Epoch::ZERO,
-            recorded_at: UnixMicros(i64::MIN),
-            versions: BTreeMap::new(),
-            forks: BTreeMap::new(),
-            opened: BTreeMap::new(),
-        };
-        for (epoch, position, hash) in forks {
-            walk.forks.entry(*position).or_default().push((*epoch, *hash));
-            walk.opened.insert(*epoch, *position);
-        }
-        walk.check_forks().map_err(|defect| VerifyError::Damaged { position: Position::ZERO, defect })?;
-        Ok(walk)
-    }
-
-    fn step(&mut self, event: &RecordedEvent) -> Result<(), (Position, Defect)> {
-        let expected = self.position.next();
-        if event.position != expected {
-            return Err((expected, Defect::Missing { next: event.position }));
-        }
-        self.check(event).map_err(|defect| (event.position, defect))?;
-        self.position = event.position;
-        self.hash = event.hash;
-        self.epoch = event.epoch;
-        self.recorded_at = event.recorded_at;
-        self.versions.insert(event.scope.as_str().into(), event.version);
-        self.check_forks().map_err(|defect| (event.position, defect))
-    }
-
-    fn check(&self, event: &RecordedEvent) -> Result<(), Defect> {
-        let computed = event.expected_hash(self.hash);
-        if computed != event.hash {
-            return Err(Defect::Hash { recorded: event.hash, computed });
-        }
-        let expected = self.versions.get(event.scope.as_str()).copied().unwrap_or_default().next();
-        if event.version != expected {
-            return Err(Defect::Version { scope: event.scope.clone(), expected, recorded: event.version });
-        }
-        let open = self.opened.get(&event.epoch).is_some_and(|opened| *opened < event.position);
-        if event.epoch < self.epoch || !open {
-            return Err(Defect::Epoch { recorded: event.epoch });
-        }
-        if event.recorded_at < self.recorded_at {
-            return Err(Defect::Time { recorded: event.recorded_at, previous: self.recorded_at });
-        }
-        Ok(())
-    }
-
-    fn check_forks(&self) -> Result<(), Defect> {
-        let here = self.forks.get(&self.position).into_iter().flatten();
-        for (epoch, found) in here {
-            if *found != self.hash {
-                return Err(Defect::Rewritten { epoch: *epoch, found: *found });
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(&self, acknowledged: Position) -> Result<(), VerifyError> {
-        if acknowledged > self.position {
-            let defect = Defect::CutOff { end: self.position, acknowledged };
-            return Err(VerifyError::Damaged { position: self.position.next(), defect });
-        }
-        Ok(())
-    }
+const fn signed(position: Position) -> i64 {
+    position.0.cast_signed()
 }

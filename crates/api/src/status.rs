@@ -176,6 +176,11 @@ impl From<AppendError> for ApiError {
                 "meta.command_id",
                 "was already used for another command; make a new one for a new command",
             ),
+            AppendError::CommandIdExpired => Self::invalid(
+                "meta.command_id",
+                "is older than 72 hours, so whether it was executed is not known any more; look with `weft log`, \
+                 and make a new one for a new command",
+            ),
             AppendError::TooLarge(_) | AppendError::Malformed(_) => {
                 Self::Invalid { change: None, message: chain }
             }
@@ -195,6 +200,7 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::Connect(_)
             | StoreError::Statement { .. }
+            | StoreError::Role { .. }
             | StoreError::Unfit(_)
             | StoreError::NotMigrated
             | StoreError::Unanswered => Self::Unavailable(chain),

@@ -2,7 +2,7 @@
 //!
 //! | role | may |
 //! |---|---|
-//! | `weft_controller` | own the database `weft` and everything in it |
+//! | `weft_controller` | own the database `weft` and everything in it; act as `weft_appender`, `weft_projector`, `weft_reader` |
 //! | `weft_sql` | read what `weft_reader` may read |
 //! | `shop` | own the database `shop`, and nothing else |
 //!
@@ -25,6 +25,9 @@ const MESH: &str = "weft";
 pub(crate) const SHOP: &str = "shop";
 const OWNER: &str = "weft_controller";
 const READER: &str = "weft_sql";
+
+/// Roles with the rights for one duty each, which a session takes for what it does.
+const DUTIES: [&str; 3] = ["weft_appender", "weft_projector", "weft_reader"];
 
 /// What is in the sample database. It may be there already, with whatever was done to it.
 const SHOP_TABLE: &str = "
@@ -86,6 +89,7 @@ impl Databases {
             }
         }
         server.run("make roles", &format!("grant weft_reader to {READER}")).await?;
+        server.run("make roles", &format!("grant {} to {OWNER}", DUTIES.join(", "))).await?;
         server.database(MESH, OWNER).await?;
         server.run("grant access", &format!("grant connect on database {MESH} to {READER}")).await?;
         server.database(SHOP, SHOP).await?;
@@ -162,7 +166,8 @@ impl Session {
     /// itself, since its log may show statements. Names are our own constants and a verifier holds no quote, so neither
     /// needs quoting.
     async fn role(&self, role: &str, password: &str) -> Result<(), StartError> {
-        for (name, options) in [("weft_reader", "nologin"), (role, "login")] {
+        let duties = DUTIES.map(|duty| (duty, "nologin"));
+        for (name, options) in duties.into_iter().chain([(role, "login")]) {
             let exists = self.client.query_opt("select from pg_roles where rolname = $1", &[&name]).await;
             if exists.map_err(failed("look up roles"))?.is_none() {
                 self.run("make roles", &format!("create role {name} {options}")).await?;

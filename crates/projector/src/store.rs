@@ -97,14 +97,27 @@ pub struct Store {
 }
 
 impl Store {
-    /// The tables in the database at `url`. Connects when first used.
+    /// The tables in the database at `url`, to write them. Connects when first used, and acts as `weft_projector` then,
+    /// whatever its login could do.
     ///
     /// # Errors
     /// If the URL is malformed.
     pub fn new(url: &str) -> Result<Self, StoreError> {
+        Self::acting_as("weft_projector", url)
+    }
+
+    /// The same, only to read them, as `weft_reader`.
+    ///
+    /// # Errors
+    /// If the URL is malformed.
+    pub fn reading(url: &str) -> Result<Self, StoreError> {
+        Self::acting_as("weft_reader", url)
+    }
+
+    fn acting_as(role: &str, url: &str) -> Result<Self, StoreError> {
         let options: PgConnectOptions = url.parse().map_err(StoreError::Url)?;
-        let options =
-            options.application_name("weft-projector").options([("statement_timeout", STATEMENT_MS_MAX)]);
+        let settings = [("statement_timeout", STATEMENT_MS_MAX), ("role", role)];
+        let options = options.application_name("weft-projector").options(settings);
         let pool = PgPoolOptions::new().max_connections(CONNECTIONS_MAX).acquire_timeout(ACQUIRE_MAX);
         Ok(Self { pool: pool.connect_lazy_with(options) })
     }

@@ -147,8 +147,8 @@ async fn a_new_epoch_counts_as_news_from_its_first_event() {
     // made that 2.7.
     let story = "insert into weft.log_epoch select n, 1, 1, now(), 1, (n - 1) * 9, repeat('x', 32)::bytea, \
              now() - interval '1 day' from generate_series(1, 2) as n; \
-         insert into weft.event values (10, 2, 1, now() - interval '10 seconds', null, gen_random_uuid(), 1, \
-             repeat('x', 32)::bytea, 'mesh', 'Happened', 'test', null, '{}'); \
+         insert into weft.log_batch values (10, 10, 2, now() - interval '10 seconds', repeat('x', 32)::bytea, \
+             repeat('x', 32)::bytea, '12345678'); \
          insert into weft.projection values ('mesh', 1, 2, 10, now()); \
          insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, '', now() - interval '1 day'); \
          insert into weft.manifest_history values ('c', 7, now() - interval '1 day'); \

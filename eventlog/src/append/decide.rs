@@ -1,19 +1,24 @@
-//! Which requests of a batch are accepted. Pure: it sees what was read under the lock and performs no I/O.
+//! Which requests of a batch are accepted. Pure: it sees what was read of the log and performs no I/O.
 //!
 //! Requests are decided in order against the same evolving picture, so of two that expect the same version exactly
 //! one wins, and a request may build on the one before it. A refused one leaves no trace: its neighbours are decided
 //! as if it had not been there.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::Duration;
 use uuid::Uuid;
 use weft_model::version::{Epoch, Position, Version};
 
-use super::AppendError;
+use super::columns::Rows;
+use super::{AppendError, OUTCOME_KEPT};
 use crate::epoch::LogTail;
 use crate::event::UnixMicros;
-use crate::hash::{EventHash, Hashed};
+use crate::hash::Hashed;
 use crate::request::{AppendRequest, Appended, Malformed};
+
+/// How far the clock of a command's author may be ahead of the database's. Its id says when it was made, and an id from
+/// the future would be remembered for too short a time.
+pub(crate) const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// An accepted command, as the database or an earlier request of the batch remembers it.
 #[derive(Clone, Debug)]
@@ -22,109 +27,82 @@ pub(super) struct Outcome {
     pub(super) appended: Appended,
 }
 
-/// What was read under the lock.
-pub(super) struct Ground<'a> {
+impl Outcome {
+    /// What somebody is told who asks with the command's id for what has this fingerprint.
+    pub(super) fn answer(&self, fingerprint: [u8; 32]) -> Result<Appended, AppendError> {
+        if self.fingerprint != fingerprint {
+            return Err(AppendError::CommandIdReused);
+        }
+        Ok(Appended { repeated: true, ..self.appended.clone() })
+    }
+}
+
+/// What a batch is decided on, beside the versions of its scopes.
+#[derive(Debug)]
+pub(super) struct Ground {
     pub(super) epoch: Epoch,
     pub(super) tail: LogTail,
     /// The database's clock.
     pub(super) now: UnixMicros,
-    /// Version of every scope that the batch names; zero if it has no event.
-    pub(super) heads: BTreeMap<&'a str, Version>,
     /// Outcomes of those commands of the batch that were accepted before.
     pub(super) outcomes: BTreeMap<Uuid, Outcome>,
 }
 
 /// What is to be written, and what to tell each requester once it is.
-pub(super) struct Decision<'a> {
-    pub(super) events: EventRows<'a>,
-    pub(super) outcomes: OutcomeRows,
+pub(super) struct Decision {
+    pub(super) rows: Rows,
+    /// The ids of the commands in `rows`.
+    pub(super) recorded: Vec<Uuid>,
     /// One per request, in order.
     pub(super) answers: Vec<Result<Appended, AppendError>>,
-    /// The tail and the scopes' versions once `events` are written.
+    /// The log's end once `rows` are written.
     pub(super) tail: LogTail,
-    pub(super) heads: BTreeMap<&'a str, Version>,
 }
 
-/// Rows of `weft.event`, one vector per column.
-#[derive(Default)]
-pub(super) struct EventRows<'a> {
-    pub(super) position: Vec<i64>,
-    pub(super) version: Vec<i64>,
-    pub(super) cause: Vec<Option<i64>>,
-    pub(super) command_id: Vec<Uuid>,
-    pub(super) schema: Vec<i16>,
-    pub(super) hash: Vec<EventHash>,
-    pub(super) scope: Vec<&'a str>,
-    pub(super) event_type: Vec<&'a str>,
-    pub(super) actor: Vec<&'a str>,
-    pub(super) reason: Vec<Option<&'a str>>,
-    pub(super) payload: Vec<&'a str>,
-    /// The same for all.
-    pub(super) epoch: i64,
-    /// The same for all.
-    pub(super) recorded_at: Option<SystemTime>,
-}
-
-/// Rows of `weft.command_outcome`, one vector per column; epoch and time are those of the events.
-#[derive(Default)]
-pub(super) struct OutcomeRows {
-    pub(super) command_id: Vec<Uuid>,
-    pub(super) first_position: Vec<i64>,
-    pub(super) last_position: Vec<i64>,
-    pub(super) fingerprint: Vec<[u8; 32]>,
-}
-
-/// Decides `requests`, each with its fingerprint, in order.
+/// Decides `requests`, each with its fingerprint, in order. `heads` is brought to what it is once the rows are written.
 pub(super) fn decide<'a>(
-    ground: Ground<'a>,
+    ground: Ground,
+    heads: &mut BTreeMap<&'a str, Version>,
     requests: impl IntoIterator<Item = (&'a AppendRequest, [u8; 32])>,
-) -> Decision<'a> {
+) -> Decision {
     // The database's clock may have been set back; time in the log never is.
     let recorded_at = ground.now.max(ground.tail.recorded_at);
-    let events = EventRows {
-        epoch: ground.epoch.0.cast_signed(),
-        recorded_at: Some(recorded_at.to_database()),
-        ..EventRows::default()
-    };
     let mut decider = Decider {
         epoch: ground.epoch,
         recorded_at,
+        now: ground.now,
         tail: ground.tail,
-        heads: ground.heads,
+        heads,
         known: ground.outcomes,
-        events,
-        outcomes: OutcomeRows::default(),
+        rows: Rows::new(ground.epoch, recorded_at),
+        recorded: Vec::new(),
     };
     let answers = requests.into_iter().map(|(request, print)| decider.decide(request, print)).collect();
-    let Decider { tail, heads, events, outcomes, .. } = decider;
-    Decision { events, outcomes, answers, tail, heads }
+    let Decider { tail, rows, recorded, .. } = decider;
+    Decision { rows, recorded, answers, tail }
 }
 
-struct Decider<'a> {
+struct Decider<'a, 'h> {
     epoch: Epoch,
     recorded_at: UnixMicros,
+    now: UnixMicros,
     tail: LogTail,
-    heads: BTreeMap<&'a str, Version>,
+    heads: &'h mut BTreeMap<&'a str, Version>,
     known: BTreeMap<Uuid, Outcome>,
-    events: EventRows<'a>,
-    outcomes: OutcomeRows,
+    rows: Rows,
+    recorded: Vec<Uuid>,
 }
 
-impl<'a> Decider<'a> {
+impl<'a> Decider<'a, '_> {
     fn decide(&mut self, request: &'a AppendRequest, fingerprint: [u8; 32]) -> Result<Appended, AppendError> {
+        check_age(request.command_id, self.now)?;
         if let Some(outcome) = self.known.get(&request.command_id) {
-            if outcome.fingerprint != fingerprint {
-                return Err(AppendError::CommandIdReused);
-            }
-            return Ok(Appended { repeated: true, ..outcome.appended.clone() });
+            return outcome.answer(fingerprint);
         }
         self.check(request)?;
-        let appended = self.accept(request);
-        if let Some(positions) = &appended.positions {
-            self.outcomes.command_id.push(request.command_id);
-            self.outcomes.first_position.push(positions.start().0.cast_signed());
-            self.outcomes.last_position.push(positions.end().0.cast_signed());
-            self.outcomes.fingerprint.push(fingerprint);
+        let appended = self.accept(request, &fingerprint);
+        if appended.positions.is_some() {
+            self.recorded.push(request.command_id);
             self.known.insert(request.command_id, Outcome { fingerprint, appended: appended.clone() });
         }
         Ok(appended)
@@ -148,14 +126,15 @@ impl<'a> Decider<'a> {
         Ok(())
     }
 
-    fn accept(&mut self, request: &'a AppendRequest) -> Appended {
+    fn accept(&mut self, request: &'a AppendRequest, fingerprint: &[u8; 32]) -> Appended {
         let first = self.tail.position.next();
+        let events = u32::try_from(request.events()).unwrap_or(u32::MAX);
         let mut versions = BTreeMap::new();
         for part in request.scopes.iter().filter(|part| !part.events.is_empty()) {
             let mut version = self.head(&part.scope);
             for event in &part.events {
                 version = version.next();
-                self.push(Hashed {
+                let event = Hashed {
                     epoch: self.epoch,
                     position: self.tail.position.next(),
                     scope: &part.scope,
@@ -168,7 +147,9 @@ impl<'a> Decider<'a> {
                     command_id: request.command_id,
                     recorded_at: self.recorded_at,
                     payload: &event.payload,
-                });
+                };
+                let command = (event.position == first).then_some((fingerprint, events));
+                self.tail = self.rows.push(&event, self.tail, command);
             }
             self.heads.insert(&part.scope, version);
             versions.insert(part.scope.clone(), version);
@@ -183,47 +164,48 @@ impl<'a> Decider<'a> {
         }
     }
 
-    fn push(&mut self, event: Hashed<'a>) {
-        let hash = event.chain(self.tail.hash);
-        let rows = &mut self.events;
-        rows.position.push(event.position.0.cast_signed());
-        rows.version.push(event.version.0.cast_signed());
-        rows.cause.push(event.cause.map(|cause| cause.0.cast_signed()));
-        rows.command_id.push(event.command_id);
-        rows.schema.push(event.schema.cast_signed());
-        rows.hash.push(hash);
-        rows.scope.push(event.scope);
-        rows.event_type.push(event.event_type);
-        rows.actor.push(event.actor);
-        rows.reason.push(event.reason);
-        rows.payload.push(event.payload);
-        self.tail = LogTail { position: event.position, hash, recorded_at: self.recorded_at };
-    }
-
     fn head(&self, scope: &str) -> Version {
         self.heads.get(scope).copied().unwrap_or_default()
     }
+}
+
+/// Whether the outcome of a command made at the time that its id tells is sure to be known, if it has one.
+fn check_age(command_id: Uuid, now: UnixMicros) -> Result<(), AppendError> {
+    let made = command_id.get_timestamp().map_or(0, |time| {
+        let (seconds, nanos) = time.to_unix();
+        let micros = seconds.saturating_mul(1_000_000).saturating_add(u64::from(nanos / 1_000));
+        i64::try_from(micros).unwrap_or(i64::MAX)
+    });
+    let micros = |time: Duration| i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
+    if made > now.0.saturating_add(micros(CLOCK_AHEAD_MAX)) {
+        return Err(AppendError::Malformed(Malformed::CommandIdFuture(command_id)));
+    }
+    if made < now.0.saturating_sub(micros(OUTCOME_KEPT)) {
+        return Err(AppendError::CommandIdExpired);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::event::NewEvent;
+    use crate::hash::EventHash;
     use crate::request::ScopeAppend;
     use weft_model::version::ExpectedVersion;
 
     const PRINT: [u8; 32] = [9; 32];
+    /// The database's clock in these tests.
+    const NOW: UnixMicros = UnixMicros(1_790_000_000_000_000);
 
-    fn ground(heads: &[(&'static str, u64)]) -> Ground<'static> {
-        let tail =
-            LogTail { position: Position(10), hash: EventHash([1; 32]), recorded_at: UnixMicros(5_000_000) };
-        Ground {
-            epoch: Epoch(2),
-            tail,
-            now: UnixMicros(6_000_000),
-            heads: heads.iter().map(|(scope, version)| (*scope, Version(*version))).collect(),
-            outcomes: BTreeMap::new(),
-        }
+    fn ground() -> Ground {
+        let recorded_at = UnixMicros(NOW.0 - 1_000_000);
+        let tail = LogTail { position: Position(10), hash: EventHash([1; 32]), recorded_at };
+        Ground { epoch: Epoch(2), tail, now: NOW, outcomes: BTreeMap::new() }
+    }
+
+    fn heads(of: &[(&'static str, u64)]) -> BTreeMap<&'static str, Version> {
+        of.iter().map(|(scope, version)| (*scope, Version(*version))).collect()
     }
 
     fn part(scope: &str, expected: ExpectedVersion, events: usize) -> ScopeAppend {
@@ -231,13 +213,19 @@ mod tests {
         ScopeAppend { scope: scope.into(), expected, events: vec![event; events] }
     }
 
-    fn request(id: u128, scopes: Vec<ScopeAppend>) -> AppendRequest {
-        let command_id = Uuid::from_u128(id);
+    fn made_at(micros: i64, id: u16) -> Uuid {
+        let millis = u64::try_from(micros / 1_000).unwrap();
+        let [.., high, low] = id.to_be_bytes();
+        uuid::Builder::from_unix_timestamp_millis(millis, &[0, 0, 0, 0, 0, 0, 0, 0, high, low]).into_uuid()
+    }
+
+    fn request(id: u16, scopes: Vec<ScopeAppend>) -> AppendRequest {
+        let command_id = made_at(NOW.0, id);
         AppendRequest { command_id, fingerprint: None, actor: "a".into(), reason: None, cause: None, scopes }
     }
 
-    fn run<'a>(ground: Ground<'a>, requests: &'a [AppendRequest]) -> Decision<'a> {
-        decide(ground, requests.iter().map(|request| (request, PRINT)))
+    fn run<'a>(heads: &mut BTreeMap<&'a str, Version>, requests: &'a [AppendRequest]) -> Decision {
+        decide(ground(), heads, requests.iter().map(|request| (request, PRINT)))
     }
 
     fn positions(answer: &Result<Appended, AppendError>) -> (u64, u64) {
@@ -253,15 +241,16 @@ mod tests {
             request(2, vec![part("s", exact(3), 1)]),
             request(3, vec![part("s", exact(5), 1)]),
         ];
-        let decision = run(ground(&[("s", 3)]), &requests);
+        let mut heads = heads(&[("s", 3)]);
+        let decision = run(&mut heads, &requests);
         assert_eq!(positions(&decision.answers[0]), (11, 12));
         let Err(AppendError::Conflict { scope, expected, current }) = &decision.answers[1] else {
             panic!("{:?}", decision.answers[1])
         };
         assert_eq!((scope.as_str(), *expected, *current), ("s", exact(3), Version(5)));
         assert_eq!(positions(&decision.answers[2]), (13, 13));
-        assert_eq!(decision.events.version, [4, 5, 6]);
-        assert_eq!(decision.tail.position, Position(13));
+        assert_eq!((heads["s"], decision.rows.len()), (Version(6), 3));
+        assert_eq!((decision.rows.first, decision.tail.position), (Position(11), Position(13)));
     }
 
     #[test]
@@ -270,10 +259,11 @@ mod tests {
             1,
             vec![part("a", ExpectedVersion::Empty, 1), part("b", ExpectedVersion::Exact(Version(9)), 0)],
         )];
-        let decision = run(ground(&[("a", 0), ("b", 8)]), &requests);
+        let mut heads = heads(&[("a", 0), ("b", 8)]);
+        let decision = run(&mut heads, &requests);
         assert!(matches!(&decision.answers[0], Err(AppendError::Conflict { scope, .. }) if scope == "b"));
-        assert!(decision.events.position.is_empty() && decision.outcomes.command_id.is_empty());
-        assert_eq!(decision.heads["a"], Version::ZERO);
+        assert!(decision.rows.is_empty() && decision.recorded.is_empty());
+        assert_eq!(heads["a"], Version::ZERO);
         assert_eq!(decision.tail.position, Position(10));
     }
 
@@ -285,28 +275,28 @@ mod tests {
             request(1, vec![part("b", ExpectedVersion::Any, 1)]),
         ];
         let prints = [PRINT, PRINT, [8; 32]];
-        let decision = decide(ground(&[]), requests.iter().zip(prints));
+        let decision = decide(ground(), &mut heads(&[]), requests.iter().zip(prints));
         let first = decision.answers[0].as_ref().unwrap();
         assert_eq!(decision.answers[1].as_ref().unwrap(), &Appended { repeated: true, ..first.clone() });
         assert!(matches!(decision.answers[2], Err(AppendError::CommandIdReused)));
-        assert_eq!(decision.outcomes.command_id.len(), 1);
+        assert_eq!(decision.recorded, [requests[0].command_id]);
     }
 
     #[test]
     fn a_pure_guard_changes_nothing_and_is_not_remembered() {
         let requests = [request(1, vec![part("s", ExpectedVersion::Exact(Version(3)), 0)])];
-        let decision = run(ground(&[("s", 3)]), &requests);
+        let decision = run(&mut heads(&[("s", 3)]), &requests);
         let answer = decision.answers[0].as_ref().unwrap();
         assert_eq!((answer.positions.clone(), answer.versions.len()), (None, 0));
-        assert!(decision.outcomes.command_id.is_empty());
+        assert!(decision.recorded.is_empty());
     }
 
     #[test]
     fn time_in_the_log_never_goes_back() {
-        let mut back = ground(&[]);
-        back.now = UnixMicros(4_000_000);
         let requests = [request(1, vec![part("s", ExpectedVersion::Any, 1)])];
-        assert_eq!(run(back, &requests).answers[0].as_ref().unwrap().recorded_at, UnixMicros(5_000_000));
+        let back = Ground { now: UnixMicros(NOW.0 - 2_000_000), ..ground() };
+        let decision = decide(back, &mut heads(&[]), [(&requests[0], PRINT)]);
+        assert_eq!(decision.answers[0].as_ref().unwrap().recorded_at, UnixMicros(NOW.0 - 1_000_000));
     }
 
     #[test]
@@ -315,8 +305,21 @@ mod tests {
             let mut caused = request(1, vec![part("s", ExpectedVersion::Any, 1)]);
             caused.cause = Some(Position(cause));
             let requests = [caused];
-            let decision = run(ground(&[]), &requests);
+            let decision = run(&mut heads(&[]), &requests);
             assert_eq!(decision.answers[0].is_ok(), known, "{cause}");
         }
+    }
+
+    #[test]
+    fn an_id_is_good_for_as_long_as_its_outcome_is_kept() {
+        let kept = i64::try_from(OUTCOME_KEPT.as_micros()).unwrap();
+        let ahead = i64::try_from(CLOCK_AHEAD_MAX.as_micros()).unwrap();
+        for good in [NOW.0 - kept, NOW.0, NOW.0 + ahead] {
+            assert!(check_age(made_at(good, 1), NOW).is_ok(), "{good}");
+        }
+        let old = check_age(made_at(NOW.0 - kept - 1_000, 1), NOW);
+        assert!(matches!(old, Err(AppendError::CommandIdExpired)), "{old:?}");
+        let future = check_age(made_at(NOW.0 + ahead + 1_000, 1), NOW);
+        assert!(matches!(future, Err(AppendError::Malformed(Malformed::CommandIdFuture(_)))), "{future:?}");
     }
 }

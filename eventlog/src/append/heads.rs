@@ -1,7 +1,9 @@
 //! The versions of recently used scopes, so that a busy scope's expectation is checked without asking the database.
 
-use std::collections::BTreeMap;
 use weft_model::version::Version;
+
+#[expect(clippy::disallowed_types, reason = "looked up for every event, never walked")]
+type Versions = std::collections::HashMap<Box<str>, Version>;
 
 /// Scopes per generation. Two generations of short names cost some 30 MiB, and a mesh of 100,000 instances has fewer
 /// scopes that change within one turn-over.
@@ -13,8 +15,8 @@ const GENERATION_MAX: usize = 100_000;
 /// nobody asked for since is forgotten.
 #[derive(Debug, Default)]
 pub(super) struct ScopeHeads {
-    young: BTreeMap<Box<str>, Version>,
-    old: BTreeMap<Box<str>, Version>,
+    young: Versions,
+    old: Versions,
 }
 
 impl ScopeHeads {

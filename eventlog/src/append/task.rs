@@ -6,11 +6,16 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use weft_model::Chain;
 use weft_model::version::Position;
 
+use super::flight::{Flight, Flights};
+use super::live::Landed;
 use super::writer::{Failure, Writer};
 use super::{AppendError, Item, Queue};
+use crate::request::Appended;
+use crate::session::StoreError;
 
 /// Requests per batch. At this size the fsync costs each of them next to nothing, and the insert still takes only
 /// tens of milliseconds, which is what the next batch waits.
@@ -27,45 +32,116 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::
 
 /// Owns the writer. Runs until the log is closed and everything queued is answered.
 pub(crate) struct AppendTask {
-    pub(crate) writer: Writer,
-    pub(crate) queue: Queue,
+    writer: Writer,
+    queue: Queue,
     /// Told the last position of every batch that was written here.
-    pub(crate) committed: watch::Sender<Position>,
+    committed: watch::Sender<Position>,
     /// Wakes the tails of this process.
-    pub(crate) wake: watch::Sender<Position>,
-    pub(crate) closing: CancellationToken,
+    wake: watch::Sender<Position>,
+    closing: CancellationToken,
+    flights: Flights,
 }
 
 impl AppendTask {
-    /// Natural batching: while one batch is written the next one queues up; there is no artificial delay.
+    pub(crate) fn new(
+        writer: Writer,
+        queue: Queue,
+        committed: watch::Sender<Position>,
+        wake: watch::Sender<Position>,
+        closing: CancellationToken,
+    ) -> Self {
+        Self { writer, queue, committed, wake, closing, flights: Flights::default() }
+    }
+
+    /// Natural batching: while one batch is written the next one queues up; there is no artificial delay. A batch is sent
+    /// behind another one only if it is full: as long as it can grow, waiting costs nothing and saves a flush.
     pub(crate) async fn run(mut self) {
+        let mut waiting = Batch::default();
         loop {
-            let next = tokio::select! {
+            tokio::select! {
                 // First, because a busy queue may never be found empty.
                 biased;
                 () = self.closing.cancelled(), if !self.queue.items.is_closed() => {
                     self.queue.items.close();
                     continue;
                 }
-                next = self.queue.items.recv() => next,
-            };
-            let Some(first) = next else { return };
-            // Callers answered by the last batch are about to send again; let them, then take them all.
-            tokio::task::yield_now().await;
-            let batch = fill(first, &mut self.queue.items);
-            let started = Instant::now();
-            self.write(batch).await;
-            let took = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.queue.batch_ms.store(took, Ordering::Relaxed);
+                (flight, result) = self.flights.landed(), if !self.flights.is_empty() => {
+                    self.land(flight, result).await;
+                }
+                next = self.queue.items.recv(), if !waiting.is_full() => match next {
+                    Some(item) => waiting.push(item),
+                    None => break,
+                },
+            }
+            let alone = self.flights.is_empty() && !waiting.is_empty();
+            if alone || (waiting.is_full() && self.flights.has_room()) {
+                // Callers answered by the last batch are about to send again; let them, then take them all.
+                tokio::task::yield_now().await;
+                waiting.fill(&mut self.queue.items);
+                self.take_on(std::mem::take(&mut waiting).items).await;
+            }
+        }
+        if !waiting.is_empty() {
+            self.take_on(waiting.items).await;
+        }
+        self.land_all().await;
+    }
+
+    /// Sends a batch ahead if that can be; otherwise waits for those under way and decides it under the lock.
+    async fn take_on(&mut self, batch: Vec<Item>) {
+        let batch = match self.writer.send_ahead(batch).await {
+            Ok(flight) => return self.flights.push(flight),
+            Err(batch) => batch,
+        };
+        self.land_all().await;
+        self.write(batch, BTreeSet::new()).await;
+    }
+
+    async fn land_all(&mut self) {
+        while !self.flights.is_empty() {
+            let (flight, result) = self.flights.landed().await;
+            self.land(flight, result).await;
+        }
+    }
+
+    /// Answers a batch that was sent ahead. If it was not written, or that is unknown, it and those sent after it are
+    /// decided anew under the lock, where those that were written are found by their command ids.
+    async fn land(&mut self, mut flight: Flight, result: Result<Landed, StoreError>) {
+        match result {
+            Ok(landed) => {
+                self.writer.landed(&mut flight, &landed);
+                self.note(flight.began, flight.last);
+                answer(flight.items, flight.answers);
+            }
+            Err(error) => {
+                tracing::debug!(error = %Chain(&error), "a batch sent ahead is decided anew");
+                let refused = self.writer.crashed(&error);
+                let items: Vec<Item> = flight.items.into_iter().chain(self.flights.abandon()).collect();
+                let ids = items.iter().map(|item| item.request.command_id);
+                let attempted = if refused { BTreeSet::new() } else { ids.collect() };
+                self.write(items, attempted).await;
+            }
+        }
+    }
+
+    fn note(&self, began: Instant, last: Option<Position>) {
+        let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.queue.batch_ms.store(took, Ordering::Relaxed);
+        if let Some(position) = last {
+            self.committed.send_replace(position);
+            self.wake.send_replace(position);
         }
     }
 
     /// Writes a batch and answers everybody in it. If the database refuses the batch because of something in it, it
     /// is halved until only the culprit fails.
-    async fn write(&mut self, batch: Vec<Item>) {
+    ///
+    /// `attempted` are commands whose commit may have been attempted: their outcome must be found out even if nobody waits
+    /// any more, and an outcome found for them is their first.
+    async fn write(&mut self, batch: Vec<Item>, mut attempted: BTreeSet<Uuid>) {
         let mut rest = vec![batch];
         while let Some(mut batch) = rest.pop() {
-            match self.persist(&mut batch).await {
+            match self.persist(&mut batch, &mut attempted).await {
                 Ok(()) => {}
                 Err(Failure::Content(_)) if batch.len() > 1 => {
                     rest.push(batch.split_off(batch.len() / 2));
@@ -84,27 +160,23 @@ impl AppendTask {
     }
 
     /// Tries a batch until it is written, cannot be, or [`STORE_WAIT_MAX`] is over. Answers and empties it if written.
-    async fn persist(&mut self, batch: &mut Vec<Item>) -> Result<(), Failure> {
-        let deadline = Instant::now() + STORE_WAIT_MAX;
+    async fn persist(
+        &mut self,
+        batch: &mut Vec<Item>,
+        attempted: &mut BTreeSet<Uuid>,
+    ) -> Result<(), Failure> {
+        let began = Instant::now();
+        let deadline = began + STORE_WAIT_MAX;
         let mut pause = RETRY_PAUSE.0;
-        // Commands whose commit was attempted: their outcome must be found out even if nobody waits any more, and an
-        // outcome found for them is their first.
-        let mut attempted = BTreeSet::new();
         loop {
             batch.retain(|item| !item.respond.is_closed() || attempted.contains(&item.request.command_id));
             if batch.is_empty() {
                 return Ok(());
             }
-            match self.writer.attempt(batch, &mut attempted).await {
+            match self.writer.attempt(batch, attempted).await {
                 Ok(written) => {
-                    if let Some(position) = written.last {
-                        self.committed.send_replace(position);
-                        self.wake.send_replace(position);
-                    }
-                    for (item, answer) in batch.drain(..).zip(written.answers) {
-                        // A caller that has gone needs no answer.
-                        let _ = item.respond.send(answer);
-                    }
+                    self.note(began, written.last);
+                    answer(std::mem::take(batch), written.answers);
                     return Ok(());
                 }
                 Err(Failure::Transient(error)) if Instant::now() + pause < deadline => {
@@ -118,24 +190,52 @@ impl AppendTask {
     }
 }
 
-/// Takes what has queued behind `first`, until the batch is full.
-fn fill(first: Item, queue: &mut mpsc::Receiver<Item>) -> Vec<Item> {
-    let (mut bytes, mut events) = (first.bytes, first.request.events());
-    let mut batch = vec![first];
-    while batch.len() < BATCH_REQUESTS_MAX && bytes < BATCH_BYTES_MAX && events < BATCH_EVENTS_MAX {
-        let Ok(item) = queue.try_recv() else { break };
-        bytes += item.bytes;
-        events += item.request.events();
-        batch.push(item);
+fn answer(items: Vec<Item>, answers: Vec<Result<Appended, AppendError>>) {
+    for (item, answer) in items.into_iter().zip(answers) {
+        // A caller that has gone needs no answer.
+        let _ = item.respond.send(answer);
     }
-    batch
+}
+
+/// What will be written together.
+#[derive(Default)]
+struct Batch {
+    items: Vec<Item>,
+    bytes: usize,
+    events: usize,
+}
+
+impl Batch {
+    fn push(&mut self, item: Item) {
+        self.bytes += item.bytes;
+        self.events += item.request.events();
+        self.items.push(item);
+    }
+
+    fn is_full(&self) -> bool {
+        self.items.len() >= BATCH_REQUESTS_MAX
+            || self.bytes >= BATCH_BYTES_MAX
+            || self.events >= BATCH_EVENTS_MAX
+    }
+
+    fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Takes what has queued, until the batch is full.
+    fn fill(&mut self, queue: &mut mpsc::Receiver<Item>) {
+        while !self.is_full()
+            && let Ok(item) = queue.try_recv()
+        {
+            self.push(item);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
     use tokio::sync::{Semaphore, oneshot};
-    use uuid::Uuid;
     use weft_model::version::ExpectedVersion;
 
     use super::*;
@@ -161,7 +261,9 @@ mod tests {
         for _ in 0..QUEUED {
             queue.try_send(item(events, bytes)).unwrap();
         }
-        fill(item(events, bytes), &mut items).len()
+        let mut batch = Batch::default();
+        batch.fill(&mut items);
+        batch.items.len()
     }
 
     #[test]

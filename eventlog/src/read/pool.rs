@@ -7,8 +7,8 @@ use tokio::sync::Semaphore;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Config, Row, Statement};
 
-use super::rows;
-use crate::session::{Access, READ_SILENCE_MAX, Session, StoreError, within};
+use super::{rows, sealed};
+use crate::session::{Duty, READ_SILENCE_MAX, Session, StoreError, within};
 
 /// Connections per reader. One page uses one connection for milliseconds; more would only compete with the appender
 /// for the server's cores.
@@ -19,23 +19,21 @@ const CONNECTIONS_MAX: usize = 4;
 pub(super) enum Query {
     Head,
     Range,
-    Scope,
+    Segment,
     PositionAt,
     Outcomes,
-    Testimony,
     Evidence,
     Anchor,
 }
 
 impl Query {
     /// Every query, in the order of its declaration.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 7] = [
         Self::Head,
         Self::Range,
-        Self::Scope,
+        Self::Segment,
         Self::PositionAt,
         Self::Outcomes,
-        Self::Testimony,
         Self::Evidence,
         Self::Anchor,
     ];
@@ -44,10 +42,9 @@ impl Query {
         match self {
             Self::Head => rows::HEAD_SQL,
             Self::Range => rows::RANGE_SQL,
-            Self::Scope => rows::SCOPE_SQL,
+            Self::Segment => sealed::SEGMENT_SQL,
             Self::PositionAt => "select audit.position_at($1)",
             Self::Outcomes => rows::OUTCOMES_SQL,
-            Self::Testimony => rows::TESTIMONY_SQL,
             Self::Evidence => rows::EVIDENCE_SQL,
             Self::Anchor => rows::ANCHOR_SQL,
         }
@@ -56,10 +53,10 @@ impl Query {
     const fn doing(self) -> &'static str {
         match self {
             Self::Head => "read the log's head",
-            Self::Range | Self::Scope => "read events",
+            Self::Range => "read events",
+            Self::Segment => "read sealed events",
             Self::PositionAt => "find a point in time",
             Self::Outcomes => "look up a command id",
-            Self::Testimony => "read command outcomes",
             Self::Evidence => "read what testifies about the log",
             Self::Anchor => "look for an event that was read before",
         }
@@ -107,7 +104,7 @@ impl Pool {
                 return result;
             }
         }
-        let session = Session::open(&self.config, Access::ReadOnly).await?;
+        let session = Session::open(&self.config, Duty::Read).await?;
         let mut connection = Connection { session, statements: Default::default() };
         let result = connection.rows(query, params, bytes_max).await;
         if result.is_ok() {

@@ -3,7 +3,7 @@
 use tokio_postgres::Row;
 use weft_model::version::{Epoch, Position, Version};
 
-use super::{Anchor, CommandOutcome, Evidence, Head, Testimony};
+use super::{Anchor, CommandOutcome, Evidence, Head};
 use crate::epoch::{decode_hash, decode_tail};
 use crate::event::{RecordedEvent, UnixMicros};
 use crate::hash::EventHash;
@@ -24,39 +24,34 @@ macro_rules! select_events {
 pub(super) const RANGE_SQL: &str =
     select_events!("where position > $1 and position <= $2 order by position limit $3");
 
-pub(super) const SCOPE_SQL: &str =
-    select_events!("where scope = $1 and version > $2 order by version limit $3");
-
 /// One row also for an empty log.
 pub(super) const HEAD_SQL: &str = "select tail.position, tail.hash, tail.recorded_at, (select coalesce(max(epoch), 0) from weft.log_epoch) \
      from (values (1)) as one left join lateral \
      (select position, hash, recorded_at from weft.event order by position desc limit 1) as tail on true";
 
-/// What testifies about the log, all of one moment: the columns of [`HEAD_SQL`], the epochs, and the last position that
-/// any command was told.
+/// What testifies about the log, all of one moment: the columns of [`HEAD_SQL`], the epochs, the end of the last batch, and
+/// up to where the log is sealed.
 pub(super) const EVIDENCE_SQL: &str = "select tail.position, tail.hash, tail.recorded_at, \
      coalesce(epochs.epoch[array_upper(epochs.epoch, 1)], 0), epochs.epoch, epochs.fork_position, epochs.fork_hash, \
-     (select coalesce(max(last_position), 0) from weft.command_outcome) \
+     (select coalesce(max(last_position), 0) from weft.log_batch), \
+     (select coalesce(max(last_position), 0) from weft.log_segment) \
      from (select array_agg(epoch order by epoch) as epoch, array_agg(fork_position order by epoch) as fork_position, \
      array_agg(fork_hash order by epoch) as fork_hash from weft.log_epoch) as epochs left join lateral \
      (select position, hash, recorded_at from weft.event order by position desc limit 1) as tail on true";
-
-/// Outcomes in the order of what they recorded, without looking at any event.
-pub(super) const TESTIMONY_SQL: &str = "select command_id, epoch, first_position, last_position, recorded_at \
-     from weft.command_outcome where last_position > $1 order by last_position limit $2";
 
 /// What stands at a position, and where the log ends. A standby may simply not have got so far yet.
 pub(super) const ANCHOR_SQL: &str = "select (select hash from weft.event where position = $1), \
      (select coalesce(max(position), 0) from weft.event), pg_is_in_recovery()";
 
-/// Outcomes with the versions that their events brought each scope to. Columns of [`decode_outcome`].
-pub(crate) const OUTCOMES_SQL: &str = "select outcome.command_id, outcome.fingerprint, outcome.epoch, outcome.first_position, \
-     outcome.last_position, outcome.recorded_at, reached.scopes, reached.versions \
-     from weft.command_outcome as outcome cross join lateral \
+/// Outcomes with the versions that their events brought each scope to, of commands recorded after `$2`. Columns of
+/// [`decode_outcome`].
+pub(crate) const OUTCOMES_SQL: &str = "select first.command_id, first.fingerprint, first.epoch, first.position, \
+     first.position + first.command_events - 1, first.recorded_at, reached.scopes, reached.versions \
+     from weft.event as first cross join lateral \
      (select array_agg(head.scope) as scopes, array_agg(head.version) as versions from \
      (select scope, max(version) as version from weft.event \
-     where position between outcome.first_position and outcome.last_position group by scope) as head) as reached \
-     where outcome.command_id = any($1)";
+     where position between first.position and first.position + first.command_events - 1 group by scope) as head) as reached \
+     where first.command_id = any($1) and first.fingerprint is not null and first.position > $2";
 
 pub(super) fn decode_event(row: &Row) -> Result<RecordedEvent, StoreError> {
     Ok(RecordedEvent {
@@ -98,7 +93,7 @@ pub(crate) fn decode_outcome(row: &Row) -> Result<CommandOutcome, StoreError> {
         repeated: false,
     };
     let fingerprint = fingerprint.try_into();
-    let fingerprint = fingerprint.map_err(|_| undecodable("weft.command_outcome", "fingerprint"))?;
+    let fingerprint = fingerprint.map_err(|_| undecodable("weft.event", "fingerprint"))?;
     Ok(CommandOutcome { command_id: row.get(0), fingerprint, appended })
 }
 
@@ -114,15 +109,7 @@ pub(super) fn decode_evidence(row: &Row) -> Result<Evidence, StoreError> {
         head: decode_head(row)?,
         forks: forks.collect::<Result<_, StoreError>>()?,
         acknowledged: Position(counter(row, 7)?),
-    })
-}
-
-pub(super) fn decode_testimony(row: &Row) -> Result<Testimony, StoreError> {
-    Ok(Testimony {
-        command_id: row.get(0),
-        epoch: Epoch(counter(row, 1)?),
-        positions: Position(counter(row, 2)?)..=Position(counter(row, 3)?),
-        recorded_at: time(row, 4)?,
+        sealed: Position(counter(row, 8)?),
     })
 }
 

@@ -86,9 +86,12 @@ async fn a_log_restored_into_the_same_running_server_is_in_a_new_epoch() {
     log.appender().append(one("s")).await.unwrap();
     log.shutdown().await;
     // What a restore does to the table: the same rows in another one.
-    let restore = "create table weft.restored (like weft.event including all); \
-                   insert into weft.restored select * from weft.event; drop table weft.event cascade; \
-                   alter table weft.restored rename to event";
+    let restore = "create table weft.restored (like weft.event including all) partition by range (position); \
+                   alter table weft.event detach partition weft.event_1; \
+                   alter table weft.event detach partition weft.event_1048577; drop table weft.event cascade; \
+                   alter table weft.restored rename to event; grant select, insert on weft.event to weft_appender; \
+                   alter table weft.event attach partition weft.event_1 for values from (1) to (1048577); \
+                   alter table weft.event attach partition weft.event_1048577 for values from (1048577) to (2097153)";
     database.connect().await.batch_execute(restore).await.unwrap();
     let log = open(&database).await;
     assert_eq!(log.appender().append(one("s")).await.unwrap().epoch, Epoch(2));

@@ -4,7 +4,7 @@ use futures_util::TryStreamExt;
 use std::time::Duration;
 use tokio::time::timeout;
 use weft_eventlog::{PAGE_BYTES_MAX, Reader, UnixMicros};
-use weft_model::version::{Epoch, Position, Version};
+use weft_model::version::{Epoch, Position};
 
 use crate::support::{Any, assert_gapless, config, event, migrated, one, open, part, read_all, request};
 
@@ -24,7 +24,7 @@ async fn an_empty_log_reads_as_empty() {
 }
 
 #[tokio::test]
-async fn pages_follow_each_other_and_scopes_are_read_alone() {
+async fn pages_follow_each_other() {
     let database = migrated().await;
     let log = open(&database).await;
     log.appender().append(request(vec![part("a", Any, 7), part("b", Any, 5)])).await.unwrap();
@@ -34,8 +34,6 @@ async fn pages_follow_each_other_and_scopes_are_read_alone() {
         |events: &[weft_eventlog::RecordedEvent]| events.iter().map(|e| e.position.0).collect::<Vec<_>>();
     assert_eq!(numbers(&reader.read(Position(3), 4).await.unwrap()), [4, 5, 6, 7]);
     assert_eq!(numbers(&reader.read(Position(14), 4).await.unwrap()), [15]);
-    assert_eq!(numbers(&reader.read_scope("a", Version(6), 3).await.unwrap()), [7, 13, 14]);
-    assert_eq!(reader.read_scope("none", Version(0), 3).await.unwrap(), []);
     let pages: Vec<_> = reader.stream(Position(2), Position(13)).try_collect().await.unwrap();
     assert_eq!(numbers(&pages.concat()), (3..=13).collect::<Vec<_>>());
 }

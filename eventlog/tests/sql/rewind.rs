@@ -19,11 +19,11 @@ async fn append(database: &TestDatabase, count: usize) {
     log.shutdown().await;
 }
 
-/// The last events are lost, with the outcomes of their commands.
+/// The last events are lost, with what was written down beside them.
 async fn lose(database: &TestDatabase, after: u64) {
     let lose = format!(
         "delete from weft.event where position > {after}; \
-         delete from weft.command_outcome where last_position > {after}"
+         delete from weft.log_batch where last_position > {after}"
     );
     tamper(database, &lose).await;
 }

@@ -78,9 +78,14 @@ async fn nobody_changes_history_not_even_a_superuser() {
             "update weft.log_epoch set epoch = 9",
             "delete from weft.log_epoch",
             "truncate weft.log_epoch",
-            "update weft.command_outcome set epoch = 9",
-            "delete from weft.command_outcome",
-            "truncate weft.command_outcome",
+            "update weft.event_1 set payload = '{}'",
+            "delete from weft.event_1",
+            "truncate weft.event_1",
+            "update weft.log_batch set epoch = 9",
+            "delete from weft.log_batch",
+            "truncate weft.log_batch",
+            "delete from weft.log_segment",
+            "truncate weft.log_partition",
         ] {
             let error = client.batch_execute(statement).await.unwrap_err();
             assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
@@ -97,7 +102,7 @@ async fn the_reader_role_reads_and_does_nothing_else() {
     log.appender().append(one("s")).await.unwrap();
     let client = database.connect().await;
     client.batch_execute("set role weft_reader").await.unwrap();
-    for table in ["audit.events", "weft.event", "weft.log_epoch", "weft.command_outcome"] {
+    for table in ["audit.events", "weft.event", "weft.log_epoch", "weft.log_batch"] {
         let count: i64 =
             client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
         assert_eq!(count, 1, "{table}");
@@ -107,7 +112,8 @@ async fn the_reader_role_reads_and_does_nothing_else() {
     for statement in [
         "insert into weft.event select * from weft.event",
         "delete from weft.event",
-        "insert into weft.command_outcome select * from weft.command_outcome",
+        "insert into weft.log_batch select * from weft.log_batch",
+        "select weft.make_partitions()",
         "create table weft.mine (id int)",
         // Nor does it hold up those who write.
         "begin; lock table weft.log_lock in access share mode",
@@ -136,7 +142,9 @@ async fn every_column_that_people_see_says_what_it_means() {
     let sql = "select n.nspname || '.' || c.relname || '.' || a.attname from pg_attribute a \
                join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace \
                where (n.nspname, c.relname) in (('weft', 'event'), ('weft', 'log_epoch'), \
-               ('weft', 'command_outcome'), ('audit', 'events')) and a.attnum > 0 \
+               ('weft', 'event_1'), ('weft', 'log_batch'), ('weft', 'log_partition'), ('weft', 'log_segment'), \
+               ('weft', 'log_layout'), ('weft', 'scope_head'), ('weft', 'scope_head_mark'), ('audit', 'events'), \
+               ('audit', 'sealed')) and a.attnum > 0 \
                and not a.attisdropped and col_description(c.oid, a.attnum) is null";
     let silent: Vec<String> =
         database.connect().await.query(sql, &[]).await.unwrap().iter().map(|r| r.get(0)).collect();
@@ -158,4 +166,65 @@ async fn the_audit_view_shows_who_did_what_and_why() {
     assert_eq!(texts, ["mesh", &request.actor, "because", "0", &event.hash.to_string()]);
     assert_eq!(row.get::<_, uuid::Uuid>(5), request.command_id);
     assert_eq!(row.get::<_, i64>(6), event.recorded_at.0);
+}
+
+#[tokio::test]
+async fn a_login_that_owns_nothing_can_open_append_and_read_but_change_nothing() {
+    let database = migrated().await;
+    let admin = database.connect().await;
+    let login = format!("plain_{}", uuid::Uuid::now_v7().simple());
+    let grants = format!(
+        "create role {login} login password 'plain'; grant weft_appender, weft_reader to {login}; \
+         grant connect on database {} to {login}",
+        database.name()
+    );
+    admin.batch_execute(&grants).await.unwrap();
+    let mut plain = config(&database);
+    plain.user(&login).password("plain");
+    // Nothing is left to migrate, so no right to do so is needed, nor the lock of somebody who does.
+    admin.batch_execute("begin; lock table public._sqlx_migrations in exclusive mode").await.unwrap();
+    weft_eventlog::migrate(&plain).await.unwrap();
+    admin.batch_execute("rollback").await.unwrap();
+    let log = weft_eventlog::EventLog::open(weft_eventlog::LogConfig::new(plain.clone())).await.unwrap();
+    log.appender().append(one("s")).await.unwrap();
+    assert_eq!(log.reader().head().await.unwrap().position.0, 1);
+    log.shutdown().await;
+
+    admin.batch_execute(&format!("drop owned by {login}; drop role {login}")).await.unwrap();
+}
+
+#[tokio::test]
+async fn no_duty_includes_changing_what_was_recorded() {
+    let database = migrated().await;
+    let client = database.connect().await;
+    for role in ["weft_appender", "weft_projector", "weft_reader"] {
+        client.batch_execute(&format!("set role {role}")).await.unwrap();
+        for statement in [
+            "update weft.event set payload = '{}'",
+            "delete from weft.event_1",
+            "truncate weft.log_batch",
+            "update weft.log_epoch set epoch = 7",
+            "delete from weft.scope_head",
+            "insert into weft.log_segment select * from weft.log_segment",
+            "alter table weft.event disable trigger append_only",
+            "drop table weft.event_1",
+        ] {
+            let error = client.batch_execute(statement).await.unwrap_err();
+            assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{role}: {statement}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_login_without_the_duty_is_told_what_to_grant() {
+    let database = migrated().await;
+    let admin = database.connect().await;
+    let login = format!("stranger_{}", uuid::Uuid::now_v7().simple());
+    admin.batch_execute(&format!("create role {login} login password 'x'")).await.unwrap();
+    let mut stranger = config(&database);
+    stranger.user(&login).password("x");
+    let error = weft_eventlog::EventLog::open(weft_eventlog::LogConfig::new(stranger)).await.unwrap_err();
+    let told = weft_model::Chain(&error).to_string();
+    assert!(told.contains("grant weft_appender to"), "{told}");
+    admin.batch_execute(&format!("drop role {login}")).await.unwrap();
 }

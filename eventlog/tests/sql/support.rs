@@ -121,7 +121,7 @@ pub(crate) async fn kill_backends(client: &tokio_postgres::Client) -> u64 {
 pub(crate) async fn tamper(database: &TestDatabase, sql: &str) {
     let client = database.connect().await;
     let switch = |how: &str| {
-        let tables = ["event", "log_epoch", "command_outcome"];
+        let tables = ["event", "log_epoch", "log_batch", "log_segment"];
         tables.map(|table| format!("alter table weft.{table} {how} trigger append_only")).join(";")
     };
     let script = format!("{}; {sql}; {}", switch("disable"), switch("enable always"));

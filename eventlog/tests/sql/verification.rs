@@ -1,6 +1,6 @@
 //! Every way to falsify the log that we can think of, and where `verify` finds it.
 
-use weft_eventlog::{Defect, EventHash, Reader, VerifyError, verify};
+use weft_eventlog::{Contradiction, Defect, EventHash, Reader, VerifyError, verify};
 use weft_model::version::{Epoch, Position, Version};
 use weft_testkit::TestDatabase;
 
@@ -77,20 +77,59 @@ async fn removed_swapped_and_cut_off_events_are_found() {
 }
 
 #[tokio::test]
-async fn what_commands_were_told_must_be_what_the_events_say() {
-    for change in [
-        "delete from weft.command_outcome where last_position = 4",
-        "update weft.command_outcome set command_id = gen_random_uuid() where last_position = 4",
-        "update weft.command_outcome set epoch = 2 where last_position = 4",
-        "update weft.command_outcome set recorded_at = recorded_at - interval '1 second' where last_position = 4",
-        "update weft.command_outcome set first_position = 3 where last_position = 4",
-        "insert into weft.command_outcome select gen_random_uuid(), epoch, 4, 11, recorded_at, fingerprint \
-         from weft.command_outcome where last_position = 4; \
-         delete from weft.command_outcome where last_position = 4",
+async fn what_was_written_down_beside_the_events_must_be_what_they_say() {
+    use Contradiction::{Commands, Hash, Mark, Missing, Order, Time};
+    for (change, expected) in [
+        ("delete from weft.log_batch where last_position = 4", Order),
+        ("delete from weft.log_batch where last_position = 1", Missing),
+        ("update weft.log_batch set epoch = 2 where last_position = 4", Time),
+        (
+            "update weft.log_batch set recorded_at = recorded_at - interval '1 second' where last_position = 4",
+            Time,
+        ),
+        (
+            "update weft.log_batch set first_position = 3, marks = marks || marks where last_position = 4",
+            Order,
+        ),
+        (
+            "update weft.log_batch set marks = sha256('x') where false; update weft.log_batch \
+          set marks = substring(sha256('x') from 1 for 8) where last_position = 4",
+            Mark,
+        ),
+        ("update weft.log_batch set hash = sha256('x') where last_position = 4", Hash),
+        ("update weft.log_batch set commands_hash = sha256('x') where last_position = 4", Commands),
+        ("update weft.event set fingerprint = sha256('x') where position = 4", Mark),
+        ("update weft.event set command_events = 2 where position = 4", Mark),
+        ("update weft.event set command_events = null, fingerprint = null where position = 4", Mark),
+        // Quarters that change places leave the mark as it is.
+        (
+            "update weft.event set fingerprint = substring(fingerprint from 9) || substring(fingerprint from 1 for 8) \
+          where position = 4",
+            Commands,
+        ),
     ] {
-        let (position, defect) = damage(change).await;
-        assert!(position == 4 && matches!(defect, Defect::Outcome { .. }), "{change}: {position} {defect:?}");
+        let at = if expected == Missing { 1 } else { 4 };
+        assert_eq!(damage(change).await, (at, Defect::Witness(expected)), "{change}");
     }
+}
+
+#[tokio::test]
+async fn an_event_that_nobody_appended_is_found_at_the_end_too() {
+    let database = sound().await;
+    let reader = Reader::new(config(&database));
+    let last = reader.read(Position(9), 1).await.unwrap().remove(0);
+    let mut added = last.clone();
+    (added.position, added.version) = (Position(11), last.version.next());
+    let sql = format!(
+        "insert into weft.event select 11, epoch, {}, recorded_at, cause, command_id, fingerprint, command_events, schema, \
+         '\\x{}', scope, type, actor, reason, payload from weft.event where position = 10",
+        added.version,
+        added.expected_hash(last.hash)
+    );
+    tamper(&database, &sql).await;
+    let error = verify(&reader, |_| ()).await.unwrap_err();
+    let VerifyError::Damaged { position, defect } = error else { panic!("{error:?}") };
+    assert_eq!((position, defect), (Position(11), Defect::Witness(Contradiction::Missing)));
 }
 
 /// A writer that holds the table up makes the verification stop halfway through its beginning, if there is such a place.
@@ -110,12 +149,12 @@ async fn an_epoch_that_opens_while_the_verification_begins_is_no_damage() {
     let going_on = format!(
         "insert into weft.log_epoch select 2, system_identifier, timeline, now(), event_table, 10, '\\x{}', now() \
          from weft.log_epoch; \
-         insert into weft.event select 11, 2, 6, recorded_at, cause, '{id}', schema, '\\x{}', \
+         insert into weft.event select 11, 2, 6, recorded_at, cause, '{id}', null, null, schema, '\\x{next}', \
          scope, type, actor, reason, payload from weft.event where position = 10; \
-         insert into weft.command_outcome select '{id}', 2, 11, 11, recorded_at, fingerprint \
-         from weft.command_outcome where last_position = 10; commit",
+         insert into weft.log_batch select 11, 11, 2, recorded_at, '\\x{next}', sha256('weft-commands/1\n'), \
+         substring('\\x{next}'::bytea from 1 for 8) from weft.log_batch where last_position = 10; commit",
         last.hash,
-        next.hash,
+        next = next.hash,
         id = next.command_id
     );
     let (admin, watcher) = (database.connect().await, database.connect().await);

@@ -66,7 +66,7 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
             what: "incremental and full computation give the same bytes".to_owned(),
             ok: projection == projection.recompute(),
         });
-        let store = Store::new(&context.reader_url()?).map_err(|error| Failure::from_error(&error))?;
+        let store = Store::reading(&context.reader_url()?).map_err(|error| Failure::from_error(&error))?;
         let rows = verify_rows(&reader, &store, |_| ()).await;
         store.close().await;
         report.checks.push(match rows {

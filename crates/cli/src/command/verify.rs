@@ -55,7 +55,7 @@ struct Report {
 pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let context = context.load()?;
     let reader = Reader::new(context.reader()?);
-    let store = Store::new(&context.reader_url()?).map_err(|error| Failure::from_error(&error))?;
+    let store = Store::reading(&context.reader_url()?).map_err(|error| Failure::from_error(&error))?;
     let begun = Instant::now();
 
     let mut report = Report::default();
