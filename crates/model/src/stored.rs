@@ -109,12 +109,16 @@ impl Decoder {
     }
 
     fn scope(&mut self, text: &str) -> Result<Scope, ScopeError> {
-        Ok(match text.split_once('/') {
-            Some(("health", instance)) => Scope::Health(self.instance(instance)?),
-            Some(("membership", instance)) => Scope::Membership(self.instance(instance)?),
-            Some(("identity", instance)) => Scope::Identity(self.instance(instance)?),
-            Some(_) | None => text.parse()?,
-        })
+        if let Some(instance) = text.strip_prefix("health/") {
+            return Ok(Scope::Health(self.instance(instance)?));
+        }
+        if let Some(instance) = text.strip_prefix("membership/") {
+            return Ok(Scope::Membership(self.instance(instance)?));
+        }
+        if let Some(instance) = text.strip_prefix("identity/") {
+            return Ok(Scope::Identity(self.instance(instance)?));
+        }
+        text.parse()
     }
 
     fn instance(&mut self, text: &str) -> Result<InstanceId, IdError> {

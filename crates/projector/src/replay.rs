@@ -2,8 +2,8 @@
 
 use futures_util::TryStreamExt;
 use std::pin::pin;
-use weft_eventlog::{Reader, StoreError};
-use weft_model::{ConfigVersion, Fact, Position};
+use weft_eventlog::{EventView, Reader, StoreError};
+use weft_model::{ConfigVersion, Position};
 use weft_routing::{Bulk, Projection};
 
 use crate::decode::Decoder;
@@ -14,7 +14,6 @@ use crate::fault::Fault;
 pub(crate) struct Replay {
     bulk: Bulk,
     decoder: Decoder,
-    facts: Vec<Fact>,
 }
 
 /// Why a replay did not get to its end.
@@ -28,7 +27,7 @@ pub(crate) enum ReplayError {
 
 impl Replay {
     pub(crate) fn from(projection: Projection) -> Self {
-        Self { bulk: projection.into_bulk(), decoder: Decoder::default(), facts: Vec::new() }
+        Self { bulk: projection.into_bulk(), decoder: Decoder::default() }
     }
 
     /// The last event that was folded.
@@ -45,12 +44,18 @@ impl Replay {
     ) -> Result<(), ReplayError> {
         let mut pages = pin!(reader.replay(self.version().position, to));
         while let Some(page) = pages.try_next().await.map_err(ReplayError::Store)? {
-            let decoded = self.decoder.decode_into(page.events(), &mut self.facts);
-            decoded.map_err(|undecodable| ReplayError::Fault(undecodable.into()))?;
-            self.bulk.apply(&self.facts).map_err(|error| ReplayError::Fault(Fault::Fold(error)))?;
+            for event in page.events() {
+                self.fold(&event).map_err(ReplayError::Fault)?;
+            }
             progress(self.version().position);
         }
         Ok(())
+    }
+
+    /// One event at a time: what is read of it is folded while it is in the processor's cache.
+    fn fold(&mut self, event: &EventView<'_>) -> Result<(), Fault> {
+        let fact = self.decoder.decode(event)?;
+        self.bulk.apply([&fact]).map_err(Fault::Fold)
     }
 
     /// What it comes to.

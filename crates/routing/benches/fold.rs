@@ -2,7 +2,8 @@
 //!
 //! Run it with
 //!
-//!     cargo bench -p weft-routing --bench fold -- [--events N] [--services N] [--instances N] [--rounds N]
+//!     cargo bench -p weft-routing --bench fold -- [--events N] [--services N] [--instances N] [--rounds N] \
+//!         [--only FIGURE]
 //!
 //! A seeded mesh of `services` x `instances` lives through `events` events of about 200 bytes of payload where that
 //! applies: mostly health reports with details, beside them registrations, drains, policies, leaves and tokens. All of
@@ -36,7 +37,7 @@ fn main() {
         bytes / events.len()
     );
 
-    let mut report = Report::new(events.len(), arguments.rounds);
+    let mut report = Report::new(events.len(), &arguments);
     report.measure("decode", || {
         let mut decoder = Decoder::default();
         events.iter().for_each(|event| drop(black_box(decoder.decode(&view(event)).unwrap())));
@@ -67,11 +68,9 @@ fn main() {
     report.measure("decode_and_bulk", || {
         let mut bulk = Projection::default().into_bulk();
         let mut decoder = Decoder::default();
-        let mut facts = Vec::with_capacity(PAGE);
-        for page in events.chunks(PAGE) {
-            facts.extend(page.iter().map(|event| decoder.decode(&view(event)).unwrap()));
-            bulk.apply(&facts).unwrap();
-            facts.clear();
+        for event in &events {
+            let fact = decoder.decode(&view(event)).unwrap();
+            bulk.apply([&fact]).unwrap();
         }
         drop(black_box(bulk.finish()));
     });
@@ -100,14 +99,19 @@ struct Arguments {
     services: usize,
     instances: usize,
     rounds: usize,
+    only: Option<String>,
 }
 
 impl Arguments {
     fn parse() -> Self {
-        let mut arguments = Self { events: 300_000, services: 200, instances: 10, rounds: 3 };
+        let mut arguments = Self { events: 300_000, services: 200, instances: 10, rounds: 3, only: None };
         // Cargo adds `--bench`.
         let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
         for pair in words.chunks(2) {
+            if pair[0] == "--only" {
+                arguments.only = pair.get(1).cloned();
+                continue;
+            }
             let value = pair.get(1).unwrap().parse().unwrap();
             match pair[0].as_str() {
                 "--events" => arguments.events = value,
@@ -124,15 +128,24 @@ impl Arguments {
 struct Report {
     events: usize,
     rounds: usize,
+    only: Option<String>,
     json: String,
 }
 
 impl Report {
-    fn new(events: usize, rounds: usize) -> Self {
-        Self { events, rounds, json: format!("{{\"events\":{events}") }
+    fn new(events: usize, arguments: &Arguments) -> Self {
+        Self {
+            events,
+            rounds: arguments.rounds,
+            only: arguments.only.clone(),
+            json: format!("{{\"events\":{events}"),
+        }
     }
 
     fn measure(&mut self, what: &str, mut work: impl FnMut()) {
+        if self.only.as_deref().is_some_and(|only| only != what) {
+            return;
+        }
         let best = (0..self.rounds).map(|_| timed(&mut work)).min().unwrap();
         #[expect(
             clippy::cast_precision_loss,

@@ -9,16 +9,21 @@
 //! [`Projection::recompute`] builds everything from the state alone; tests and `weft verify` hold the two against each
 //! other.
 
+mod batch;
+
+pub use batch::Bulk;
+
 use crate::hash::Hash;
 use crate::interest::InterestClass;
 use crate::manifest::{Manifest, ManifestEntry};
 use crate::shard::{ShardKey, build};
-use crate::state::{FoldError, RoutingState, TouchedShards};
-use foldhash::fast::FixedState;
+use crate::state::{FoldError, RoutingState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::{ConfigVersion, Fact, InstanceId, Position, ServiceName};
+
+use batch::Batch;
 
 /// A shard as it is stored and sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,75 +94,6 @@ pub struct Projection {
     wildcards: BTreeSet<InterestClass>,
 }
 
-/// The last event of a batch that touched each shard, and what else it changed.
-#[derive(Debug, Default)]
-struct Batch {
-    endpoints: Positions,
-    inbound: Positions,
-    trust: Option<Position>,
-    changes: Changes,
-}
-
-#[expect(clippy::disallowed_types, reason = "what is built from it is put into ordered maps")]
-type Positions = std::collections::HashMap<ServiceName, Position, FixedState>;
-
-impl Batch {
-    fn touch(&mut self, shards: &TouchedShards<'_>, position: Position) {
-        fn put(positions: &mut Positions, service: &ServiceName, position: Position) {
-            match positions.get_mut(service) {
-                Some(last) => *last = position,
-                None => {
-                    positions.insert(service.clone(), position);
-                }
-            }
-        }
-        match shards {
-            TouchedShards::None => {}
-            TouchedShards::Endpoints(service) => put(&mut self.endpoints, service, position),
-            TouchedShards::Service(service) => {
-                put(&mut self.endpoints, service, position);
-                put(&mut self.inbound, service, position);
-            }
-            TouchedShards::Inbound(services) => {
-                services.iter().for_each(|service| put(&mut self.inbound, service, position));
-            }
-            TouchedShards::Trust => self.trust = Some(position),
-        }
-    }
-}
-
-/// A projection that takes in many events before shards and manifests are built, once, at the end. Nobody sees it in
-/// between, when its state is ahead of them. Because a shard's position is that of the last event that touched it, it
-/// ends up the same as if it had been built after every event.
-#[derive(Debug)]
-pub struct Bulk {
-    projection: Projection,
-    batch: Batch,
-}
-
-impl Bulk {
-    /// The last event that was folded.
-    #[must_use]
-    pub const fn version(&self) -> ConfigVersion {
-        self.projection.version()
-    }
-
-    /// Takes in the next events.
-    ///
-    /// # Errors
-    /// If an event is not the next one. Those before it were taken in; this is not to be used further.
-    pub fn apply<'a>(&mut self, facts: impl IntoIterator<Item = &'a Fact>) -> Result<(), FoldError> {
-        self.projection.fold(&mut self.batch, facts)
-    }
-
-    /// The projection after all of them.
-    #[must_use]
-    pub fn finish(mut self) -> Projection {
-        self.projection.build(self.batch);
-        self.projection
-    }
-}
-
 impl Projection {
     /// The fold's state.
     #[must_use]
@@ -210,7 +146,7 @@ impl Projection {
     /// Begins a batch of many pages, for a long replay.
     #[must_use]
     pub fn into_bulk(self) -> Bulk {
-        Bulk { projection: self, batch: Batch::default() }
+        Bulk::new(self)
     }
 
     fn fold<'a>(

@@ -8,6 +8,7 @@ pub use apply::{FoldError, Touched, TouchedShards};
 use crate::address::Addresses;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use weft_model::ca::CaState;
 use weft_model::health::{Health, HealthState};
 use weft_model::identity::IdentityState;
@@ -62,7 +63,8 @@ pub struct RoutingState {
     pub(crate) instances: Instances,
     pub(crate) traffic: BTreeMap<TrafficScope, Entry<TrafficState>>,
     pub(crate) security: BTreeMap<SecurityScope, Entry<SecurityState>>,
-    pub(crate) tokens: BTreeMap<TokenId, Entry<TokenState>>,
+    /// Shared with clones, as instances are: of all that a mesh remembers, tokens only become more.
+    pub(crate) tokens: BTreeMap<TokenId, Arc<Entry<TokenState>>>,
     pub(crate) ca: Entry<CaState>,
     pub(crate) mesh: Entry<MeshState>,
     pub(crate) mesh_security: ScopeVersion,
@@ -99,7 +101,7 @@ impl RoutingState {
             Scope::Traffic(scope) => of(&self.traffic, scope),
             Scope::Security(scope) => of(&self.security, scope),
             Scope::Identity(id) => self.instances.get(id).map(|it| it.identity.source).unwrap_or_default(),
-            Scope::Token(id) => of(&self.tokens, id),
+            Scope::Token(id) => self.tokens.get(id).map(|it| it.source).unwrap_or_default(),
             Scope::Ca => self.ca.source,
             Scope::Mesh => self.mesh.source,
         }
@@ -243,7 +245,7 @@ impl RoutingState {
     /// A join token's life so far.
     #[must_use]
     pub fn token(&self, id: &TokenId) -> Option<&Entry<TokenState>> {
-        self.tokens.get(id)
+        self.tokens.get(id).map(AsRef::as_ref)
     }
 
     /// The trusted roots.

@@ -9,7 +9,9 @@ use prost::Message;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use weft_model::health::Health;
+use weft_model::membership::MembershipState;
 use weft_model::{ConfigVersion, Epoch, InstanceId, Position, Scope, ScopeVersion, Timestamp, Version};
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Checkpoint, CheckpointError> {
@@ -55,7 +57,7 @@ impl Reading {
         Self { checkpoint: Checkpoint { state, shards, since: BTreeMap::new() }, record: 0, last: None }
     }
 
-    fn take(&mut self, record: Record) -> Result<(), CheckpointError> {
+    fn take(&mut self, mut record: Record) -> Result<(), CheckpointError> {
         let scope: Scope = record.scope.parse().map_err(|_| self.malformed("scope"))?;
         if self.last.as_ref().is_some_and(|last| *last >= scope) {
             return Err(self.malformed("order"));
@@ -66,7 +68,7 @@ impl Reading {
         }
         match &scope {
             Scope::Service(service) => {
-                let entry = self.entry(&record)?;
+                let entry = self.entry(&mut record)?;
                 self.checkpoint.state.services.insert(service.clone(), entry);
                 let address = Ipv4Addr::from(record.address);
                 if record.address != 0 && !self.checkpoint.state.addresses.restore(service, address) {
@@ -76,9 +78,9 @@ impl Reading {
                 shards.insert(ShardKey::Endpoints(service.clone()), Position(record.endpoints_position));
                 shards.insert(ShardKey::Inbound(service.clone()), Position(record.inbound_position));
             }
-            Scope::Membership(id) => self.take_membership(id, &record)?,
+            Scope::Membership(id) => self.take_membership(id, &mut record)?,
             Scope::Health(id) => {
-                let entry = self.entry(&record)?;
+                let entry = self.entry(&mut record)?;
                 let source = scope_version(record.seen_version, record.seen_position);
                 let health = health(record.seen).ok_or_else(|| self.malformed("health"))?;
                 let instance = self.checkpoint.state.instances.make(id);
@@ -86,30 +88,30 @@ impl Reading {
                 instance.seen = EffectiveHealth { health, source };
             }
             Scope::Traffic(scope) => {
-                let entry = self.entry(&record)?;
+                let entry = self.entry(&mut record)?;
                 self.checkpoint.state.traffic.insert(scope.clone(), entry);
             }
             Scope::Security(scope) => {
-                let entry = self.entry(&record)?;
+                let entry = self.entry(&mut record)?;
                 self.checkpoint.state.security.insert(scope.clone(), entry);
             }
             Scope::Identity(id) => {
-                let entry = self.entry(&record)?;
+                let entry = self.entry(&mut record)?;
                 self.checkpoint.state.instances.make(id).identity = entry;
             }
             Scope::Token(id) => {
-                let entry = self.entry(&record)?;
-                self.checkpoint.state.tokens.insert(id.clone(), entry);
+                let entry = self.entry(&mut record)?;
+                self.checkpoint.state.tokens.insert(id.clone(), Arc::new(entry));
             }
-            Scope::Ca => self.checkpoint.state.ca = self.entry(&record)?,
-            Scope::Mesh => self.checkpoint.state.mesh = self.entry(&record)?,
+            Scope::Ca => self.checkpoint.state.ca = self.entry(&mut record)?,
+            Scope::Mesh => self.checkpoint.state.mesh = self.entry(&mut record)?,
         }
         self.last = Some(scope);
         Ok(())
     }
 
-    fn take_membership(&mut self, id: &InstanceId, record: &Record) -> Result<(), CheckpointError> {
-        let membership = self.entry::<weft_model::membership::MembershipState>(record)?;
+    fn take_membership(&mut self, id: &InstanceId, record: &mut Record) -> Result<(), CheckpointError> {
+        let membership = self.entry::<MembershipState>(record)?;
         let state = &mut self.checkpoint.state;
         if membership.state.registration().is_some() {
             state.live.entry(id.service.clone()).or_default().insert(id.instance.clone());
@@ -119,14 +121,14 @@ impl Reading {
         Ok(())
     }
 
-    fn entry<S: DeserializeOwned>(&self, record: &Record) -> Result<Entry<S>, CheckpointError> {
+    fn entry<S: DeserializeOwned>(&self, record: &mut Record) -> Result<Entry<S>, CheckpointError> {
         let state = serde_json::from_str(&record.state)
             .map_err(|source| CheckpointError::State { record: self.record, source })?;
         Ok(Entry {
             state,
             source: scope_version(record.version, record.position),
             at: Timestamp(record.at_ms),
-            actor: record.actor.clone(),
+            actor: std::mem::take(&mut record.actor),
         })
     }
 

@@ -42,7 +42,7 @@ pub(super) fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
         records.push(&Scope::Identity(id.clone()), &instance.identity, |_| ());
     }
     for (id, entry) in &state.tokens {
-        records.push(&Scope::Token(id.clone()), entry, |_| ());
+        records.push(&Scope::Token(id.clone()), entry.as_ref(), |_| ());
     }
     records.push(&Scope::Ca, &state.ca, |_| ());
     records.push(&Scope::Mesh, &state.mesh, |_| ());

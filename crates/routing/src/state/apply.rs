@@ -6,6 +6,7 @@
 use super::{EffectiveHealth, Entry, RoutingState};
 use std::collections::BTreeMap;
 use std::collections::btree_map;
+use std::sync::Arc;
 use weft_model::health::{self, HealthEvent};
 use weft_model::membership::{self, MembershipEvent, MembershipState};
 use weft_model::service::{self, ServiceEvent};
@@ -125,7 +126,9 @@ impl RoutingState {
                 Touched::default()
             }
             (Event::Token(event), Scope::Token(id)) => {
-                fold(next(&mut self.tokens, id, fact)?, fact, |state| token::apply(state, event));
+                follows(self.tokens.get(id).map(|it| it.source), fact)?;
+                let entry = Arc::make_mut(self.tokens.entry(id.clone()).or_default());
+                fold(entry, fact, |state| token::apply(state, event));
                 Touched::default()
             }
             (Event::Ca(event), Scope::Ca) => {
