@@ -2,10 +2,12 @@
 
 mod appends;
 mod conflicts;
+mod history;
 mod latency;
 
 pub(crate) use appends::{appends, batches};
 pub(crate) use conflicts::conflicts;
+pub(crate) use history::history;
 pub(crate) use latency::latency;
 
 use std::io::Write as _;

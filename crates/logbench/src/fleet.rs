@@ -65,7 +65,6 @@ pub(crate) struct Lane {
     /// Whose it is at the moment.
     pub(crate) caller: usize,
     rng: SmallRng,
-    service: ServiceName,
     upstreams: BTreeSet<ServiceName>,
     scopes: Vec<Known>,
     instances: Vec<Instance>,
@@ -124,7 +123,6 @@ impl Lane {
             caller: 0,
             rng: SmallRng::seed_from_u64(seed ^ (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             upstreams: upstreams.collect::<Result<_, _>>()?,
-            service,
             scopes: scopes.into_iter().map(|scope| Known { scope: scope.to_string(), version: 0 }).collect(),
             instances: (0..INSTANCES_PER_LANE)
                 .map(|_| Instance { revision: 0, release: 1, port: 8_080 })

@@ -136,6 +136,9 @@ impl Bench {
         if self.plan.needs(Part::Conflicts) {
             figures::conflicts(self).await?;
         }
+        if self.plan.needs(Part::History) {
+            figures::history(self).await?;
+        }
         Ok(())
     }
 }

@@ -67,7 +67,11 @@ pub(crate) async fn appends(bench: &mut Bench) -> anyhow::Result<()> {
             report.set_of("baseline_connections", callers, connections);
         }
         if many {
-            report.set_of("baseline_many_categories_appends_per_s", callers, median(&mut many_rates));
+            let many_rate = median(&mut many_rates);
+            report.set_of("baseline_many_categories_appends_per_s", callers, many_rate);
+            if ours && callers == plan.callers[2] {
+                report.set("baseline_many_categories_ratio_256", our_rate / many_rate.max(f64::MIN_POSITIVE));
+            }
         }
         if ratio && callers == plan.callers[2] {
             report.set("baseline_ratio_256", our_rate / their_rate.max(f64::MIN_POSITIVE));
