@@ -1,12 +1,12 @@
 //! `cargo xtask bench`: measures, on a private PostgreSQL that is set up as `cargo xtask up` sets it up.
 
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
 use weft_pgserver::Cluster;
 
-use crate::cargo::{cargo, must, root, target_dir};
+use crate::cargo::{cargo, must, root, run, target_dir};
 use crate::{Database, postgres, say};
 
 /// What is run; `weft-logbench` finds the controller beside itself.
@@ -81,6 +81,15 @@ impl Log {
         server.stop().context("stopping the private PostgreSQL failed")?;
         measured.map(|()| ExitCode::SUCCESS)
     }
+}
+
+/// Whether the benches run and tell all their figures, which mean nothing here: a short run without optimisation, of programs
+/// that are built.
+pub(crate) fn runs(url: &str) -> anyhow::Result<bool> {
+    say("bench log --quick, to see that it runs");
+    let mut bench = Command::new(target_dir()?.join("debug/weft-logbench"));
+    let bench = bench.arg("--quick").env("WEFT_DATABASE_URL", url).stdout(Stdio::null());
+    Ok(run(bench)?.success())
 }
 
 /// What is measured, where git can tell: the commit, and whether the tree differs from it.

@@ -18,7 +18,8 @@ use tokio::time::Instant;
 /// Writes whose time is looked at.
 const FSYNCS: usize = 100;
 
-/// Milliseconds that a page takes to be durable, in the folder where a private server's data is.
+/// Milliseconds that a page takes to be durable, in the folder where a private server's data is. Disks that others use too
+/// change from minute to minute, so it is asked at both ends of a run.
 pub(crate) fn fsync_ms() -> anyhow::Result<f64> {
     let mut file = tempfile::tempfile()?;
     let page = [1; 8_192];

@@ -123,7 +123,7 @@ impl Bench {
 
     async fn measure(&mut self) -> anyhow::Result<()> {
         self.report.set("postgres", self.server.describe().await?);
-        self.report.set("fsync_ms", figures::fsync_ms()?);
+        self.report.set_of("fsync_ms", "before", figures::fsync_ms()?);
         if self.plan.needs(Part::Appends) {
             figures::appends(self).await?;
         }
@@ -139,6 +139,9 @@ impl Bench {
         if self.plan.needs(Part::History) {
             figures::history(self).await?;
         }
+        self.report.set_of("fsync_ms", "after", figures::fsync_ms()?);
+        let missing: Vec<&str> = self.plan.keys().filter(|key| !self.report.has(key)).collect();
+        anyhow::ensure!(missing.is_empty(), "not measured, though asked for: {}", missing.join(", "));
         Ok(())
     }
 }

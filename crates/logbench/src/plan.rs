@@ -99,6 +99,11 @@ impl Plan {
         })
     }
 
+    /// The figures that are to be measured.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'static str> {
+        KEYS.iter().map(|(key, _)| *key).filter(|key| self.wants(key))
+    }
+
     /// Whether a figure is to be measured.
     pub(crate) fn wants(&self, key: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|wanted| wanted == key)

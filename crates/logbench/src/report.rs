@@ -73,6 +73,10 @@ impl Report {
         }
     }
 
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.figures.contains_key(key)
+    }
+
     pub(crate) fn json(&self) -> anyhow::Result<String> {
         serde_json::to_string(&self.figures).context("the report cannot be written as JSON")
     }
