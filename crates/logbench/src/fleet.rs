@@ -5,22 +5,16 @@
 //! A [`Lane`] is one service with all that belongs to it. Lanes share no scope, so whoever has a lane for itself knows the
 //! version of each of its scopes without asking the log. A fleet is all lanes; it follows from its seed alone.
 
+mod events;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use uuid::Uuid;
 use weft_eventlog::{AppendRequest, NewEvent, ScopeAppend};
-use weft_model::health::{Health, HealthReported};
-use weft_model::identity::LeafIssued;
-use weft_model::membership::{InstanceDeregistered, InstanceDraining, InstanceRegistered, Upstreams};
-use weft_model::security::{Action, Mode, Rule, SecurityPolicy, SecurityPolicySet, Sources};
-use weft_model::service::{ServiceDeclared, ServicePort};
-use weft_model::traffic::{Balance, ConnectPolicy, TrafficPolicy, TrafficPolicySet};
 use weft_model::{
-    Event, ExpectedVersion, InstanceId, Port, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope,
-    Version, health, identity, membership, security, service, traffic,
+    Event, ExpectedVersion, InstanceId, Scope, SecurityScope, ServiceName, TrafficScope, Version,
 };
 
 /// Services: as many as there are callers at most, so that each caller has one of its own.
@@ -39,8 +33,6 @@ const EVENTS_OF_A_REPLACEMENT: usize = 4;
 const UPSTREAMS: usize = 3;
 /// Who does it all.
 const ACTOR: &str = "spiffe://weft.local/controller/controller-1";
-/// Some day in 2026, in milliseconds; leaves need times, and the fold must not depend on when it ran.
-const EPOCH_MS: i64 = 1_780_000_000_000;
 
 /// All lanes, in order.
 pub(crate) type Fleet = Vec<Lane>;
@@ -175,7 +167,7 @@ impl Lane {
     /// on from there, since policies name services.
     pub(crate) fn beginning(&mut self) -> anyhow::Result<AppendRequest> {
         let mut events = vec![
-            (SERVICE, self.declaration()?),
+            (SERVICE, events::declaration()?),
             (TRAFFIC, self.traffic()),
             (SECURITY, self.security(self.number)?),
         ];
@@ -212,11 +204,8 @@ impl Lane {
 
     /// An instance leaves and comes back somewhere else.
     fn replace(&mut self, instance: usize, events: &mut Vec<(usize, Event)>) -> anyhow::Result<()> {
-        events.push((membership_of(instance), membership::MembershipEvent::from(InstanceDraining {}).into()));
-        events.push((
-            membership_of(instance),
-            membership::MembershipEvent::from(InstanceDeregistered {}).into(),
-        ));
+        events.push((membership_of(instance), events::draining()));
+        events.push((membership_of(instance), events::deregistered()));
         self.instances[instance].port = self.rng.random_range(8_000..9_000);
         events.push((membership_of(instance), self.registration(instance)?));
         events.push((health_of(instance), self.health(instance)));
@@ -241,67 +230,6 @@ impl Lane {
             ScopeAppend { scope: known.scope.clone(), expected, events }
         });
         Ok(command(scopes.collect()))
-    }
-
-    fn health(&mut self, instance: usize) -> Event {
-        let health = if self.rng.random_range(0..10_u8) == 0 { Health::Unhealthy } else { Health::Healthy };
-        let (connect_us, probe) = (self.rng.random_range(80..2_000_u32), self.rng.random::<u64>());
-        let (zone, node) = (self.rng.random_range(0..4_u8), self.rng.random_range(0..500_u16));
-        let known = &mut self.instances[instance];
-        known.revision += 1;
-        let detail = format!(
-            "tcp connect to the app on port {} took {connect_us} us; 3 of 3 probes agree, 0 of the last 600 failed; probe {probe:016x}; release {}; node-{node:03}.cluster.internal in zone-{zone}",
-            known.port, known.release,
-        );
-        health::HealthEvent::from(HealthReported { health, revision: known.revision, detail }).into()
-    }
-
-    fn registration(&mut self, instance: usize) -> anyhow::Result<Event> {
-        let known = &self.instances[instance];
-        let host = [10, 0, u8::try_from(self.number)?, u8::try_from(instance)? + 1];
-        let metadata = [("release", known.release.to_string()), ("zone", format!("zone-{}", instance % 4))];
-        let registered = InstanceRegistered {
-            address: IpAddr::V4(Ipv4Addr::from(host)),
-            port: port(known.port)?,
-            upstreams: Upstreams::Only(self.upstreams.clone()),
-            metadata: metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
-        };
-        Ok(membership::MembershipEvent::from(registered).into())
-    }
-
-    fn leaf(&mut self) -> Event {
-        let mut hex =
-            |words: usize| (0..words).map(|_| format!("{:016x}", self.rng.random::<u64>())).collect();
-        let (serial, public_key_sha256) = (hex(2), hex(4));
-        let hour = 3_600_000 * self.rng.random_range(0..10_000_i64);
-        let (not_before, not_after) = (Timestamp(EPOCH_MS + hour), Timestamp(EPOCH_MS + hour + 3_600_000));
-        identity::IdentityEvent::from(LeafIssued { serial, public_key_sha256, not_before, not_after }).into()
-    }
-
-    fn declaration(&self) -> anyhow::Result<Event> {
-        let ports = vec![ServicePort { name: "app".parse()?, port: port(8_080)? }];
-        Ok(service::ServiceEvent::from(ServiceDeclared { ports, address: None }).into())
-    }
-
-    fn traffic(&mut self) -> Event {
-        let balances = [Balance::LeastConnections, Balance::RoundRobin, Balance::Random];
-        let balance = balances[self.rng.random_range(0..balances.len())];
-        // A policy that is set to what it is would not be recorded, so two in a row must differ: practically sure.
-        let connect = ConnectPolicy { timeout_ms: self.rng.random_range(1..60_000), retries: 2 };
-        let policy = TrafficPolicy { balance, connect };
-        traffic::TrafficEvent::from(TrafficPolicySet { policy }).into()
-    }
-
-    fn security(&mut self, allowed: usize) -> anyhow::Result<Event> {
-        let from = Sources { services: [service_name(allowed)?].into(), ..Sources::default() };
-        let rules = vec![Rule {
-            name: "callers-may-connect".parse()?,
-            action: Action::Allow,
-            from,
-            ports: [port(self.rng.random_range(1..u16::MAX))?].into(),
-        }];
-        let policy = SecurityPolicy { default: Some(Action::Deny), mode: Mode::Enforce, rules };
-        Ok(security::SecurityEvent::from(SecurityPolicySet { policy }).into())
     }
 }
 
@@ -338,10 +266,6 @@ fn encoded(event: &Event) -> anyhow::Result<NewEvent> {
 
 fn service_name(number: usize) -> anyhow::Result<ServiceName> {
     Ok(format!("prod/service-{number:03}").parse()?)
-}
-
-fn port(number: u16) -> anyhow::Result<Port> {
-    Port::new(number).ok_or_else(|| anyhow::anyhow!("0 is no port"))
 }
 
 #[cfg(test)]

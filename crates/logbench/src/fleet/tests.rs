@@ -1,5 +1,6 @@
 //! What the generator makes is what the mesh's rules allow, and folds.
 
+use super::events::EPOCH_MS;
 use super::*;
 use weft_model::health::HealthEvent;
 use weft_model::identity::IdentityEvent;
@@ -7,7 +8,7 @@ use weft_model::membership::{MembershipCommand, MembershipEvent};
 use weft_model::security::{SecurityCommand, SecurityEvent};
 use weft_model::service::{ServiceCommand, ServiceEvent};
 use weft_model::traffic::{TrafficCommand, TrafficEvent};
-use weft_model::{Command, Epoch, Fact, Position};
+use weft_model::{Command, Epoch, Fact, Position, Timestamp};
 use weft_routing::RoutingState;
 use weft_routing::decide::decide;
 
