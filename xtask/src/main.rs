@@ -3,6 +3,7 @@
 //! It builds quickly, since it is the first thing a newcomer waits for: nothing of Weft itself is linked in, only the
 //! private PostgreSQL. What belongs to a running mesh is in `weft`, which `up` builds and becomes.
 
+mod bench;
 mod cargo;
 mod check;
 mod test;
@@ -32,6 +33,8 @@ enum Task {
     Torture(torture::Torture),
     /// Check format, lints, the layering of the crates, and the dependencies
     Check(check::Check),
+    /// Measure, on a real PostgreSQL
+    Bench(bench::Bench),
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Task::Test(test) => test.run(),
         Task::Torture(torture) => torture.run(),
         Task::Check(check) => check.run(),
+        Task::Bench(bench) => bench.run(),
     };
     ended.unwrap_or_else(|error| {
         say(&format!("{error}"));

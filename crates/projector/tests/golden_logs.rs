@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use weft_eventlog::{EventHash, RecordedEvent, UnixMicros};
 use weft_model::{Epoch, Event, Fact, Position, Version};
-use weft_projector::decode;
+use weft_projector::Decoder;
 use weft_routing::{Hash, Projection, ShardKey};
 
 #[test]
@@ -149,7 +149,7 @@ fn of_type(event: &RecordedEvent) -> (String, u16) {
 }
 
 fn meaning(log: &Path, event: &RecordedEvent) -> Fact {
-    decode(event).unwrap_or_else(|error| panic!("{}: {}", log.display(), weft_model::Chain(&error)))
+    Decoder::default().decode(&event.view()).unwrap_or_else(|error| panic!("{}: {}", log.display(), weft_model::Chain(&error)))
 }
 
 /// Folds a log event by event, and shows what each one changed and what stands in the end.
