@@ -91,6 +91,8 @@ struct Storm {
 struct Shared {
     server: AtomicU16,
     process: AtomicI32,
+    /// Counts the processes that were guarded: what a connection of an earlier one does is of no interest any more.
+    life: AtomicU64,
     order: Mutex<Option<Order>>,
     storm: Mutex<Option<Storm>>,
     delays: Mutex<Option<(StdRng, u64)>>,
@@ -114,6 +116,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             server: AtomicU16::new(port),
             process: AtomicI32::new(0),
+            life: AtomicU64::new(0),
             order: Mutex::new(None),
             storm: Mutex::new(None),
             delays: Mutex::new(None),
@@ -137,6 +140,7 @@ impl Proxy {
     /// Whom [`Fault::Kill`] is for.
     pub(crate) fn guard(&self, process: i32) {
         self.shared.process.store(process, Ordering::SeqCst);
+        self.shared.life.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Lets a fault happen once, when the point was passed `skip` times.
@@ -181,7 +185,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Shared {
     /// Whether something is to happen here, and what.
-    fn take(&self, point: Point) -> Option<Fault> {
+    fn take(&self, point: Point, place: &Place) -> Option<Fault> {
+        if place.life != self.life.load(Ordering::SeqCst) {
+            return None;
+        }
         let mut order = lock(&self.order);
         let armed = order.as_mut().filter(|order| order.point == point)?;
         if armed.skip > 0 {
@@ -245,6 +252,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 /// Where a connection's transactions are, as its two directions tell each other.
 #[derive(Debug, Default)]
 struct Place {
+    /// Of the process whose connection it is.
+    life: u64,
     /// Statements that insert events: sent, and answered.
     sent: AtomicU64,
     inserted: watch::Sender<u64>,
@@ -256,7 +265,7 @@ async fn pass(client: TcpStream, server: TcpStream, shared: &Shared) {
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
-    let place = Place::default();
+    let place = Place { life: shared.life.load(Ordering::SeqCst), ..Place::default() };
     // Whichever ends first ends both: that is what a cut is.
     tokio::select! {
         _ = requests(from_client, to_server, shared, &place) => {}
@@ -278,7 +287,7 @@ async fn requests(
             Step::Begin => {
                 (inserts, projects) = (false, false);
                 shared.hold_up().await;
-                if let Some(fault) = shared.take(Point::BeforeLock) {
+                if let Some(fault) = shared.take(Point::BeforeLock, place) {
                     shared.happens(fault);
                     return Ok(());
                 }
@@ -294,7 +303,7 @@ async fn requests(
                     shared.happens(fault);
                     return Ok(());
                 }
-                if inserts && let Some(fault) = during_commit(shared) {
+                if inserts && let Some(fault) = during_commit(shared, place) {
                     to.write_all(message.bytes()).await?;
                     shared.happens(fault);
                     return Ok(());
@@ -308,13 +317,13 @@ async fn requests(
 }
 
 async fn before_commit(shared: &Shared, place: &Place, inserts: bool, projects: bool) -> Option<Fault> {
-    if projects && let Some(fault) = shared.take(Point::Projecting) {
+    if projects && let Some(fault) = shared.take(Point::Projecting, place) {
         return Some(fault);
     }
     if !inserts {
         return None;
     }
-    if let Some(fault) = shared.take(Point::BeforeCommit) {
+    if let Some(fault) = shared.take(Point::BeforeCommit, place) {
         return Some(fault);
     }
     if shared.is_armed(Point::AfterInsert) {
@@ -323,11 +332,13 @@ async fn before_commit(shared: &Shared, place: &Place, inserts: bool, projects: 
         let _ =
             timeout(Duration::from_secs(5), place.inserted.subscribe().wait_for(|done| *done >= sent)).await;
     }
-    shared.take(Point::AfterInsert)
+    shared.take(Point::AfterInsert, place)
 }
 
-fn during_commit(shared: &Shared) -> Option<Fault> {
-    shared.take(Point::DuringCommit).or_else(|| shared.strikes(Point::DuringCommit).then_some(Fault::Cut))
+fn during_commit(shared: &Shared, place: &Place) -> Option<Fault> {
+    shared
+        .take(Point::DuringCommit, place)
+        .or_else(|| shared.strikes(Point::DuringCommit).then_some(Fault::Cut))
 }
 
 async fn answers(
@@ -340,13 +351,13 @@ async fn answers(
     while let Some(message) = read(&mut from, false).await? {
         let committed = note(&message, place);
         if committed {
-            let fault = shared.take(Point::AfterCommit);
+            let fault = shared.take(Point::AfterCommit, place);
             let fault = fault.or_else(|| shared.strikes(Point::AfterCommit).then_some(Fault::Cut));
             if let Some(fault) = fault {
                 shared.happens(fault);
                 return Ok(());
             }
-            once_replied = shared.take(Point::BeforeReply);
+            once_replied = shared.take(Point::BeforeReply, place);
         }
         to.write_all(message.bytes()).await?;
         // The answer is whole once the server is ready for the next statement.
