@@ -29,6 +29,7 @@ use crate::log::LogConfig;
 use crate::partitions;
 use crate::read::{OUTCOMES_SQL, decode_outcome};
 use crate::request::Appended;
+use crate::rewind::STANDING_SQL;
 use crate::session::{Duty, Session, StoreError, within};
 use crate::settings::{Settings, check_durable};
 
@@ -167,7 +168,7 @@ impl Live {
         let room = partitions::make(client).await?;
         forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
         let statements = Statements {
-            now: client.prepare(NOW_SQL).await.map_err(&doing)?,
+            now: client.prepare(&format!("{NOW_SQL}, {STANDING_SQL}")).await.map_err(&doing)?,
             catch_up: client.prepare(CATCH_UP_SQL).await.map_err(&doing)?,
             outcomes: client.prepare(OUTCOMES_SQL).await.map_err(&doing)?,
             heads: client.prepare(HEADS_SQL).await.map_err(&doing)?,
@@ -270,6 +271,9 @@ impl Live {
         {
             return Err(self.lost(position).await);
         }
+        if let Some(rewind) = now.get::<_, Option<i64>>(7) {
+            return Err(self.standing(rewind).await);
+        }
         overlay(&mut current, &looked_up);
         let followed = since_known(&events, known)?.filter(|_| events.len() < CATCH_UP_MAX);
         let sealed = Position(now.get::<_, i64>(6).cast_unsigned());
@@ -324,6 +328,16 @@ impl Live {
         match self.tail().await {
             Ok(tail) => Failure::Rewound { seen, found: tail.position },
             Err(error) => error.into(),
+        }
+    }
+
+    /// Somebody has seen an event that the log lacks.
+    async fn standing(&self, rewind: i64) -> Failure {
+        const SQL: &str = "select seen_position, found_position from weft.log_rewind where id = $1";
+        let position = |row: &Row, column| Position(row.get::<_, i64>(column).cast_unsigned());
+        match self.session.client.query_one(SQL, &[&rewind]).await {
+            Ok(row) => Failure::Standing { seen: position(&row, 0), found: position(&row, 1) },
+            Err(error) => StoreError::while_doing("read how the log was rewound")(error).into(),
         }
     }
 
