@@ -27,7 +27,9 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_eventlog::{Reader, RecordedEvent, StoreError as LogError, Tail};
+use weft_eventlog::{
+    EventHash, Point, Reader, RecordedEvent, Seen, StoreError as LogError, Tail, report_rewind,
+};
 use weft_model::{Chain, ConfigVersion, Fact, Position};
 
 use crate::decode::{Undecodable, decode};
@@ -59,6 +61,10 @@ pub struct Projector {
     id: Uuid,
     pending: Pending,
     leading: Option<Leading>,
+    /// Chain hash of the last event that was folded.
+    folded: Option<EventHash>,
+    /// The checkpoint of a lost history that was reported.
+    reported: Option<Point>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +81,8 @@ impl Projector {
     #[must_use]
     pub fn new(reader: Reader, store: Store, view: View, name: impl Into<String>, id: Uuid) -> Self {
         let pending = Pending::default();
-        Self { reader, store, view, name: name.into(), id, pending, leading: None }
+        let name = name.into();
+        Self { reader, store, view, name, id, pending, leading: None, folded: None, reported: None }
     }
 
     /// Follows the log until `drain`, then gives the lease back.
@@ -155,7 +162,8 @@ impl Projector {
             Err(error) => return Err(Fault::History(error)),
         };
         let facts: Vec<Fact> = page.iter().map(decode).collect::<Result<_, Undecodable>>()?;
-        let delta = self.view.fold(&facts)?;
+        self.folded = page.last().map(|last| last.hash).or(self.folded);
+        let delta = self.view.fold(&facts, self.folded)?;
         metrics::counter!("weft_projector_events_folded_total").increment(facts.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
@@ -178,7 +186,7 @@ impl Projector {
     async fn commit(&mut self, leading: Leading, delta: &Delta) {
         let Leading { term, checkpoint, .. } = leading;
         let started = Instant::now();
-        match self.store.commit(term, checkpoint, delta.version, &delta.rows).await {
+        match self.store.commit(term, checkpoint, (delta.version, delta.hash), &delta.rows).await {
             Ok(Commit::Done) => {
                 metrics::histogram!("weft_projector_commit_seconds").record(started.elapsed().as_secs_f64());
                 self.leading = Some(Leading { checkpoint: delta.version.position, ..leading });
@@ -243,6 +251,11 @@ impl Projector {
     }
 
     async fn try_to_lead(&mut self) -> Result<(), LeaseError> {
+        if let Some(point) = self.store.checkpoint_point().await?
+            && !self.may_follow(&point).await?
+        {
+            return Ok(());
+        }
         let checkpoint = self.store.checkpoint().await?;
         let folded = self.view.read(weft_routing::Projection::version);
         if checkpoint.position > folded.position {
@@ -250,6 +263,7 @@ impl Projector {
             if head.position >= checkpoint.position {
                 return Ok(());
             }
+            // Its hash is not known: an earlier version of Weft wrote it.
             if head.epoch <= checkpoint.epoch {
                 return Err(Fault::Rewound { projected: checkpoint, head: head.position }.into());
             }
@@ -264,6 +278,28 @@ impl Projector {
             return Ok(());
         };
         self.begin_to_lead(lease, until).await
+    }
+
+    /// Whether the checkpoint is one of this log, or of a history that was given up. One of a log that lost its end is
+    /// reported, and left as it is: it tells what was lost.
+    async fn may_follow(&mut self, point: &Point) -> Result<bool, LogError> {
+        match self.reader.check_seen(point).await? {
+            Seen::Stands => Ok(true),
+            Seen::NotYet => Ok(false),
+            Seen::GivenUp => {
+                tracing::warn!(projected = %point.version(), "rows of a history that was given up are brought back to the log");
+                Ok(true)
+            }
+            Seen::Lost { found } => {
+                if self.reported != Some(*point) {
+                    tracing::error!(projected = %point.version(), head = %found,
+                        "LOG_REWOUND: what was projected is not in the log; nothing is projected until an operator decides");
+                    report_rewind(&self.reader, point, "projector").await?;
+                    self.reported = Some(*point);
+                }
+                Ok(false)
+            }
+        }
     }
 
     /// Brings the rows to the fold, and leads from there.
@@ -282,7 +318,7 @@ impl Projector {
         if checkpoint == version && !changes.is_empty() {
             tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
         }
-        let delta = Delta { version, rows: changes, ..Delta::default() };
+        let delta = Delta { version, hash: self.folded, rows: changes, ..Delta::default() };
         self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, until });
         self.view.set_role(Role::Leader { term: lease.term });
         metrics::gauge!("weft_projector_leads").set(1.0);

@@ -275,5 +275,8 @@ async fn a_process_tells_what_it_has_seen_and_the_log_lost() {
     report_rewind(&log.reader(), &told, "controller a").await.unwrap();
     adopt(&log.reader(), &decision(1)).await.unwrap();
     assert_eq!(refused(&log).await, (3, 2));
-    assert_eq!(open(&database).await.appender().append(one("s")).await.unwrap().epoch, Epoch(2));
+    log.shutdown().await;
+    let anew = open(&database).await;
+    assert_eq!(anew.appender().append(one("s")).await.unwrap().epoch, Epoch(2));
+    anew.shutdown().await;
 }
