@@ -205,7 +205,8 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn checkpoint_point(&self) -> Result<Option<Point>, StoreError> {
-        const SQL: &str = "select epoch, position, hash from weft.projection where name = $1 and position > 0";
+        const SQL: &str =
+            "select epoch, position, hash from weft.projection where name = $1 and position > 0";
         let row = sqlx::query(SQL).bind(PROJECTION).fetch_optional(&self.pool).await;
         let row = row.map_err(failed("read the checkpoint"))?;
         Ok(row.and_then(|row| {
