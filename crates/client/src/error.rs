@@ -69,6 +69,12 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// The log lost events that somebody has seen, and an operator has to decide.
+    #[must_use]
+    pub fn is_rewound(&self) -> bool {
+        matches!(self, Self::Other { code: Code::FailedPrecondition, message } if message.contains("LOG_REWOUND"))
+    }
+
     /// Whether the same call may succeed if it is simply repeated.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
