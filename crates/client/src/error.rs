@@ -142,6 +142,14 @@ mod tests {
     }
 
     #[test]
+    fn a_rewound_log_is_told_from_a_refusal() {
+        let rewound = Status::failed_precondition("LOG_REWOUND: event 1.9 is gone");
+        assert!(CallError::from(rewound).is_rewound());
+        assert!(!CallError::from(Status::failed_precondition("no such service")).is_rewound());
+        assert!(!CallError::from(Status::unavailable("LOG_REWOUND")).is_rewound());
+    }
+
+    #[test]
     fn details_that_do_not_decode_are_ignored() {
         let status = Status::with_details(Code::NotFound, "no such thing", vec![0xff; 9].into());
         assert!(
