@@ -32,13 +32,19 @@ pub enum MigrateError {
     Failed(#[source] SqlxError),
 }
 
-/// Applies every migration that the database lacks. Safe to call from several processes at once; does nothing if the
-/// database is up to date.
+/// Applies every migration that the database lacks. Safe to call from several processes at once.
+///
+/// If the database is up to date it is only looked at: that takes no lock that somebody could hold, and no right that the
+/// owner of the tables has and a controller needs not have.
 ///
 /// # Errors
 /// See [`MigrateError`]. Each migration is a transaction: a failed one leaves nothing behind.
 pub async fn migrate(config: &Config) -> Result<(), MigrateError> {
     let pool = connect(config).await.map_err(MigrateError::Connect)?;
+    if is_up_to_date(&pool).await {
+        pool.close().await;
+        return Ok(());
+    }
     let result = MIGRATIONS.run(&pool).await.map_err(|error| match error {
         SqlxError::VersionMissing(version) => MigrateError::Newer { version },
         SqlxError::VersionMismatch(version) => MigrateError::Changed { version },
@@ -46,6 +52,14 @@ pub async fn migrate(config: &Config) -> Result<(), MigrateError> {
     });
     pool.close().await;
     result
+}
+
+/// Whether exactly our migrations were applied, as they are. If that cannot be seen, the migrator finds out why.
+async fn is_up_to_date(pool: &PgPool) -> bool {
+    const SQL: &str = "select version, checksum from public._sqlx_migrations where success order by version";
+    let applied = sqlx::query_as::<_, (i64, Vec<u8>)>(SQL).fetch_all(pool).await.unwrap_or_default();
+    let ours = MIGRATIONS.iter().map(|migration| (migration.version, migration.checksum.to_vec()));
+    applied.into_iter().eq(ours)
 }
 
 /// Tries each configured host once and takes the first that accepts; the last error tells about the last host.

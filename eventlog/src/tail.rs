@@ -87,7 +87,11 @@ impl Tail {
     async fn anchor_hash(&mut self) -> Result<Option<EventHash>, StoreError> {
         if self.hash.is_none() {
             self.hash = match self.reader.anchor(self.after).await? {
-                Anchor::Stands { hash, .. } => Some(hash),
+                Anchor::Stands { hash, .. } => {
+                    // Who begins here has read what is before elsewhere, in bulk.
+                    self.reader.delivered().note(self.after, hash);
+                    Some(hash)
+                }
                 Anchor::NotYet => None,
                 Anchor::Gone { end } => return Err(StoreError::Rewound { seen: self.after, found: end }),
             };

@@ -3,9 +3,11 @@
 //! It builds quickly, since it is the first thing a newcomer waits for: nothing of Weft itself is linked in, only the
 //! private PostgreSQL. What belongs to a running mesh is in `weft`, which `up` builds and becomes.
 
+mod bench;
 mod cargo;
 mod check;
 mod test;
+mod torture;
 mod up;
 
 use std::process::ExitCode;
@@ -27,8 +29,12 @@ enum Task {
     Up(up::Up),
     /// Run every test, on a real PostgreSQL
     Test(test::Test),
+    /// Break things on purpose, and prove that nothing was lost
+    Torture(torture::Torture),
     /// Check format, lints, the layering of the crates, and the dependencies
     Check(check::Check),
+    /// Measure, on a real PostgreSQL
+    Bench(bench::Bench),
 }
 
 #[derive(Debug, Args)]
@@ -59,7 +65,9 @@ fn main() -> ExitCode {
     let ended = match Cli::parse().command {
         Task::Up(up) => up.run(),
         Task::Test(test) => test.run(),
+        Task::Torture(torture) => torture.run(),
         Task::Check(check) => check.run(),
+        Task::Bench(bench) => bench.run(),
     };
     ended.unwrap_or_else(|error| {
         say(&format!("{error}"));

@@ -1,7 +1,8 @@
 //! `cargo xtask test`: every test there is, on a real PostgreSQL, with the counts at the end.
 //!
 //! One private server serves the whole run; each test makes its own database on it. The tests run as many at a time as
-//! there are cores; `.config/nextest.toml` says which do not run beside each other.
+//! there are cores; `.config/nextest.toml` says which do not run beside each other. At the end the benches run for some
+//! seconds, to see that they do, and the log is tortured for a minute or two.
 
 use std::process::ExitCode;
 
@@ -9,7 +10,7 @@ use anyhow::Context;
 use weft_pgserver::{Cluster, Server};
 
 use crate::cargo::{Stream, cargo, has, must, run_seeing};
-use crate::{Database, postgres, say};
+use crate::{Database, bench, postgres, say, torture};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Test {
@@ -35,13 +36,15 @@ impl Test {
         let filter = self.filter.as_deref();
         let (tests_passed, tests) = run_tests(&url, filter)?;
         let (doctests_passed, doctests) = run_doctests(&url, filter)?;
+        let bench_ran = filter.is_some() || bench::runs(&url)?;
+        let unbroken = filter.is_some() || torture::passes()?;
         if let Some(server) = own_server {
             server.stop().context("stopping the private PostgreSQL failed")?;
         }
 
         // A run of nothing is no success: a filter may be misspelt, a runner may report in a way not understood here.
         anyhow::ensure!(tests.ran() + doctests.ran() > 0, "no test ran{}", misspelt(filter));
-        let passed = tests_passed && doctests_passed;
+        let passed = tests_passed && doctests_passed && bench_ran && unbroken;
         println!("tests:    {tests}");
         println!("doctests: {doctests}");
         println!("{}", if passed { "all passed" } else { "FAIL: see the failures above" });

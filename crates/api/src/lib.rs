@@ -83,7 +83,7 @@ pub struct Context {
 pub fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
     let commands = Commands::new(context);
     let any_member = caller::any_member(Arc::clone(&context.clock));
-    let past = Arc::new(Past::new(context.reader.clone()));
+    let past = Arc::new(Past::new(context.reader.clone(), context.store.clone()));
     let mesh = Mesh::new(context.clone(), commands.clone(), past);
     let discovery = Discovery::new(context.clone());
     let identity = Identity::new(context.clone(), commands);

@@ -1,5 +1,5 @@
-//! The mesh as of a position of the past: folded from the log when asked for, and kept for a while, because questions
-//! about one moment come in groups.
+//! The mesh as of a position of the past: folded from the log when asked for, from a stored checkpoint before it if there is
+//! one, and kept for a while, because questions about one moment come in groups.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use weft_eventlog::Reader;
 use weft_model::Position;
-use weft_projector::fold_to;
+use weft_projector::{FoldFrom, Store, fold_to};
 use weft_routing::Projection;
 
 use crate::convert::At;
@@ -26,13 +26,14 @@ const KEPT_MAX: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Past {
     reader: Reader,
+    store: Store,
     turns: Semaphore,
     kept: Mutex<VecDeque<Arc<Projection>>>,
 }
 
 impl Past {
-    pub(crate) fn new(reader: Reader) -> Self {
-        Self { reader, turns: Semaphore::new(FOLDS_MAX), kept: Mutex::default() }
+    pub(crate) fn new(reader: Reader, store: Store) -> Self {
+        Self { reader, store, turns: Semaphore::new(FOLDS_MAX), kept: Mutex::default() }
     }
 
     /// The position that a moment means; none for now.
@@ -61,7 +62,8 @@ impl Past {
         if let Some(kept) = self.kept(position) {
             return Ok(kept);
         }
-        let projection = Arc::new(fold_to(&self.reader, position, |_| ()).await?);
+        let from = FoldFrom::Checkpoint(&self.store);
+        let projection = Arc::new(fold_to(&self.reader, position, from, |_| ()).await?);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.push_back(Arc::clone(&projection));
         if kept.len() > KEPT_MAX {

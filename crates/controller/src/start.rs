@@ -304,8 +304,7 @@ async fn open_log(connect: ConnectConfig, allow_unsafe_settings: bool) -> anyhow
 /// Until the log is folded, or cannot be.
 async fn wait_for_fold(view: &View, head: weft_model::Position) {
     while view.fault().is_none() && !view.wait_folded(head, DATABASE_WAIT_MAX).await {
-        let folded = view.read(|projection| projection.version().position);
-        tracing::info!(%folded, of = %head, "still folding the log");
+        tracing::info!(of = %head, "still folding the log");
     }
 }
 

@@ -1,8 +1,10 @@
 //! Names of things in the mesh. Every name is checked when it is made, so a value of these types is always
 //! safe to put in a DNS name, a SPIFFE id, a file name or a log line.
 
+use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
+use std::marker::PhantomData;
 use std::num::NonZeroU16;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -49,13 +51,27 @@ macro_rules! serde_as_text {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = String::deserialize(deserializer)?;
-                text.parse().map_err(serde::de::Error::custom)
+                deserializer.deserialize_str($crate::id::FromText(std::marker::PhantomData))
             }
         }
     };
 }
 pub(crate) use serde_as_text;
+
+/// Reads a value from text where it stands, without a copy of the text.
+pub(crate) struct FromText<T>(pub(crate) PhantomData<T>);
+
+impl<T: FromStr<Err: fmt::Display>> Visitor<'_> for FromText<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        text.parse().map_err(E::custom)
+    }
+}
 
 /// Declares a name that is one DNS label.
 macro_rules! label {

@@ -22,6 +22,7 @@ pub mod rejection;
 pub mod scope;
 pub mod security;
 pub mod service;
+pub mod stored;
 pub mod time;
 pub mod token;
 pub mod traffic;
@@ -34,5 +35,6 @@ pub use id::{IdError, InstanceId, Name, Namespace, Port, ServiceName, TrustDomai
 pub use reason::CloseReason;
 pub use rejection::Rejection;
 pub use scope::{Scope, SecurityScope, TokenId, TrafficScope};
+pub use stored::{Decoder, StoredEvent};
 pub use time::Timestamp;
 pub use version::{ConfigVersion, Epoch, ExpectedVersion, Position, ScopeVersion, Version};

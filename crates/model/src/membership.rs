@@ -79,7 +79,8 @@ pub enum MembershipCommand {
 }
 
 /// Where an instance stands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum MembershipState {
     /// It never took part.
     #[default]

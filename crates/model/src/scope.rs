@@ -4,6 +4,7 @@ use crate::id::{IdError, InstanceId, Namespace, ServiceName, serde_as_text};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// One consistency boundary. Its text is what the log stores and what people filter by.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,7 +51,7 @@ pub enum SecurityScope {
 
 /// The public half of a join token's name: 32 lowercase hex digits. It is not secret.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TokenId(String);
+pub struct TokenId(Arc<str>);
 
 impl TokenId {
     /// The id as text.
@@ -65,7 +66,7 @@ impl FromStr for TokenId {
 
     fn from_str(s: &str) -> Result<Self, ScopeError> {
         let valid = s.len() == 32 && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        if valid { Ok(Self(s.to_owned())) } else { Err(ScopeError::Token) }
+        if valid { Ok(Self(s.into())) } else { Err(ScopeError::Token) }
     }
 }
 

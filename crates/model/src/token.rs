@@ -53,7 +53,8 @@ pub enum TokenCommand {
 }
 
 /// A token's life so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TokenState {
     /// Nobody created it.
     #[default]

@@ -1,9 +1,9 @@
-//! Stored events to facts. An event that does not decode ends the fold: leaving one out would be a wrong fold.
+//! Stored events to facts, with the place of one that cannot be read.
 
-use weft_eventlog::RecordedEvent;
-use weft_model::event::DecodeError;
-use weft_model::scope::ScopeError;
-use weft_model::{Event, Fact, Position, Scope, Timestamp};
+use weft_eventlog::EventView;
+use weft_model::{Fact, Position, StoredEvent, Timestamp};
+
+pub use weft_model::stored::UndecodableEvent;
 
 /// A row of the log that this version of Weft cannot read.
 #[derive(Debug, thiserror::Error)]
@@ -16,54 +16,40 @@ pub struct Undecodable {
     pub source: Box<UndecodableEvent>,
 }
 
-/// What is wrong with a stored event.
-#[derive(Debug, thiserror::Error)]
-pub enum UndecodableEvent {
-    /// Its scope is not one of the mesh.
-    #[error("scope {text:?} is not known")]
-    Scope {
-        /// The stored scope.
-        text: String,
-        /// Why it is none.
-        #[source]
-        source: ScopeError,
-    },
-    /// Its type, schema or payload is not known.
-    #[error("event {event_type} (schema {schema}) of {scope} is not known")]
-    Event {
-        /// Its scope.
-        scope: Scope,
-        /// The stored type.
-        event_type: String,
-        /// The stored schema version.
-        schema: u16,
-        /// Why it does not decode.
-        #[source]
-        source: DecodeError,
-    },
-}
+/// Reads events back; remembers names, so one that is kept reads faster.
+#[derive(Debug, Default)]
+pub struct Decoder(weft_model::Decoder);
 
-/// Reads an event back.
-///
-/// # Errors
-/// If this version of Weft does not know its scope, type, schema or payload.
-pub fn decode(event: &RecordedEvent) -> Result<Fact, Undecodable> {
-    let undecodable = |source| Undecodable { position: event.position, source: Box::new(source) };
-    let scope: Scope = event.scope.parse().map_err(|source| {
-        undecodable(UndecodableEvent::Scope { text: event.scope.chars().take(200).collect(), source })
-    })?;
-    let meaning =
-        Event::decode(&scope, &event.event_type, event.schema, &event.payload).map_err(|source| {
-            let (scope, event_type) = (scope.clone(), event.event_type.clone());
-            undecodable(UndecodableEvent::Event { scope, event_type, schema: event.schema, source })
-        })?;
-    Ok(Fact {
-        epoch: event.epoch,
-        position: event.position,
-        version: event.version,
-        at: Timestamp(event.recorded_at.millis()),
-        actor: event.actor.clone(),
-        scope,
-        event: meaning,
-    })
+impl Decoder {
+    /// Reads an event back.
+    ///
+    /// # Errors
+    /// If this version of Weft does not know its scope, type, schema or payload.
+    pub fn decode(&mut self, event: &EventView<'_>) -> Result<Fact, Undecodable> {
+        let stored = StoredEvent {
+            epoch: event.epoch,
+            position: event.position,
+            version: event.version,
+            at: Timestamp(event.recorded_at.millis()),
+            actor: event.actor,
+            scope: event.scope,
+            event_type: event.event_type,
+            schema: event.schema,
+            payload: event.payload,
+        };
+        self.0.decode(&stored).map_err(|source| Undecodable { position: event.position, source })
+    }
+
+    /// Reads events back into `facts`, whose former content is dropped and whose memory is used again.
+    pub(crate) fn decode_into<'a>(
+        &mut self,
+        events: impl Iterator<Item = EventView<'a>>,
+        facts: &mut Vec<Fact>,
+    ) -> Result<(), Undecodable> {
+        facts.clear();
+        for event in events {
+            facts.push(self.decode(&event)?);
+        }
+        Ok(())
+    }
 }

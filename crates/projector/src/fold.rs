@@ -1,13 +1,13 @@
 //! Folding the log up to a position of the past: for questions about then, for replay, and for verification.
 
-use futures_util::TryStreamExt;
-use std::pin::pin;
 use weft_eventlog::Reader;
-use weft_model::{Fact, Position};
+use weft_model::Position;
 use weft_routing::Projection;
 
-use crate::decode::{Undecodable, decode};
+use crate::checkpoint;
 use crate::fault::Fault;
+use crate::replay::{Replay, ReplayError};
+use crate::store::Store;
 
 /// How far a fold has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,27 +37,44 @@ pub enum FoldToError {
     },
 }
 
-/// The projection after the event at `position`. Reads the log from its beginning, a page at a time; calls `progress`
-/// after each page. Needs no more rights than `weft_reader` has.
+/// What a fold begins with.
+#[derive(Clone, Copy, Debug)]
+pub enum FoldFrom<'a> {
+    /// The log's first event: what comes out rests on the log alone. For verification.
+    FirstEvent,
+    /// The newest stored checkpoint at or before the position that can be gone on from, if there is one.
+    Checkpoint(&'a Store),
+}
+
+/// The projection after the event at `position`. Reads the log in bulk; calls `progress` after each page. Needs no more
+/// rights than `weft_reader` has.
 ///
 /// # Errors
 /// See [`FoldToError`].
 pub async fn fold_to(
     reader: &Reader,
     position: Position,
+    from: FoldFrom<'_>,
     mut progress: impl FnMut(FoldProgress) + Send,
 ) -> Result<Projection, FoldToError> {
-    let mut projection = Projection::default();
-    let mut pages = pin!(reader.stream(Position::ZERO, position));
-    while let Some(page) = pages.try_next().await? {
-        let facts: Vec<Fact> =
-            page.iter().map(decode).collect::<Result<_, Undecodable>>().map_err(Fault::from)?;
-        projection.apply(&facts).map_err(Fault::Fold)?;
-        progress(FoldProgress { folded: projection.version().position, of: position });
-    }
-    let head = projection.version().position;
+    let begin = match from {
+        FoldFrom::FirstEvent => Projection::default(),
+        FoldFrom::Checkpoint(store) => checkpoint::load(store, reader, position).await,
+    };
+    let mut replay = Replay::from(begin);
+    replay.fold_to(reader, position, |folded| progress(FoldProgress { folded, of: position })).await?;
+    let head = replay.version().position;
     if head < position {
         return Err(FoldToError::NotYet { wanted: position, head });
     }
-    Ok(projection)
+    Ok(replay.finish())
+}
+
+impl From<ReplayError> for FoldToError {
+    fn from(error: ReplayError) -> Self {
+        match error {
+            ReplayError::Store(error) => Self::Store(error),
+            ReplayError::Fault(fault) => Self::Fault(fault),
+        }
+    }
 }

@@ -5,6 +5,9 @@
 //! manifests, status rows) together with its checkpoint in one transaction; only what a checkpoint covers is published,
 //! by leader and followers alike. The module [`projector`] argues why a leader that lost its lease does no harm.
 //!
+//! A start goes on from a checkpoint of the fold, if there is a good one, and folds the rest of the log in bulk (the module
+//! `checkpoint`). Verification never does.
+//!
 //! Deliberately absent: what an event means (`weft-model`, `weft-routing`), gRPC (`weft-api`), appending.
 //!
 //! Invariants: an event that cannot be read stops the fold ([`Fault`]), it is never skipped; rows and checkpoint
@@ -13,19 +16,23 @@
 //! Called by the controller (run), the API ([`View`], [`Store`]) and the command line ([`fold_to`], [`verify_rows`]).
 //! Read `tests/` for takeover, fencing and tampering.
 
+mod checkpoint;
 mod decode;
 mod fault;
+#[cfg(test)]
+mod fixture;
 mod fold;
 pub mod projector;
 pub mod published;
+mod replay;
 pub mod rows;
 mod store;
 mod verify;
 mod view;
 
-pub use decode::{Undecodable, UndecodableEvent, decode};
+pub use decode::{Decoder, Undecodable, UndecodableEvent};
 pub use fault::Fault;
-pub use fold::{FoldProgress, FoldToError, fold_to};
+pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
 pub use projector::Projector;
 pub use published::{Published, PublishedShard};
 pub use store::{Ack, Commit, LeaderStatus, Lease, SidecarStatus, Store, StoreError};

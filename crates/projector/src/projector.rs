@@ -19,7 +19,10 @@
 //! (a new term) and goes on from the checkpoint that it finds.
 //!
 //! **Beginning to lead** compares all stored rows with the fold and writes the differences in the first transaction, so
-//! rows and code converge whatever an older version, a crash or a person left there. Folding starts at the first event.
+//! rows and code converge whatever an older version, a crash or a person left there. Folding starts at a checkpoint of the
+//! fold or at the first event (`catch_up.rs`), and while it leads this task writes such checkpoints (`checkpoint.rs`).
+
+mod catch_up;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -27,12 +30,12 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_eventlog::{
-    EventHash, Point, Reader, RecordedEvent, Seen, StoreError as LogError, Tail, report_rewind,
-};
+use weft_eventlog::{EventHash, Point, Reader, RecordedEvent, Seen, StoreError as LogError, report_rewind};
 use weft_model::{Chain, ConfigVersion, Fact, Position};
+use weft_routing::Checkpoint;
 
-use crate::decode::{Undecodable, decode};
+use crate::checkpoint::Keeper;
+use crate::decode::Decoder;
 use crate::fault::Fault;
 use crate::published::Delta;
 use crate::rows::RowChanges;
@@ -61,8 +64,12 @@ pub struct Projector {
     id: Uuid,
     pending: Pending,
     leading: Option<Leading>,
-    /// Chain hash of the last event that was folded.
-    folded: Option<EventHash>,
+    decoder: Decoder,
+    /// Used again for every page.
+    facts: Vec<Fact>,
+    /// The last event that was folded and its hash.
+    folded: Option<(Position, EventHash)>,
+    keeper: Keeper,
     /// The checkpoint of a lost history that was reported.
     reported: Option<Point>,
 }
@@ -80,9 +87,20 @@ impl Projector {
     /// A projector of the controller called `name`; `id` tells it from another process of that name.
     #[must_use]
     pub fn new(reader: Reader, store: Store, view: View, name: impl Into<String>, id: Uuid) -> Self {
-        let pending = Pending::default();
-        let name = name.into();
-        Self { reader, store, view, name, id, pending, leading: None, folded: None, reported: None }
+        Self {
+            reader,
+            store,
+            view,
+            name: name.into(),
+            id,
+            pending: Pending::default(),
+            leading: None,
+            decoder: Decoder::default(),
+            facts: Vec::new(),
+            folded: None,
+            keeper: Keeper::new(),
+            reported: None,
+        }
     }
 
     /// Follows the log until `drain`, then gives the lease back.
@@ -103,8 +121,8 @@ impl Projector {
     }
 
     async fn follow(&mut self) -> Result<std::convert::Infallible, Fault> {
-        let mut tail = self.reader.tail(Position::ZERO);
-        self.catch_up(&mut tail).await?;
+        let folded = self.catch_up().await?;
+        let mut tail = self.reader.tail(folded);
         let mut lease = interval(LEASE_EVERY);
         lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut look = interval(CHECKPOINT_EVERY);
@@ -117,7 +135,10 @@ impl Projector {
                     let waits_for_checkpoint = self.leading.is_none() && !self.pending.is_empty();
                     tokio::select! {
                         biased;
-                        _ = lease.tick() => self.keep_lease().await?,
+                        _ = lease.tick() => {
+                            self.keep_lease().await?;
+                            self.keep_checkpoint();
+                        }
                         // Before the log, which may never be quiet.
                         _ = look.tick(), if waits_for_checkpoint => self.look_at_checkpoint().await,
                         page = &mut next => break page,
@@ -127,26 +148,6 @@ impl Projector {
             self.take_in(page).await?;
             self.write().await;
         }
-    }
-
-    /// Folds what is there already. Before that, this projector must not lead: it would find every row wrong.
-    async fn catch_up(&mut self, tail: &mut Tail) -> Result<(), Fault> {
-        let head = loop {
-            match self.reader.head().await {
-                Ok(head) => break head.position,
-                Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "the log cannot be read yet");
-                    sleep(READ_RETRY).await;
-                }
-            }
-        };
-        let started = Instant::now();
-        while tail.position() < head {
-            let page = tail.next().await;
-            self.take_in(page).await?;
-        }
-        tracing::info!(position = %head, took = ?started.elapsed(), "folded the log");
-        Ok(())
     }
 
     /// Folds a page. What is wrong with it, or that it does not follow the last one, is a fault; that it could not be
@@ -161,14 +162,19 @@ impl Projector {
             }
             Err(error) => return Err(Fault::History(error)),
         };
-        let facts: Vec<Fact> = page.iter().map(decode).collect::<Result<_, Undecodable>>()?;
-        self.folded = page.last().map(|last| last.hash).or(self.folded);
-        let delta = self.view.fold(&facts, self.folded)?;
-        metrics::counter!("weft_projector_events_folded_total").increment(facts.len() as u64);
+        self.decoder.decode_into(page.iter().map(RecordedEvent::view), &mut self.facts)?;
+        self.folded = page.last().map(|last| (last.position, last.hash)).or(self.folded);
+        let delta = self.view.fold(&self.facts, self.hash())?;
+        metrics::counter!("weft_projector_events_folded_total").increment(self.facts.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
         self.pending.push(delta);
         Ok(())
+    }
+
+    /// Chain hash of the last event that was folded.
+    fn hash(&self) -> Option<EventHash> {
+        self.folded.map(|(_, hash)| hash)
     }
 
     /// Writes and publishes what is pending, if this projector leads.
@@ -214,6 +220,22 @@ impl Projector {
         self.leading = None;
         self.view.set_role(Role::Follower);
         metrics::gauge!("weft_projector_leads").set(0.0);
+    }
+
+    /// Has a checkpoint of the fold written if one is due. Called between two reads, when nothing waits to be published.
+    fn keep_checkpoint(&mut self) {
+        let Some((position, hash)) =
+            self.folded.filter(|_| self.leading.is_some() && self.pending.is_empty())
+        else {
+            return;
+        };
+        if !self.keeper.is_due(position) {
+            return;
+        }
+        let checkpoint = self.view.read(Checkpoint::of);
+        if checkpoint.version().position == position {
+            self.keeper.write(self.store.clone(), checkpoint, hash);
+        }
     }
 
     async fn look_at_checkpoint(&mut self) {
@@ -318,7 +340,7 @@ impl Projector {
         if checkpoint == version && !changes.is_empty() {
             tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
         }
-        let delta = Delta { version, hash: self.folded, rows: changes, ..Delta::default() };
+        let delta = Delta { version, hash: self.hash(), rows: changes, ..Delta::default() };
         self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, until });
         self.view.set_role(Role::Leader { term: lease.term });
         metrics::gauge!("weft_projector_leads").set(1.0);
@@ -370,3 +392,6 @@ impl From<LogError> for LeaseError {
         Self::Store(StoreError::Log(error))
     }
 }
+
+#[cfg(test)]
+mod tests;

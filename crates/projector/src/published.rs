@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
-use weft_routing::projection::BuiltShard;
+use weft_routing::projection::{BuiltShard, Class};
 use weft_routing::{Changes, Hash, InterestClass, Manifest, Projection, ShardKey};
 
 use crate::rows::RowChanges;
@@ -61,6 +61,22 @@ impl Delta {
         }
     }
 
+    /// All that sidecars may be told of a projection, without any row.
+    #[must_use]
+    pub fn everything(projection: &Projection) -> Self {
+        let shard = |(key, shard): (&ShardKey, &BuiltShard)| (key.clone(), shard.clone());
+        let class = |(key, class): (&InterestClass, &Class)| (key.clone(), Some(PublishedClass::from(class)));
+        let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
+        Self {
+            version: projection.version(),
+            hash: None,
+            rows: RowChanges::default(),
+            shards: projection.shards().iter().map(shard).collect(),
+            classes: projection.classes().iter().map(class).collect(),
+            sidecars: projection.sidecars().map(sidecar).collect(),
+        }
+    }
+
     /// Takes in the delta that follows.
     pub fn merge(&mut self, next: Self) {
         self.version = next.version;
@@ -87,8 +103,8 @@ pub struct PublishedClass {
     former: VecDeque<(Hash, Arc<Manifest>)>,
 }
 
-impl From<&weft_routing::projection::Class> for PublishedClass {
-    fn from(class: &weft_routing::projection::Class) -> Self {
+impl From<&Class> for PublishedClass {
+    fn from(class: &Class) -> Self {
         Self {
             manifest: Arc::clone(&class.manifest),
             bytes: Bytes::copy_from_slice(&class.bytes),

@@ -5,10 +5,12 @@
 //! track of what it wrote (a commit without an answer) is refused rather than believed.
 
 mod acks;
+mod checkpoint;
 mod read;
 mod write;
 
 pub use acks::{Ack, SidecarStatus};
+pub(crate) use checkpoint::StoredCheckpoint;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgPool, Row};

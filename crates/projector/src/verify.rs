@@ -1,14 +1,17 @@
 //! Proves that the stored rows are what the log says: the fold from the first event to the checkpoint, compared row by
-//! row.
+//! row. On its way it passes the positions of the stored checkpoints of the fold, and compares those, too; it never
+//! begins with one.
 
 use std::fmt;
 use weft_eventlog::Reader;
-use weft_model::ConfigVersion;
-use weft_routing::{Hash, Projection};
+use weft_model::{ConfigVersion, Position};
+use weft_routing::{Checkpoint, Hash, Projection};
 
-use crate::fold::{FoldProgress, FoldToError, fold_to};
+use crate::checkpoint::{self, Unusable};
+use crate::fold::{FoldProgress, FoldToError};
+use crate::replay::Replay;
 use crate::rows::{RowChanges, Table};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoredCheckpoint};
 
 /// A stored row is not what the log says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,11 @@ pub enum Difference {
         /// What the log says.
         computed: ConfigVersion,
     },
+    /// A checkpoint of the fold is not what the log folds to.
+    Checkpoint {
+        /// Its position.
+        position: Position,
+    },
 }
 
 impl fmt::Display for Difference {
@@ -60,6 +68,10 @@ impl fmt::Display for Difference {
             Self::Epoch { stored, computed } => {
                 write!(f, "weft.projection: the checkpoint says {stored}, the log {computed}")
             }
+            Self::Checkpoint { position } => write!(
+                f,
+                "weft.fold_checkpoint: the one at {position} is not what the log says; delete it, nothing is lost with it"
+            ),
         }
     }
 }
@@ -88,18 +100,69 @@ pub enum VerifyRowsError {
     Fold(#[from] FoldToError),
 }
 
-/// Folds the log to the stored checkpoint and compares. Needs no more rights than `weft_reader` has.
+/// Folds the log from its first event to the stored checkpoint and compares. Needs no more rights than `weft_reader` has.
 ///
 /// # Errors
 /// If rows or log cannot be read; differences are no error.
 pub async fn verify_rows(
     reader: &Reader,
     store: &Store,
-    progress: impl FnMut(FoldProgress) + Send,
+    mut progress: impl FnMut(FoldProgress) + Send,
 ) -> Result<RowsReport, VerifyRowsError> {
     let (checkpoint, stored) = store.rows().await?;
-    let projection = fold_to(reader, checkpoint.position, progress).await?;
-    Ok(compare(&projection, checkpoint, &stored))
+    let wanted = checkpoint.position;
+    let mut progress = |folded| progress(FoldProgress { folded, of: wanted });
+    let mut on_the_way = store.fold_checkpoints().await?;
+    on_the_way.retain(|stored| stored.version.position <= wanted);
+
+    let mut replay = Replay::from(Projection::default());
+    let mut differences = Vec::new();
+    // The newest comes first.
+    for stored in on_the_way.iter().rev() {
+        let position = stored.version.position;
+        replay.fold_to(reader, position, &mut progress).await.map_err(FoldToError::from)?;
+        let projection = replay.finish();
+        if !is_right(reader, store, stored, &projection).await? {
+            differences.push(Difference::Checkpoint { position });
+        }
+        replay = Replay::from(projection);
+    }
+    replay.fold_to(reader, wanted, &mut progress).await.map_err(FoldToError::from)?;
+    let head = replay.version().position;
+    if head < wanted {
+        return Err(FoldToError::NotYet { wanted, head }.into());
+    }
+    let mut report = compare(&replay.finish(), checkpoint, &stored);
+    report.differences.extend(differences);
+    Ok(report)
+}
+
+/// Whether a checkpoint is what the log folds to there. One of another version of the fold is not ours to judge, and one that
+/// was removed in the meantime is none.
+async fn is_right(
+    reader: &Reader,
+    store: &Store,
+    stored: &StoredCheckpoint,
+    projection: &Projection,
+) -> Result<bool, VerifyRowsError> {
+    match checkpoint::body(store, stored).await {
+        Ok(checkpoint) => {
+            let in_log = checkpoint::is_in_log(reader, stored).await.map_err(FoldToError::Store)?;
+            Ok(in_log && checkpoint == Checkpoint::of(projection))
+        }
+        Err(Unusable::FoldVersion { .. } | Unusable::Removed) => Ok(true),
+        Err(Unusable::Store(error)) => Err(error.into()),
+        Err(Unusable::Log(error)) => Err(FoldToError::Store(error).into()),
+        Err(
+            Unusable::NotInLog
+            | Unusable::Long(_)
+            | Unusable::Hash
+            | Unusable::Compression(_)
+            | Unusable::Encoding(_)
+            | Unusable::Version { .. }
+            | Unusable::GivenUp,
+        ) => Ok(false),
+    }
 }
 
 fn compare(projection: &Projection, checkpoint: ConfigVersion, stored: &RowChanges) -> RowsReport {

@@ -134,6 +134,15 @@ impl View {
         Ok(delta)
     }
 
+    /// Takes over a projection that was folded elsewhere, and says what follows from it, but for rows: who begins to lead
+    /// compares all of them.
+    pub(crate) fn install(&self, projection: Projection) -> Delta {
+        let delta = Delta::everything(&projection);
+        *self.shared.projection.write().unwrap_or_else(PoisonError::into_inner) = projection;
+        self.shared.folded.send_replace(delta.version);
+        delta
+    }
+
     /// Publishes everything in `pending` that the checkpoint covers.
     pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: ConfigVersion) {
         let ready = pending.take_until(checkpoint);

@@ -42,6 +42,16 @@ impl Addresses {
         Some(address)
     }
 
+    /// Gives `service`, which has none, an address as it had it before. False if another one has it.
+    pub(crate) fn restore(&mut self, service: &ServiceName, address: Ipv4Addr) -> bool {
+        if self.owners.contains_key(&address) || self.assigned.contains_key(service) {
+            return false;
+        }
+        self.owners.insert(address, service.clone());
+        self.assigned.insert(service.clone(), address);
+        true
+    }
+
     pub(crate) fn release(&mut self, service: &ServiceName) {
         if let Some(address) = self.assigned.remove(service) {
             self.owners.remove(&address);

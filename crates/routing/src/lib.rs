@@ -8,9 +8,10 @@
 //!
 //! Invariants kept here: I2 (the same facts give the same bytes, however they were batched), I3 (a snapshot is
 //! whole or refused), I8 (one verdict). Pure: no I/O, no clock, no randomness. Called by the projector, the API and the
-//! sidecar. Read `tests/golden/` to see it work.
+//! sidecar. [`Checkpoint`] is a projection as bytes, so that a start need not fold the whole log. Read `tests/golden/` to see it work.
 
 mod address;
+pub mod checkpoint;
 pub mod decide;
 pub mod hash;
 pub mod interest;
@@ -23,10 +24,11 @@ pub mod verdict;
 pub mod why;
 mod wire;
 
+pub use checkpoint::{Checkpoint, CheckpointError, FOLD_VERSION};
 pub use hash::Hash;
 pub use interest::InterestClass;
 pub use manifest::Manifest;
-pub use projection::{Changes, Projection};
+pub use projection::{Bulk, Changes, Projection};
 pub use shard::{EndpointsShard, InboundShard, ShardKey, TrustShard};
 pub use snapshot::Snapshot;
 pub use state::RoutingState;

@@ -9,6 +9,10 @@
 //! [`Projection::recompute`] builds everything from the state alone; tests and `weft verify` hold the two against each
 //! other.
 
+mod batch;
+
+pub use batch::Bulk;
+
 use crate::hash::Hash;
 use crate::interest::InterestClass;
 use crate::manifest::{Manifest, ManifestEntry};
@@ -18,6 +22,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::{ConfigVersion, Fact, InstanceId, Position, ServiceName};
+
+use batch::Batch;
 
 /// A shard as it is stored and sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,19 +138,41 @@ impl Projection {
     /// # Errors
     /// If an event is not the next one. Those before it were taken in; the projection is not to be used further.
     pub fn apply<'a>(&mut self, facts: impl IntoIterator<Item = &'a Fact>) -> Result<Changes, FoldError> {
-        let mut changes = Changes::default();
-        let mut touched: BTreeMap<ShardKey, Position> = BTreeMap::new();
+        let mut batch = Batch::default();
+        self.fold(&mut batch, facts)?;
+        Ok(self.build(batch))
+    }
+
+    /// Begins a batch of many pages, for a long replay.
+    #[must_use]
+    pub fn into_bulk(self) -> Bulk {
+        Bulk::new(self)
+    }
+
+    fn fold<'a>(
+        &mut self,
+        batch: &mut Batch,
+        facts: impl IntoIterator<Item = &'a Fact>,
+    ) -> Result<(), FoldError> {
         for fact in facts {
-            let by_fact = self.state.apply(fact)?;
-            touched.extend(by_fact.shards.into_iter().map(|key| (key, fact.position)));
-            if let Some(instance) = by_fact.instance
-                && let Some(classes) = self.assign(&instance, fact.position)
+            let touched = self.state.apply(fact)?;
+            batch.touch(&touched.shards, fact.position);
+            if let Some(instance) = touched.instance
+                && let Some(classes) = self.assign(instance, fact.position)
             {
-                changes.classes.extend(classes);
-                changes.sidecars.insert(instance);
+                batch.changes.classes.extend(classes);
+                batch.changes.sidecars.insert(instance.clone());
             }
         }
-        for (key, position) in touched {
+        Ok(())
+    }
+
+    fn build(&mut self, batch: Batch) -> Changes {
+        let Batch { endpoints, inbound, trust, mut changes } = batch;
+        let endpoints = endpoints.into_iter().map(|(service, at)| (ShardKey::Endpoints(service), at));
+        let inbound = inbound.into_iter().map(|(service, at)| (ShardKey::Inbound(service), at));
+        let trust = trust.map(|at| (ShardKey::Trust, at));
+        for (key, position) in endpoints.chain(inbound).chain(trust) {
             self.rebuild_shard(&key, position);
             changes.classes.extend(self.classes_with(&key));
             changes.shards.insert(key);
@@ -152,24 +180,36 @@ impl Projection {
         for class in &changes.classes {
             self.rebuild_manifest(class);
         }
-        Ok(changes)
+        changes
     }
 
     /// Everything, built from the state alone but for the positions, which only the log's order tells. Equal to `self`
     /// unless the incremental path has a fault.
     #[must_use]
     pub fn recompute(&self) -> Self {
-        let mut fresh = Self { state: self.state.clone(), ..Self::default() };
-        let of_service = |service: &ServiceName| {
-            [ShardKey::Endpoints(service.clone()), ShardKey::Inbound(service.clone())]
-        };
-        for key in self.state.services_ever().flat_map(of_service).chain([ShardKey::Trust]) {
-            let position = self.shards.get(&key).map(|shard| shard.position).unwrap_or_default();
-            fresh.rebuild_shard(&key, position);
+        let position = |key: &ShardKey| self.shards.get(key).map(|shard| shard.position).unwrap_or_default();
+        let since = |id: &InstanceId| self.sidecars.get(id).map(|sidecar| sidecar.since).unwrap_or_default();
+        Self::of_state(self.state.clone(), position, since)
+    }
+
+    /// What follows from a state and the positions that only the log's order tells: of each shard the last event that
+    /// touched it, of each sidecar the one that put it into its class.
+    pub(crate) fn of_state(
+        state: RoutingState,
+        position: impl Fn(&ShardKey) -> Position,
+        since: impl Fn(&InstanceId) -> Position,
+    ) -> Self {
+        let mut fresh = Self { state, ..Self::default() };
+        let services: Vec<_> = fresh.state.services_ever().cloned().collect();
+        for service in services {
+            for key in [ShardKey::Endpoints(service.clone()), ShardKey::Inbound(service)] {
+                fresh.rebuild_shard(&key, position(&key));
+            }
         }
-        for instance in self.state.live_instances() {
-            let since = self.sidecars.get(&instance).map(|sidecar| sidecar.since).unwrap_or_default();
-            fresh.assign(&instance, since);
+        fresh.rebuild_shard(&ShardKey::Trust, position(&ShardKey::Trust));
+        let live: Vec<_> = fresh.state.live_instances().collect();
+        for instance in &live {
+            fresh.assign(instance, since(instance));
         }
         let classes: Vec<_> = fresh.classes.keys().cloned().collect();
         for class in &classes {
@@ -178,18 +218,25 @@ impl Projection {
         fresh
     }
 
+    /// The event that put each sidecar into its class.
+    pub(crate) fn since(&self) -> impl Iterator<Item = (&InstanceId, Position)> {
+        self.sidecars.iter().map(|(id, sidecar)| (id, sidecar.since))
+    }
+
     /// Puts an instance into the class that its registration asks for. Says which classes gained or lost it; none if
     /// it stays where it is.
     fn assign(&mut self, instance: &InstanceId, position: Position) -> Option<Vec<InterestClass>> {
         let registration = self.state.membership(instance).and_then(|entry| entry.state.registration());
+        let current = self.sidecars.get(instance).map(|sidecar| &sidecar.class);
+        // A class is of its instance's own service, so the upstreams tell.
+        if registration.map(|it| &it.upstreams) == current.map(|class| &class.upstreams) {
+            return None;
+        }
+        let current = current.cloned();
         let wanted = registration.map(|registration| InterestClass {
             service: instance.service.clone(),
             upstreams: registration.upstreams.clone(),
         });
-        let current = self.sidecars.get(instance).map(|sidecar| sidecar.class.clone());
-        if wanted == current {
-            return None;
-        }
         if let Some(class) = &current {
             self.leave(instance, class);
         }

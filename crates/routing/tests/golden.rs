@@ -4,6 +4,8 @@
 //!
 //! Every line of a script is one batch (`+` joins commands into one), decided and folded like in production. `show`
 //! and `why` lines print.
+//!
+//! `golden/checkpoints` holds the hash of each scenario's checkpoint, and the version of the fold that made it.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a broken script fails the test, naming its line")]
 
 use std::collections::BTreeMap;
@@ -19,7 +21,9 @@ use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy}
 use weft_model::{Command, Epoch, Fact, InstanceId, Port, ServiceName, Timestamp, Version, ca};
 use weft_routing::decide::decide;
 use weft_routing::why::explain;
-use weft_routing::{EndpointsShard, InboundShard, Projection, ShardKey, Snapshot};
+use weft_routing::{
+    Checkpoint, EndpointsShard, FOLD_VERSION, Hash, InboundShard, Projection, ShardKey, Snapshot,
+};
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "how a person accepts a changed outcome")]
@@ -33,8 +37,10 @@ fn scenarios() {
         .collect();
     scripts.sort();
     assert!(!scripts.is_empty());
+    let mut checkpoints = BTreeMap::new();
     for script in scripts {
-        let shown = run(&fs::read_to_string(&script).unwrap());
+        let (shown, checkpoint) = run(&fs::read_to_string(&script).unwrap());
+        checkpoints.insert(script.file_stem().unwrap().to_string_lossy().into_owned(), checkpoint);
         let expected = script.with_extension("out");
         if accept {
             fs::write(&expected, &shown).unwrap();
@@ -42,9 +48,35 @@ fn scenarios() {
         let wanted = fs::read_to_string(&expected).unwrap_or_default();
         assert!(shown == wanted, "{} shows\n{shown}\nnot\n{wanted}", script.display());
     }
+    check_checkpoints(&folder.join("checkpoints"), &checkpoints, accept);
 }
 
-fn run(script: &str) -> String {
+/// What the fold makes of the scenarios, and how it is written down, changes only together with [`FOLD_VERSION`]: else a
+/// controller would go on from what another fold made. A scenario that changed for its own sake goes under another name, or
+/// raises the version too.
+fn check_checkpoints(file: &Path, computed: &BTreeMap<String, Hash>, accept: bool) {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let mut lines = text.lines().map(|line| line.split_once(' ').unwrap());
+    let accepted = lines.next().map_or(0, |(_, version)| version.parse().unwrap());
+    let known: BTreeMap<_, _> = lines.collect();
+    if accepted == FOLD_VERSION {
+        for (name, hash) in computed {
+            let same = known.get(name.as_str()).is_none_or(|known| *known == hash.to_string());
+            assert!(
+                same,
+                "{name} folds to other bytes than fold version {accepted} made of it: raise FOLD_VERSION"
+            );
+        }
+    }
+    let current: String = computed.iter().map(|(name, hash)| format!("{name} {hash}\n")).collect();
+    let current = format!("fold {FOLD_VERSION}\n{current}");
+    if accept {
+        fs::write(file, &current).unwrap();
+    }
+    assert!(accept || text == current, "accept the new fold version or scenario with WEFT_ACCEPT_GOLDEN=1");
+}
+
+fn run(script: &str) -> (String, Hash) {
     let mut mesh = Mesh::default();
     for (number, line) in script.lines().enumerate() {
         let line = line.trim();
@@ -67,7 +99,9 @@ fn run(script: &str) -> String {
             }
         }
     }
-    mesh.shown
+    let checkpoint = Checkpoint::of(&mesh.projection).encode();
+    assert_eq!(Checkpoint::decode(&checkpoint).unwrap().into_projection(), mesh.projection);
+    (mesh.shown, Hash::of(&checkpoint))
 }
 
 #[derive(Default)]

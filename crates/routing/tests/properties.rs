@@ -17,7 +17,10 @@ use weft_model::{
 };
 use weft_routing::decide::decide;
 use weft_routing::verdict::authorize;
-use weft_routing::{EndpointsShard, InboundShard, Projection, RoutingState, ShardKey, Snapshot};
+use weft_routing::{
+    Checkpoint, CheckpointError, EndpointsShard, FOLD_VERSION, InboundShard, Projection, RoutingState,
+    ShardKey, Snapshot,
+};
 
 /// Few names, so that commands meet each other.
 const SERVICES: [&str; 4] = ["a/api", "a/db", "b/db", "b/web"];
@@ -50,6 +53,76 @@ proptest! {
         prop_assert_eq!(&whole, &single);
         prop_assert_eq!(&whole, &batched);
         prop_assert_eq!(&whole, &whole.recompute());
+    }
+
+    /// I2: a bulk fold, in whatever pages, equals the incremental one: bytes, positions, and since when a sidecar is in its
+    /// class.
+    #[test]
+    fn bulk_equals_incremental(commands in commands(), before in any::<prop::sample::Index>(), page in 1..40_usize) {
+        let facts = history(&commands);
+        let mut single = Projection::default();
+        for fact in &facts {
+            single.apply([fact]).unwrap();
+        }
+        let (first, rest) = facts.split_at(before.index(facts.len() + 1));
+        let mut projection = Projection::default();
+        projection.apply(first).unwrap();
+        let mut bulk = projection.into_bulk();
+        for page in rest.chunks(page) {
+            bulk.apply(page).unwrap();
+        }
+        prop_assert_eq!(&bulk.finish(), &single);
+    }
+
+    /// I2: a checkpoint and the events after it give what all events give, at any cut; and equal projections have equal
+    /// checkpoints.
+    #[test]
+    fn checkpoint_and_rest_equal_the_whole(commands in commands(), cut in any::<prop::sample::Index>()) {
+        let facts = history(&commands);
+        let mut whole = Projection::default();
+        whole.apply(&facts).unwrap();
+        let (first, rest) = facts.split_at(cut.index(facts.len() + 1));
+        let mut projection = Projection::default();
+        projection.apply(first).unwrap();
+        let bytes = Checkpoint::of(&projection).encode();
+        let read = Checkpoint::decode(&bytes).unwrap();
+        prop_assert_eq!(read.version(), projection.version());
+        let restored = read.into_projection();
+        prop_assert_eq!(&restored, &projection);
+        let mut bulk = restored.into_bulk();
+        bulk.apply(rest).unwrap();
+        let restored = bulk.finish();
+        prop_assert_eq!(&restored, &whole);
+        prop_assert_eq!(Checkpoint::of(&restored).encode(), Checkpoint::of(&whole).encode());
+    }
+
+    /// Bytes that are no checkpoint are refused.
+    #[test]
+    fn hostile_checkpoints_are_refused(
+        commands in commands(),
+        at in any::<prop::sample::Index>(),
+        flip in 1..=255_u8,
+        noise in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let mut projection = Projection::default();
+        projection.apply(&history(&commands)).unwrap();
+        let bytes = Checkpoint::of(&projection).encode();
+        let place = at.index(bytes.len());
+        prop_assert!(Checkpoint::decode(&bytes[..place]).is_err(), "cut at {place}");
+        let mut longer = bytes.clone();
+        longer.extend_from_slice(&noise);
+        prop_assert!(noise.is_empty() || Checkpoint::decode(&longer).is_err());
+        let mut flipped = bytes.clone();
+        flipped[place] ^= flip;
+        let mut spliced = bytes;
+        spliced.splice(place.., noise.iter().copied());
+        for hostile in [flipped, spliced, noise] {
+            if let Ok(taken) = Checkpoint::decode(&hostile) {
+                // Nonsense, perhaps, but no panic, and a checkpoint.
+                prop_assert_eq!(&Checkpoint::decode(&taken.encode()).unwrap(), &taken);
+                drop(taken.into_projection());
+            }
+        }
     }
 
     /// I4: no event makes a sidecar's version fall, while it takes part.
@@ -174,6 +247,19 @@ fn config() -> ProptestConfig {
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct(found))),
         ..ProptestConfig::default()
     }
+}
+
+#[test]
+fn a_checkpoint_of_another_fold_is_told_as_such() {
+    let bytes = Checkpoint::of(&Projection::default()).encode();
+    assert_eq!(bytes, [2, 8, u8::try_from(FOLD_VERSION).unwrap()], "a header of two bytes and no record");
+    let mut other = bytes;
+    other[2] += 1;
+    let error = Checkpoint::decode(&other).unwrap_err();
+    assert!(matches!(error, CheckpointError::Version { found } if found == FOLD_VERSION + 1));
+    // A length without an end is not believed.
+    assert!(Checkpoint::decode(&[0xff; 9]).is_err());
+    assert!(Checkpoint::decode(&[0xff, 0xff, 0xff, 0xff, 0x0f, 8, 1]).is_err());
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::request::Appended;
 use crate::session::StoreError;
 
 /// Batches under way at once: one that the server works on, and one that waits for it so that the server never waits for
-/// us. A third would only wait longer.
+/// us. A third would only make batches smaller, and each costs a flush.
 pub(super) const FLIGHTS_MAX: usize = 2;
 
 type Landing = Pin<Box<dyn Future<Output = Result<Landed, StoreError>> + Send>>;

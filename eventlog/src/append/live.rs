@@ -119,6 +119,8 @@ pub(super) struct Read<'a> {
 /// See the module's documentation.
 pub(super) struct Live {
     session: Session,
+    /// The epoch that was open when this session began.
+    pub(super) epoch: Epoch,
     allow_unsafe: bool,
     statements: Arc<Statements>,
     /// Commands up to here are too old to be repeated. Kept up to date by [`partitions`].
@@ -164,7 +166,7 @@ impl Live {
         let doing = StoreError::while_doing("prepare to append");
         let client = &session.client;
         client.batch_execute(SESSION_SQL).await.map_err(&doing)?;
-        let (_, tail) = establish(client).await?;
+        let (epoch, tail) = establish(client).await?;
         let room = partitions::make(client).await?;
         forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
         let statements = Statements {
@@ -177,7 +179,7 @@ impl Live {
             insert_batch: client.prepare(INSERT_BATCH_SQL).await.map_err(&doing)?,
         };
         let (statements, forgotten) = (Arc::new(statements), Arc::clone(forgotten));
-        Ok((Self { session, allow_unsafe, statements, forgotten }, tail))
+        Ok((Self { session, epoch, allow_unsafe, statements, forgotten }, tail))
     }
 
     pub(super) fn is_closed(&self) -> bool {

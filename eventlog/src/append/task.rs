@@ -53,10 +53,12 @@ impl AppendTask {
         Self { writer, queue, committed, wake, closing, flights: Flights::default() }
     }
 
-    /// Natural batching: while one batch is written the next one queues up; there is no artificial delay.
+    /// Natural batching: while one batch is written the next one queues up; there is no artificial delay. A batch is sent
+    /// behind another one only if it is full: as long as it can grow, waiting costs nothing and saves a flush.
     pub(crate) async fn run(mut self) {
+        let mut waiting = Batch::default();
         loop {
-            let next = tokio::select! {
+            tokio::select! {
                 // First, because a busy queue may never be found empty.
                 biased;
                 () = self.closing.cancelled(), if !self.queue.items.is_closed() => {
@@ -65,15 +67,22 @@ impl AppendTask {
                 }
                 (flight, result) = self.flights.landed(), if !self.flights.is_empty() => {
                     self.land(flight, result).await;
-                    continue;
                 }
-                next = self.queue.items.recv(), if self.flights.has_room() => next,
-            };
-            let Some(first) = next else { break };
-            // Callers answered by the last batch are about to send again; let them, then take them all.
-            tokio::task::yield_now().await;
-            let batch = fill(first, &mut self.queue.items);
-            self.take_on(batch).await;
+                next = self.queue.items.recv(), if !waiting.is_full() => match next {
+                    Some(item) => waiting.push(item),
+                    None => break,
+                },
+            }
+            let alone = self.flights.is_empty() && !waiting.is_empty();
+            if alone || (waiting.is_full() && self.flights.has_room()) {
+                // Callers answered by the last batch are about to send again; let them, then take them all.
+                tokio::task::yield_now().await;
+                waiting.fill(&mut self.queue.items);
+                self.take_on(std::mem::take(&mut waiting).items).await;
+            }
+        }
+        if !waiting.is_empty() {
+            self.take_on(waiting.items).await;
         }
         self.land_all().await;
     }
@@ -188,17 +197,39 @@ fn answer(items: Vec<Item>, answers: Vec<Result<Appended, AppendError>>) {
     }
 }
 
-/// Takes what has queued behind `first`, until the batch is full.
-fn fill(first: Item, queue: &mut mpsc::Receiver<Item>) -> Vec<Item> {
-    let (mut bytes, mut events) = (first.bytes, first.request.events());
-    let mut batch = vec![first];
-    while batch.len() < BATCH_REQUESTS_MAX && bytes < BATCH_BYTES_MAX && events < BATCH_EVENTS_MAX {
-        let Ok(item) = queue.try_recv() else { break };
-        bytes += item.bytes;
-        events += item.request.events();
-        batch.push(item);
+/// What will be written together.
+#[derive(Default)]
+struct Batch {
+    items: Vec<Item>,
+    bytes: usize,
+    events: usize,
+}
+
+impl Batch {
+    fn push(&mut self, item: Item) {
+        self.bytes += item.bytes;
+        self.events += item.request.events();
+        self.items.push(item);
     }
-    batch
+
+    fn is_full(&self) -> bool {
+        self.items.len() >= BATCH_REQUESTS_MAX
+            || self.bytes >= BATCH_BYTES_MAX
+            || self.events >= BATCH_EVENTS_MAX
+    }
+
+    fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Takes what has queued, until the batch is full.
+    fn fill(&mut self, queue: &mut mpsc::Receiver<Item>) {
+        while !self.is_full()
+            && let Ok(item) = queue.try_recv()
+        {
+            self.push(item);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -230,7 +261,9 @@ mod tests {
         for _ in 0..QUEUED {
             queue.try_send(item(events, bytes)).unwrap();
         }
-        fill(item(events, bytes), &mut items).len()
+        let mut batch = Batch::default();
+        batch.fill(&mut items);
+        batch.items.len()
     }
 
     #[test]

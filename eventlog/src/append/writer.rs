@@ -149,6 +149,8 @@ impl Writer {
         forgotten: Arc<AtomicI64>,
     ) -> Result<Self, Unusable> {
         let (live, known) = Live::open(&config, &forgotten).await?;
+        // A tail that begins late learns no epoch before the next event, and may have to say in which one it saw the last.
+        delivered.in_epoch(live.epoch);
         Ok(Self {
             config,
             live: Some(live),

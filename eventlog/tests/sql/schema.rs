@@ -168,3 +168,64 @@ async fn the_audit_view_shows_who_did_what_and_why() {
     assert_eq!(row.get::<_, uuid::Uuid>(5), request.command_id);
     assert_eq!(row.get::<_, i64>(6), event.recorded_at.0);
 }
+
+#[tokio::test]
+async fn a_login_that_owns_nothing_can_open_append_and_read_but_change_nothing() {
+    let database = migrated().await;
+    let admin = database.connect().await;
+    let login = format!("plain_{}", uuid::Uuid::now_v7().simple());
+    let grants = format!(
+        "create role {login} login password 'plain'; grant weft_appender, weft_reader to {login}; \
+         grant connect on database {} to {login}",
+        database.name()
+    );
+    admin.batch_execute(&grants).await.unwrap();
+    let mut plain = config(&database);
+    plain.user(&login).password("plain");
+    // Nothing is left to migrate, so no right to do so is needed, nor the lock of somebody who does.
+    admin.batch_execute("begin; lock table public._sqlx_migrations in exclusive mode").await.unwrap();
+    weft_eventlog::migrate(&plain).await.unwrap();
+    admin.batch_execute("rollback").await.unwrap();
+    let log = weft_eventlog::EventLog::open(weft_eventlog::LogConfig::new(plain.clone())).await.unwrap();
+    log.appender().append(one("s")).await.unwrap();
+    assert_eq!(log.reader().head().await.unwrap().position.0, 1);
+    log.shutdown().await;
+
+    admin.batch_execute(&format!("drop owned by {login}; drop role {login}")).await.unwrap();
+}
+
+#[tokio::test]
+async fn no_duty_includes_changing_what_was_recorded() {
+    let database = migrated().await;
+    let client = database.connect().await;
+    for role in ["weft_appender", "weft_projector", "weft_reader"] {
+        client.batch_execute(&format!("set role {role}")).await.unwrap();
+        for statement in [
+            "update weft.event set payload = '{}'",
+            "delete from weft.event_1",
+            "truncate weft.log_batch",
+            "update weft.log_epoch set epoch = 7",
+            "delete from weft.scope_head",
+            "insert into weft.log_segment select * from weft.log_segment",
+            "alter table weft.event disable trigger append_only",
+            "drop table weft.event_1",
+        ] {
+            let error = client.batch_execute(statement).await.unwrap_err();
+            assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{role}: {statement}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_login_without_the_duty_is_told_what_to_grant() {
+    let database = migrated().await;
+    let admin = database.connect().await;
+    let login = format!("stranger_{}", uuid::Uuid::now_v7().simple());
+    admin.batch_execute(&format!("create role {login} login password 'x'")).await.unwrap();
+    let mut stranger = config(&database);
+    stranger.user(&login).password("x");
+    let error = weft_eventlog::EventLog::open(weft_eventlog::LogConfig::new(stranger)).await.unwrap_err();
+    let told = weft_model::Chain(&error).to_string();
+    assert!(told.contains("grant weft_appender to"), "{told}");
+    admin.batch_execute(&format!("drop role {login}")).await.unwrap();
+}

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use weft_eventlog::{Reader, UnixMicros};
 use weft_model::Position;
-use weft_projector::{FoldToError, Store, VerifyRowsError, fold_to, verify_rows};
+use weft_projector::{FoldFrom, FoldToError, Store, VerifyRowsError, fold_to, verify_rows};
 use weft_proto::v1;
 use weft_routing::Projection;
 
@@ -52,7 +52,8 @@ pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
     let reader = Reader::new(context.reader()?);
     let to = target(&reader, args.to).await?;
     let mut progress = Progress::new("folding");
-    let folded = fold_to(&reader, to, |seen| progress.show(seen.folded.0, seen.of.0)).await;
+    let folded =
+        fold_to(&reader, to, FoldFrom::FirstEvent, |seen| progress.show(seen.folded.0, seen.of.0)).await;
     progress.end();
     let projection = folded.map_err(|error| unfolded(&error))?;
     let version = projection.version();

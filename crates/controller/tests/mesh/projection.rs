@@ -5,7 +5,7 @@ use crate::support::{
 };
 use weft_client::command;
 use weft_eventlog::Reader;
-use weft_projector::{Difference, Role, Store, fold_to, verify_rows};
+use weft_projector::{Difference, FoldFrom, Role, Store, fold_to, verify_rows};
 use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_client::MeshClient;
 
@@ -75,7 +75,7 @@ async fn the_rows_equal_the_fold_and_tampering_shows() {
 async fn the_fold_to_any_position_is_the_same_as_the_view_was() {
     let mesh = busy().await;
     let head = mesh.reader().head().await.unwrap().position;
-    let folded = fold_to(&mesh.reader(), head, |_| ()).await.unwrap();
+    let folded = fold_to(&mesh.reader(), head, FoldFrom::FirstEvent, |_| ()).await.unwrap();
     mesh.controller.view().read(|projection| assert_eq!(*projection, folded));
     assert_eq!(folded.recompute(), folded);
     mesh.controller.stop().await;

@@ -1,9 +1,9 @@
 //! Routing state to shards.
 
 use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, ShardKey, TrustShard};
-use crate::state::{Entry, RoutingState};
+use crate::state::{Instance, RoutingState};
 use std::net::SocketAddr;
-use weft_model::membership::{InstanceRegistered, MembershipState};
+use weft_model::membership::MembershipState;
 use weft_model::security::Action;
 use weft_model::service::ServicePort;
 use weft_model::{InstanceId, ScopeVersion, SecurityScope, ServiceName, TrafficScope};
@@ -38,17 +38,18 @@ fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsSha
 }
 
 fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoint> {
-    let endpoint = |(id, entry, registration): (InstanceId, &Entry<MembershipState>, &InstanceRegistered)| {
-        let seen = state.effective_health(&id);
-        Endpoint {
+    let endpoint = |(id, instance): (InstanceId, &Instance)| {
+        let Instance { membership, seen, .. } = instance;
+        let registration = membership.state.registration()?;
+        Some(Endpoint {
             instance: id.instance,
             address: SocketAddr::new(registration.address, registration.port.number()),
-            draining: matches!(entry.state, MembershipState::Draining(_)),
+            draining: matches!(membership.state, MembershipState::Draining(_)),
             health: seen.health,
-            position: entry.source.position.max(seen.source.position),
-        }
+            position: membership.source.position.max(seen.source.position),
+        })
     };
-    state.live_instances_of(service).map(endpoint).collect()
+    state.live_of(service).filter_map(endpoint).collect()
 }
 
 fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {

@@ -1,0 +1,238 @@
+//! What was asked and answered, and whether the log agrees.
+
+use std::collections::{BTreeMap, BTreeSet};
+use uuid::Uuid;
+
+use crate::worker::{Answer, Command};
+
+/// An event, as plain SQL reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Event {
+    pub(crate) position: u64,
+    pub(crate) scope: String,
+    pub(crate) version: u64,
+    pub(crate) command: Uuid,
+}
+
+/// Everything that writers asked and were told.
+#[derive(Debug, Default)]
+pub(crate) struct Journal {
+    /// Commands that were given to a worker, and the first answer that said that they were recorded.
+    asked: BTreeMap<Uuid, (Command, Option<Answer>)>,
+    /// Commands that were told that somebody was faster.
+    refused: BTreeSet<Uuid>,
+    repeats: u64,
+    wrong: Vec<String>,
+}
+
+/// What the log and the journal disagree about. All zero, or something is broken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Verdict {
+    /// Acknowledged and not in the log, or only in part.
+    pub(crate) lost: u64,
+    /// In the log more than once, or in part, or asked by nobody.
+    pub(crate) doubled: u64,
+    /// Positions or versions that are missing.
+    pub(crate) gaps: u64,
+    /// Events that a reader of `position > cursor` did not get, or not in order.
+    pub(crate) skipped: u64,
+    /// Answers that were not the first one, or not what the log says.
+    pub(crate) wrong_outcomes: u64,
+}
+
+impl Verdict {
+    pub(crate) fn is_sound(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::ops::AddAssign for Verdict {
+    fn add_assign(&mut self, other: Self) {
+        self.lost += other.lost;
+        self.doubled += other.doubled;
+        self.gaps += other.gaps;
+        self.skipped += other.skipped;
+        self.wrong_outcomes += other.wrong_outcomes;
+    }
+}
+
+impl Journal {
+    /// A command is about to be given to a worker.
+    pub(crate) fn ask(&mut self, command: &Command) {
+        self.asked.entry(command.id).or_insert_with(|| (command.clone(), None));
+    }
+
+    /// A command was answered. Any answer after the first must say the same, and that it does.
+    pub(crate) fn answer(&mut self, command: &Command, answer: &Answer) {
+        let Some((first, known)) = self.asked.get_mut(&command.id) else { return };
+        let other_content = first.content != command.content;
+        match (answer, known) {
+            (Answer::Reused, Some(_)) if other_content => self.repeats += 1,
+            (Answer::Recorded { .. }, known @ None) if !other_content => *known = Some(answer.clone()),
+            (Answer::Recorded { first, last, versions, repeated }, Some(known)) if !other_content => {
+                self.repeats += 1;
+                let same = matches!(&*known, Answer::Recorded { first: f, last: l, versions: v, .. }
+                    if (f, l, v) == (first, last, versions));
+                if !same || !repeated {
+                    self.wrong.push(format!("{}: {answer:?} after {known:?}", command.id));
+                }
+            }
+            // Nobody else writes what a writer calls its own, its first one.
+            (Answer::Conflict { scope, .. }, None)
+                if !other_content && command.parts.first().is_none_or(|own| own.scope != *scope) =>
+            {
+                self.refused.insert(command.id);
+            }
+            (answer, known) => self.wrong.push(format!("{}: {answer:?} after {known:?}", command.id)),
+        }
+    }
+
+    /// Commands that were acknowledged.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.asked.values().filter(|(_, answer)| answer.is_some()).count() as u64
+    }
+
+    /// Answers to repeated commands that were as they must be.
+    pub(crate) const fn repeats(&self) -> u64 {
+        self.repeats
+    }
+
+    /// What was wrong with answers, in words; the first few.
+    pub(crate) fn complaints(&self) -> impl Iterator<Item = &str> {
+        self.wrong.iter().take(5).map(String::as_str)
+    }
+
+    /// Holds the log, and what a polling reader got of it, against what was asked and answered.
+    pub(crate) fn judge(&self, log: &[Event], polled: &[u64]) -> Verdict {
+        let mut verdict = Verdict { wrong_outcomes: self.wrong.len() as u64, ..Verdict::default() };
+        let mut versions: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut of_command: BTreeMap<Uuid, Vec<&Event>> = BTreeMap::new();
+        for (event, position) in log.iter().zip(1..) {
+            let version = versions.entry(event.scope.as_str()).or_default();
+            *version += 1;
+            verdict.gaps += u64::from(event.position != position || event.version != *version);
+            of_command.entry(event.command).or_default().push(event);
+        }
+        let in_order = polled.iter().zip(1..).take_while(|(polled, position)| **polled == *position).count();
+        verdict.skipped = (log.len().max(polled.len()) - in_order) as u64;
+        for (id, (command, answer)) in &self.asked {
+            let recorded = of_command.remove(id).unwrap_or_default();
+            let expected: usize = command.parts.iter().map(|part| part.events as usize).sum();
+            if recorded.len() > expected {
+                verdict.doubled += 1;
+            } else if recorded.len() < expected && (answer.is_some() || !recorded.is_empty()) {
+                verdict.lost += 1;
+            } else if self.refused.contains(id) && !recorded.is_empty() {
+                verdict.wrong_outcomes += 1;
+            } else if let Some(answer) = answer {
+                verdict.wrong_outcomes += u64::from(!tells(answer, command, &recorded));
+            }
+        }
+        // What is left was asked by nobody.
+        verdict.doubled += of_command.len() as u64;
+        verdict
+    }
+}
+
+/// Whether the answer says where the events are and what versions they brought.
+fn tells(answer: &Answer, command: &Command, recorded: &[&Event]) -> bool {
+    let Answer::Recorded { first, last, versions, .. } = answer else { return false };
+    let positions: BTreeSet<u64> = recorded.iter().map(|event| event.position).collect();
+    let last_version =
+        |scope: &str| recorded.iter().filter(|event| event.scope == scope).map(|event| event.version).max();
+    positions == (*first..=*last).collect()
+        && command
+            .parts
+            .iter()
+            .zip(versions)
+            .all(|(part, version)| last_version(&part.scope) == Some(*version))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::Part;
+
+    fn command(n: u128, events: u32) -> Command {
+        let parts = vec![Part { scope: "s".into(), expected: None, events }];
+        Command { id: Uuid::from_u128(n), content: 0, parts }
+    }
+
+    fn recorded(first: u64, last: u64, repeated: bool) -> Answer {
+        Answer::Recorded { first, last, repeated, versions: vec![last] }
+    }
+
+    fn log(commands: &[u128]) -> Vec<Event> {
+        let event = |(command, position): (&u128, u64)| Event {
+            position,
+            scope: "s".into(),
+            version: position,
+            command: Uuid::from_u128(*command),
+        };
+        commands.iter().zip(1..).map(event).collect()
+    }
+
+    /// Command 1 has two events and an answer, command 2 has one and none.
+    fn journal() -> Journal {
+        let mut journal = Journal::default();
+        journal.ask(&command(1, 2));
+        journal.answer(&command(1, 2), &recorded(1, 2, false));
+        journal.ask(&command(2, 1));
+        journal
+    }
+
+    #[test]
+    fn what_agrees_is_sound_whether_the_unanswered_one_was_recorded_or_not() {
+        assert!(journal().judge(&log(&[1, 1, 2]), &[1, 2, 3]).is_sound());
+        assert!(journal().judge(&log(&[1, 1]), &[1, 2]).is_sound());
+        assert_eq!(journal().acknowledged(), 1);
+    }
+
+    #[test]
+    fn each_planted_fault_is_found() {
+        let verdict = |log: &[Event], polled: &[u64]| journal().judge(log, polled);
+        assert_eq!(verdict(&[], &[]), Verdict { lost: 1, ..Verdict::default() });
+        assert_eq!(verdict(&log(&[1]), &[1]), Verdict { lost: 1, ..Verdict::default() });
+        assert_eq!(verdict(&log(&[1, 1, 1]), &[1, 2, 3]), Verdict { doubled: 1, ..Verdict::default() });
+        assert_eq!(verdict(&log(&[1, 1, 9]), &[1, 2, 3]), Verdict { doubled: 1, ..Verdict::default() });
+        assert_eq!(
+            verdict(&log(&[2, 1, 1]), &[1, 2, 3]),
+            Verdict { wrong_outcomes: 1, ..Verdict::default() }
+        );
+        for polled in [&[1, 3][..], &[1, 3, 2], &[1, 2], &[1, 2, 3, 3]] {
+            let skipped = verdict(&log(&[1, 1, 2]), polled).skipped;
+            assert!(skipped > 0, "{polled:?}");
+        }
+        let mut gap = log(&[1, 1, 2]);
+        gap[2].position = 4;
+        assert!(verdict(&gap, &[1, 2, 4]).gaps > 0);
+        let mut version = log(&[1, 1, 2]);
+        version[2].version = 4;
+        assert!(verdict(&version, &[1, 2, 3]).gaps > 0);
+    }
+
+    #[test]
+    fn what_was_refused_must_not_be_there() {
+        let mut journal = journal();
+        journal.answer(&command(2, 1), &Answer::Conflict { scope: "shared".into(), current: 2 });
+        assert!(journal.judge(&log(&[1, 1]), &[1, 2]).is_sound());
+        let told_otherwise = Verdict { wrong_outcomes: 1, ..Verdict::default() };
+        assert_eq!(journal.judge(&log(&[1, 1, 2]), &[1, 2, 3]), told_otherwise);
+    }
+
+    #[test]
+    fn a_repeat_must_be_told_the_first_answer_and_other_content_refused() {
+        let told = |answer: Answer, content: u32| {
+            let mut journal = journal();
+            journal.answer(&Command { content, ..command(1, 2) }, &answer);
+            (journal.repeats(), journal.complaints().count())
+        };
+        assert_eq!(told(recorded(1, 2, true), 0), (1, 0));
+        assert_eq!(told(Answer::Reused, 1), (1, 0));
+        assert_eq!(told(recorded(3, 4, true), 0).1, 1);
+        assert_eq!(told(recorded(1, 2, false), 0).1, 1);
+        assert_eq!(told(recorded(1, 2, true), 1).1, 1);
+        assert_eq!(told(Answer::Conflict { scope: "s".into(), current: 2 }, 0).1, 1);
+        assert_eq!(told(Answer::Wrong("x".into()), 0).1, 1);
+    }
+}

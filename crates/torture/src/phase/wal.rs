@@ -1,0 +1,107 @@
+//! The volume of the write-ahead log runs full, and is freed again.
+//!
+//! PostgreSQL cannot go on without its write-ahead log: it stops all its processes and recovers, which may fail for the
+//! same reason and end it. Then somebody starts it again, here as elsewhere. Everything else is up to the writers, who
+//! get errors as long as it lasts and go on by themselves.
+
+use anyhow::Context;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
+
+use super::{Findings, PROGRESS_MAX, Scene};
+use crate::server::{Postgres, Session};
+use crate::writer::Habits;
+
+/// The volume; a segment of the write-ahead log has 16 MiB.
+const VOLUME_MIB: u64 = 160;
+/// What is left of it when it is to run full soon.
+const LEFT_MIB: u64 = 20;
+
+/// A volume of its own, which ends with the value.
+struct Volume<'a>(&'a Path);
+
+impl<'a> Volume<'a> {
+    fn mount(path: &'a Path) -> anyhow::Result<Self> {
+        let size = format!("size={VOLUME_MIB}m");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(path).status();
+        let mounted = mounted.context("`mount` cannot be run")?;
+        anyhow::ensure!(
+            mounted.success(),
+            "a small volume cannot be mounted at {}; that takes root, and a kernel that lets it: run as root, or leave \
+             this phase out with --only",
+            path.display()
+        );
+        Ok(Self(path))
+    }
+
+    fn free_mib(&self) -> anyhow::Result<u64> {
+        let stat = nix::sys::statvfs::statvfs(self.0)?;
+        Ok(stat.blocks_available() * stat.fragment_size() / (1024 * 1024))
+    }
+}
+
+impl Drop for Volume<'_> {
+    fn drop(&mut self) {
+        // What is still used of it goes when its user does.
+        let _ = Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
+/// So many times.
+pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    open_to_all(dir.path())?;
+    let volume = Volume::mount(dir.path())?;
+    let mut server = Postgres::start(Some(dir.path().to_owned())).await?;
+    let habits = Habits { events_max: 50, repeats: 0.05 };
+    let scene = Scene::set(&server, "wal", 1, 16, seed, habits).await?;
+    scene.progress(64).await?;
+    let ballast = dir.path().join("ballast");
+    for _ in 0..cycles {
+        let fill = volume.free_mib()?.saturating_sub(LEFT_MIB);
+        std::fs::File::create(&ballast)?;
+        std::fs::write(&ballast, vec![0; usize::try_from(fill * 1024 * 1024)?])?;
+        ran_full(&scene, &server, findings).await?;
+        std::fs::remove_file(&ballast)?;
+        if timeout(Duration::from_secs(3), server.answers()).await.is_err() && server.has_ended()? {
+            findings.count("server ended, started again");
+            server.start_again().await?;
+            scene.follow(&server)?;
+        }
+        server.answers().await?;
+        // Older segments of it are given back, so that the next cycle has something to fill.
+        let session = Session::open(&server.url("wal")?).await?;
+        session.client.batch_execute("checkpoint").await?;
+        scene.progress(64).await?;
+        findings.count("full");
+    }
+    scene.close(&server, findings).await
+}
+
+/// Waits until writers stand still because of it.
+async fn ran_full(scene: &Scene, server: &Postgres, findings: &mut Findings) -> anyhow::Result<()> {
+    let stands_still = async {
+        let mut last = scene.writers.acknowledged();
+        let mut still = 0;
+        while still < 10 {
+            sleep(Duration::from_millis(100)).await;
+            let now = scene.writers.acknowledged();
+            still = if now == last { still + 1 } else { 0 };
+            last = now;
+        }
+    };
+    timeout(PROGRESS_MAX, stands_still).await.context("the volume does not run full")?;
+    let readable = async {
+        let session = Session::open(&server.url("wal")?).await?;
+        anyhow::Ok(session.client.query_one("select count(*) from weft.event", &[]).await?)
+    };
+    findings.count(if readable.await.is_ok() { "read while full" } else { "server down while full" });
+    Ok(())
+}
+
+fn open_to_all(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?)
+}

@@ -1,0 +1,105 @@
+//! `cargo xtask bench`: measures, on a private PostgreSQL that is set up as `cargo xtask up` sets it up.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::Context;
+use weft_pgserver::Cluster;
+
+use crate::cargo::{cargo, must, root, run, target_dir};
+use crate::{Database, postgres, say};
+
+/// What is run; `weft-logbench` finds the controller beside itself.
+const PROGRAMS: &[&str] = &["weft-logbench", "weft-controller"];
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// The event log: how fast it appends, replays and verifies; crates/logbench/README.md explains each figure
+    Log(Log),
+}
+
+#[derive(Debug, clap::Args)]
+struct Log {
+    #[command(flatten)]
+    database: Database,
+    /// Also with ten million events
+    #[arg(long)]
+    full: bool,
+    /// A few seconds, to see that it works; its figures mean nothing
+    #[arg(long)]
+    quick: bool,
+    /// Only these figures: keys of the JSON, separated by commas
+    #[arg(long, value_name = "KEYS")]
+    only: Option<String>,
+    /// Also write the JSON to this file
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self.what {
+            What::Log(log) => log.run(),
+        }
+    }
+}
+
+impl Log {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let mut build = cargo(["build", "--release"]);
+        say("building with optimisation; the first time takes some minutes");
+        must(build.args(PROGRAMS.iter().flat_map(|package| ["--package", *package])))?;
+
+        let mut bench = Command::new(target_dir()?.join("release/weft-logbench"));
+        for (flag, given) in [("--full", self.full), ("--quick", self.quick)] {
+            if given {
+                bench.arg(flag);
+            }
+        }
+        if let Some(keys) = &self.only {
+            bench.args(["--only", keys]);
+        }
+        if let Some(path) = &self.json {
+            bench.arg("--json").arg(path);
+        }
+        if let Some(revision) = revision() {
+            bench.args(["--revision", &revision]);
+        }
+        // Given by the environment, so that no list of processes shows the password.
+        if let Some(url) = self.database.given() {
+            must(bench.env("WEFT_DATABASE_URL", url))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let server = Cluster::open_scratch(postgres()?, &mut say)?.start(&mut say)?;
+        let measured = must(bench.env("WEFT_DATABASE_URL", server.url("postgres")));
+        server.stop().context("stopping the private PostgreSQL failed")?;
+        measured.map(|()| ExitCode::SUCCESS)
+    }
+}
+
+/// Whether the benches run and tell all their figures, which mean nothing here: a short run without optimisation, of programs
+/// that are built.
+pub(crate) fn runs(url: &str) -> anyhow::Result<bool> {
+    say("bench log --quick, to see that it runs");
+    let mut bench = Command::new(target_dir()?.join("debug/weft-logbench"));
+    let bench = bench.arg("--quick").env("WEFT_DATABASE_URL", url).stdout(Stdio::null());
+    Ok(run(bench)?.success())
+}
+
+/// What is measured, where git can tell: the commit, and whether the tree differs from it.
+fn revision() -> Option<String> {
+    let described = Command::new("git")
+        .current_dir(root())
+        .args(["describe", "--always", "--dirty", "--exclude=*"])
+        .output()
+        .ok()?;
+    let text = String::from_utf8(described.stdout).ok()?;
+    let text = text.trim();
+    (described.status.success() && !text.is_empty()).then(|| text.to_owned())
+}
