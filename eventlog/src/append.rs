@@ -77,13 +77,14 @@ pub enum AppendError {
     /// The request can never be accepted.
     #[error("the request is malformed")]
     Malformed(#[source] Malformed),
-    /// The database has lost events that this process has seen, so it appends nothing more: going on would fork
-    /// history. An operator must find out what was lost; a restart accepts the log as it is, in a new epoch.
+    /// The database has lost events that somebody has seen, so nothing more is appended: going on would fork history. An
+    /// operator must find out what was lost, and decides ([`adopt`](crate::adopt)). If this process itself has seen them,
+    /// it stays so until it is started anew.
     #[error("LOG_REWOUND: event {seen} was in the log and is not any more; the log now ends at {found}")]
     Rewound {
-        /// The last event that this process knows to have been durable.
+        /// The last event that this process knows to have been durable, or that the oldest finding which stands names.
         seen: Position,
-        /// Where the log ends now.
+        /// Where the log ended when that was found.
         found: Position,
     },
     /// The log is shut down. Nothing happened.

@@ -63,7 +63,7 @@ pub(crate) async fn establish(client: &Client) -> Result<(Epoch, LogTail), Store
     let last = read_last(client).await?;
     let epoch = epoch_to_open(last.as_ref(), &lineage);
     if let Some(epoch) = epoch {
-        write(client, epoch, &lineage, &tail).await?;
+        open_epoch(client, epoch, &lineage, &tail).await?;
     }
     client.batch_execute("commit").await.map_err(StoreError::while_doing("open an epoch"))?;
     if let Some(epoch) = epoch {
@@ -81,7 +81,7 @@ fn epoch_to_open(last: Option<&(Epoch, Lineage)>, now: &Lineage) -> Option<Epoch
     }
 }
 
-async fn read_lineage(client: &Client) -> Result<Lineage, StoreError> {
+pub(crate) async fn read_lineage(client: &Client) -> Result<Lineage, StoreError> {
     // The timeline is the first eight hex digits of the current WAL file's name. The control file's checkpoint also
     // has one, which lags after a promotion.
     const SQL: &str = "select (select system_identifier from pg_control_system()), \
@@ -107,7 +107,13 @@ fn decode_lineage(row: &Row, at: usize) -> Lineage {
     }
 }
 
-async fn write(client: &Client, epoch: Epoch, lineage: &Lineage, tail: &LogTail) -> Result<(), StoreError> {
+/// Opens an epoch after what the log holds. The caller has the log's lock.
+pub(crate) async fn open_epoch(
+    client: &Client,
+    epoch: Epoch,
+    lineage: &Lineage,
+    tail: &LogTail,
+) -> Result<(), StoreError> {
     const SQL: &str = "insert into weft.log_epoch (epoch, system_identifier, timeline, postmaster_start, \
                        event_table, fork_position, fork_hash, opened_at) \
                        values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp())";

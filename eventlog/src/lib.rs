@@ -14,7 +14,7 @@
 //! - A recorded event never changes (triggers in `migrations/0001_event_log.sql`), and if it does, that shows
 //!   ([`hash`], [`verify()`]).
 //! - A database that lost events is noticed, by whoever appended or read them (`append/writer.rs`, `tail.rs`), and its
-//!   next life is another epoch (`epoch.rs`).
+//!   next life is another epoch (`epoch.rs`). What was found stops every writer until somebody decides (`rewind.rs`).
 //! - Reading never waits for writing ([`Reader`], [`Tail`]); notifications are only hints (`notify.rs`).
 //!
 //! Called by the controller (append), the projector and the API (read, tail) and the command line (verify). Calls
@@ -33,6 +33,7 @@ mod page;
 mod partitions;
 mod read;
 mod request;
+mod rewind;
 mod segment;
 mod session;
 mod settings;
@@ -52,6 +53,7 @@ pub use request::{
     REASON_BYTES_MAX, REQUEST_BYTES_MAX, SCHEMA_MAX, SCOPE_BYTES_MAX, SCOPES_PER_REQUEST_MAX, ScopeAppend,
     TYPE_BYTES_MAX, TooLarge,
 };
+pub use rewind::{Adopt, AdoptError, Adoption, Point, Reported, Rewind, Seen, adopt, report_rewind};
 pub use segment::SegmentError;
 pub use session::StoreError;
 pub use settings::SettingsError;

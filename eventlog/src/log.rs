@@ -14,6 +14,7 @@ use crate::append::{AppendTask, Appender, Unusable, Writer};
 use crate::notify;
 use crate::partitions;
 use crate::read::Reader;
+use crate::rewind::Point;
 use crate::session::StoreError;
 use crate::settings::SettingsError;
 use crate::tail::Delivered;
@@ -73,6 +74,7 @@ pub struct EventLog {
     appender: Appender,
     reader: Reader,
     committed: watch::Receiver<Position>,
+    lost: watch::Receiver<Option<Point>>,
     closing: CancellationToken,
     tasks: JoinSet<()>,
 }
@@ -89,6 +91,7 @@ impl EventLog {
         let forgotten = Arc::new(AtomicI64::new(0));
         let writer = Writer::open(config, delivered.clone(), Arc::clone(&forgotten)).await?;
         let wake = watch::Sender::new(writer.position());
+        let lost = delivered.lost();
         let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered);
         let (committed, announced) = watch::channel(writer.position());
         let (appender, queue) = Appender::channel();
@@ -98,7 +101,7 @@ impl EventLog {
         tasks.spawn(notify::announce(connect.clone(), announced.clone(), closing.clone()));
         tasks.spawn(partitions::look_after(connect, forgotten, announced.clone(), closing.clone()));
         tasks.spawn(AppendTask::new(writer, queue, committed, wake, closing.clone()).run());
-        Ok(Self { appender, reader, committed: announced, closing, tasks })
+        Ok(Self { appender, reader, committed: announced, lost, closing, tasks })
     }
 
     /// A handle to append with.
@@ -117,6 +120,13 @@ impl EventLog {
     #[must_use]
     pub fn committed(&self) -> watch::Receiver<Position> {
         self.committed.clone()
+    }
+
+    /// Follows the newest event that this process has read or appended and that the database then lost; none if it lost
+    /// none. Once there is one, this process appends nothing more: what it remembers is of another history.
+    #[must_use]
+    pub fn lost(&self) -> watch::Receiver<Option<Point>> {
+        self.lost.clone()
     }
 
     /// Refuses further appends, answers those that are queued, and ends the log's tasks, within

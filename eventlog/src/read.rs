@@ -28,6 +28,7 @@ use crate::hash::EventHash;
 use crate::notify;
 use crate::page::Page;
 use crate::request::Appended;
+use crate::rewind::{self, Adoption, Point, Rewind};
 use crate::segment::{Segment, SegmentError};
 use crate::session::StoreError;
 use crate::tail::{Delivered, Tail};
@@ -275,6 +276,31 @@ impl Reader {
         let sealed = self.read_sealed(Position(at.0.saturating_sub(1)), at, 1).await?;
         let hash = sealed.and_then(|events| events.first().map(|event| event.hash));
         Ok(hash.map_or(found, |hash| Anchor::Stands { hash, end }))
+    }
+
+    /// The findings that stand, the oldest first: while there is one, nothing is appended.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn standing_rewinds(&self) -> Result<Vec<Rewind>, StoreError> {
+        let rows = self.shared.pool.rows(Query::Rewinds, &[], usize::MAX).await?;
+        rows.iter().map(rewind::decode_rewind).collect()
+    }
+
+    /// The newest decision to go on with a log that was rewound.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn newest_adoption(&self) -> Result<Option<Adoption>, StoreError> {
+        let rows = self.shared.pool.rows(Query::Adoption, &[], usize::MAX).await?;
+        rows.first().map(rewind::decode_adoption).transpose()
+    }
+
+    /// Whether what was seen belongs to a history that was given up.
+    pub(crate) async fn given_up(&self, seen: &Point) -> Result<bool, StoreError> {
+        let (epoch, position) = (signed(seen.epoch.0), signed(seen.position.0));
+        let rows = self.shared.pool.rows(Query::GivenUp, &[&epoch, &position], usize::MAX).await?;
+        Ok(rows.first().is_some_and(|row| row.get(0)))
     }
 
     pub(crate) fn config(&self) -> &Config {

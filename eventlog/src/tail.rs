@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
-use weft_model::version::Position;
+use weft_model::version::{Epoch, Position};
 
 use crate::event::RecordedEvent;
 use crate::hash::EventHash;
 use crate::read::{Anchor, FIRST_PAGE, PAGE_BYTES_MAX, Reader, next_limit};
+use crate::rewind::Point;
 use crate::session::StoreError;
 
 /// Pause before the log is asked again without a hint, right after events came and after a quiet time. Hints
@@ -127,6 +128,7 @@ impl Tail {
             self.after = last.position;
             self.hash = Some(last.hash);
             self.reader.delivered().note(last.position, last.hash);
+            self.reader.delivered().in_epoch(last.epoch);
         }
         self.pause = POLL.0;
         self.limit = self.limit_after(page);
@@ -159,11 +161,15 @@ fn first_stray(page: &[RecordedEvent], after: Position, hash: EventHash) -> Opti
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Delivered {
     newest: Arc<Mutex<Newest>>,
+    /// The newest event that this process knows to be lost, read here or appended here.
+    lost: watch::Sender<Option<Point>>,
 }
 
 #[derive(Debug, Default)]
 struct Newest {
     event: Option<(Position, EventHash)>,
+    /// The latest epoch that this process knows of.
+    epoch: Epoch,
     /// Set once that event was found to be lost: later ones are of another history, and must not cover it.
     lost: bool,
 }
@@ -181,9 +187,34 @@ impl Delivered {
         }
     }
 
+    /// The log is in this epoch, or in a later one.
+    pub(crate) fn in_epoch(&self, epoch: Epoch) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.epoch = newest.epoch.max(epoch);
+    }
+
     fn lose(&self, position: Position, hash: EventHash) {
-        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) =
-            Newest { event: Some((position, hash)), lost: true };
+        {
+            let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+            (newest.event, newest.lost) = (Some((position, hash)), true);
+        }
+        self.tell_lost(position, hash);
+    }
+
+    /// Tells those who watch that an event which was in the log is not any more.
+    pub(crate) fn tell_lost(&self, position: Position, hash: EventHash) {
+        let epoch = self.newest.lock().unwrap_or_else(PoisonError::into_inner).epoch;
+        self.lost.send_if_modified(|lost| {
+            let further = lost.is_none_or(|known| known.position < position);
+            if further {
+                *lost = Some(Point { epoch, position, hash });
+            }
+            further
+        });
+    }
+
+    pub(crate) fn lost(&self) -> watch::Receiver<Option<Point>> {
+        self.lost.subscribe()
     }
 }
 

@@ -43,7 +43,8 @@ pub(crate) fn router(pages: Pages) -> Router {
 
 async fn ready(State(pages): State<Pages>) -> Response {
     let reasons = unready(&pages.shared);
-    let warnings: Vec<_> = pages.status.read().failures.into_values().collect();
+    let told = pages.status.read();
+    let warnings: Vec<_> = told.failures.into_values().chain(told.rewound).collect();
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({ "ready": reasons.is_empty(), "reasons": reasons, "warnings": warnings });
     (status, Json(body)).into_response()
@@ -112,6 +113,7 @@ fn control(status: &Inner) -> Value {
         "stale": status.stale_since.map(|since| json!({ "since": clock::rfc3339(since) })),
         "control_error": status.control_error,
         "refused": status.refused,
+        "log_rewound": status.rewound,
     })
 }
 

@@ -9,6 +9,7 @@ use crate::discovery::keep::Keeper;
 use crate::discovery::own::{self, Own};
 use crate::discovery::subscribe::Subscriber;
 use crate::discovery::take::{self, Refusal};
+use crate::discovery::witness::Witnesses;
 use crate::discovery::{Session, disk};
 use crate::drain;
 use crate::health;
@@ -205,6 +206,9 @@ impl Control {
         self.shared.tls.set(identity.clone());
         let own = Arc::new(Own::new(identity, join::identity_dir(&self.config)));
         self.load_snapshot(&own).await;
+        let witnesses = Witnesses::load(self.config.state_dir.clone(), &own.tls.current());
+        let current = Arc::clone(&own);
+        tasks.spawn(witnesses.clone().keep(move || current.tls.current()));
 
         let (config, shared) = (Arc::clone(&self.config), Arc::clone(&self.shared));
         let (renewed, sessions) = (Arc::clone(&own), self.sessions.subscribe());
@@ -234,6 +238,7 @@ impl Control {
             rng: rand::make_rng(),
             registered: false,
             keeper,
+            witnesses,
             backoff: Backoff::new(),
         };
         tasks.spawn(subscriber.run());

@@ -19,6 +19,7 @@ const ACCEPT_ERRORS: &str = "weft_accept_errors_total";
 const CONFIG_POSITION: &str = "weft_config_position";
 const CONFIG_STALE: &str = "weft_config_stale";
 const CONFIG_REFUSED: &str = "weft_config_refused_total";
+const LOG_REWOUND: &str = "weft_log_rewound";
 const CONTROLLER_CONNECTED: &str = "weft_controller_connected";
 const LEAF_EXPIRY: &str = "weft_leaf_expiry_timestamp_seconds";
 const RECORDS_DROPPED: &str = "weft_records_dropped_total";
@@ -60,6 +61,10 @@ fn describe() {
     describe_gauge!(CONFIG_POSITION, "Log position of the configuration, wanted and applied");
     describe_gauge!(CONFIG_STALE, "1 while no notice came for two heartbeats");
     describe_counter!(CONFIG_REFUSED, "Snapshots that were refused");
+    describe_gauge!(
+        LOG_REWOUND,
+        "1 while controllers refuse this sidecar because the log lost what it has seen"
+    );
     describe_gauge!(CONTROLLER_CONNECTED, "1 while a controller sends notices");
     describe_gauge!(LEAF_EXPIRY, "When the leaf expires, in seconds since 1970");
     describe_counter!(
@@ -128,6 +133,10 @@ pub(crate) fn config_refused() {
 
 pub(crate) fn stale(stale: bool) {
     gauge!(CONFIG_STALE).set(f64::from(u8::from(stale)));
+}
+
+pub(crate) fn log_rewound(rewound: bool) {
+    gauge!(LOG_REWOUND).set(f64::from(u8::from(rewound)));
 }
 
 pub(crate) fn controller(connected: bool) {

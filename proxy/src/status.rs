@@ -26,6 +26,8 @@ pub(crate) struct Inner {
     pub(crate) control_error: Option<String>,
     /// Why the newest snapshot was refused.
     pub(crate) refused: Option<String>,
+    /// What a controller said of a log that lost what this sidecar has seen.
+    pub(crate) rewound: Option<String>,
     /// Explicit local addresses.
     pub(crate) listeners: BTreeMap<SocketAddr, Target>,
     /// Loopback addresses of services.
@@ -84,6 +86,22 @@ impl Status {
         if inner.stale_since.is_none() {
             inner.stale_since = Some(now);
             tracing::warn!("configuration may be stale: no notice for two heartbeats");
+        }
+    }
+
+    /// A controller says that the log lost what this sidecar, or another one, has seen.
+    pub(crate) fn set_rewound(&self, error: &str) {
+        metrics::log_rewound(true);
+        if self.lock().rewound.replace(error.to_owned()).is_none() {
+            tracing::error!(error, "LOG_REWOUND: serving from the last snapshot until an operator decides");
+        }
+    }
+
+    /// A controller takes this sidecar's subscription.
+    pub(crate) fn clear_rewound(&self) {
+        metrics::log_rewound(false);
+        if self.lock().rewound.take().is_some() {
+            tracing::info!("the log is what this sidecar has seen again, or an operator decided");
         }
     }
 

@@ -57,6 +57,8 @@ pub enum Need<'a> {
     Membership(&'a InstanceId),
     /// Says how this instance is.
     Observe(&'a InstanceId),
+    /// Decides for the mesh as a whole.
+    Administer,
     /// Gets a snapshot or a leaf of its own.
     Sidecar,
 }
@@ -69,10 +71,11 @@ pub fn permits(subject: &Subject, need: Need<'_>) -> bool {
         (Subject::Operator { role, .. }, Need::Change | Need::CreateToken | Need::Membership(_)) => {
             role.permits(Role::Operator)
         }
+        (Subject::Operator { role, .. }, Need::Administer) => role.permits(Role::Admin),
         (Subject::Operator { .. }, Need::Observe(_) | Need::Sidecar) => false,
         (Subject::Instance(own), Need::Membership(instance) | Need::Observe(instance)) => own == instance,
         (Subject::Instance(_), Need::Sidecar) => true,
-        (Subject::Instance(_), Need::Read | Need::Change | Need::CreateToken)
+        (Subject::Instance(_), Need::Read | Need::Change | Need::CreateToken | Need::Administer)
         | (Subject::Controller(_), _) => false,
     }
 }
@@ -85,6 +88,7 @@ impl Need<'_> {
             Self::Change | Self::CreateToken => "it needs an operator credential with the role operator",
             Self::Membership(_) => "it needs the instance's own leaf, or an operator credential",
             Self::Observe(_) => "it needs the instance's own leaf",
+            Self::Administer => "it needs an operator credential with the role admin",
             Self::Sidecar => "it needs the leaf of an instance",
         }
     }
@@ -96,6 +100,7 @@ impl Need<'_> {
             Self::CreateToken => "create_token",
             Self::Membership(_) => "membership",
             Self::Observe(_) => "observe",
+            Self::Administer => "administer",
             Self::Sidecar => "sidecar",
         }
     }
@@ -195,13 +200,14 @@ mod tests {
             Need::Membership(&other),
             Need::Observe(&own),
             Need::Observe(&other),
+            Need::Administer,
             Need::Sidecar,
         ];
         let row = |subject: &Subject| needs.map(|need| u8::from(permits(subject, need)));
-        assert_eq!(row(&operator(Role::Viewer)), [1, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(row(&operator(Role::Operator)), [1, 1, 1, 1, 1, 0, 0, 0]);
-        assert_eq!(row(&operator(Role::Admin)), [1, 1, 1, 1, 1, 0, 0, 0]);
-        assert_eq!(row(&Subject::Instance(own.clone())), [0, 0, 0, 1, 0, 1, 0, 1]);
-        assert_eq!(row(&Subject::Controller("c1".parse().unwrap())), [0; 8]);
+        assert_eq!(row(&operator(Role::Viewer)), [1, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(row(&operator(Role::Operator)), [1, 1, 1, 1, 1, 0, 0, 0, 0]);
+        assert_eq!(row(&operator(Role::Admin)), [1, 1, 1, 1, 1, 0, 0, 1, 0]);
+        assert_eq!(row(&Subject::Instance(own.clone())), [0, 0, 0, 1, 0, 1, 0, 0, 1]);
+        assert_eq!(row(&Subject::Controller("c1".parse().unwrap())), [0; 9]);
     }
 }

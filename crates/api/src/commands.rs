@@ -33,7 +33,7 @@ use crate::{Clock, Context};
 const ATTEMPTS_MAX: usize = 8;
 /// How long a command waits for this controller's fold, before it is decided again and after it is appended. Folding is
 /// a matter of milliseconds; the bound is for a database that stalls.
-const FOLD_WAIT_MAX: Duration = Duration::from_secs(5);
+pub(crate) const FOLD_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Advice to a command that lost every attempt.
 const CONTENTION_RETRY_MS: u64 = 100;
 

@@ -4,8 +4,9 @@
 //! is sent when the caller's own snapshot changed, else only as a heartbeat. Nothing is handed out that a projector has
 //! not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
 //!
-//! A caller that has more than the whole log is proof that the log lost its end. It is told so, loudly, and gets
-//! nothing older (I4); a caller that is only ahead of *this* controller is asked to come again.
+//! A caller that has more than the whole log is told that the log lost its end, and gets nothing older (I4); a caller that is
+//! only ahead of *this* controller is asked to come again. What a caller says of itself proves nothing; the witness that it
+//! shows does, and is a finding ([`witness`](crate::witness)).
 
 use futures_util::stream::{self, BoxStream, StreamExt};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use crate::caller::Caller;
 use crate::convert::{self, config_version};
 use crate::pull::{self, header};
 use crate::status::ApiError;
+use crate::witness::Witnesses;
 
 /// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -70,7 +72,7 @@ impl Discovery {
                 "LOG_REWOUND: a sidecar runs a version that is not in the log");
             metrics::counter!("weft_api_log_rewound_total").increment(1);
             let head = ConfigVersion::new(head.epoch, head.position);
-            return Err(ApiError::DataLoss(format!(
+            return Err(ApiError::Rewound(format!(
                 "LOG_REWOUND: you run {have}, but the log ends at {head}; an operator must restore the lost events"
             )));
         }
@@ -123,6 +125,7 @@ fn not_registered(instance: &InstanceId) -> ApiError {
 /// One subscriber's stream.
 struct Subscription {
     view: View,
+    witnesses: Arc<Witnesses>,
     publications: watch::Receiver<ConfigVersion>,
     instance: InstanceId,
     drain: CancellationToken,
@@ -138,14 +141,16 @@ impl Subscription {
     async fn next(&mut self) -> Option<pb::Notice> {
         loop {
             self.publications.mark_unchanged();
-            let (head, wanted) = self.view.published(|published| {
+            let (head, point, wanted) = self.view.published(|published| {
                 let wanted = published.wanted(&self.instance);
-                (published.version(), wanted.map(|wanted| (wanted.version, wanted.class.hash)))
+                let wanted = wanted.map(|wanted| (wanted.version, wanted.class.hash));
+                (published.version(), published.point(), wanted)
             });
             if self.sent != Some(wanted) || Instant::now() >= self.next_heartbeat {
                 self.sent = Some(wanted);
                 self.next_heartbeat = Instant::now() + HEARTBEAT;
-                return Some(notice(head, wanted));
+                let witness = point.and_then(|point| self.witnesses.sign(point)).unwrap_or_default();
+                return Some(notice(head, wanted, witness));
             }
             tokio::select! {
                 () = self.drain.cancelled() => return None,
@@ -157,11 +162,12 @@ impl Subscription {
     }
 }
 
-fn notice(head: ConfigVersion, wanted: Option<(ConfigVersion, Hash)>) -> pb::Notice {
+fn notice(head: ConfigVersion, wanted: Option<(ConfigVersion, Hash)>, witness: bytes::Bytes) -> pb::Notice {
     pb::Notice {
         wanted: wanted.map(|(version, hash)| header(version, hash)),
         head: Some(config_version(head)),
         heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
+        witness,
     }
 }
 
@@ -175,12 +181,15 @@ impl discovery_server::Discovery for Discovery {
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
-        let have = convert::header("have", request.into_inner().have)?;
+        let pb::SubscribeRequest { have, witness } = request.into_inner();
+        let have = convert::header("have", have)?;
+        self.context.witnesses.check(&witness, &format!("sidecar {instance}")).await?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
         let view = self.context.view.clone();
         let subscription = Subscription {
             publications: view.publications(),
             view,
+            witnesses: Arc::clone(&self.context.witnesses),
             instance: instance.clone(),
             drain: self.context.drain.clone(),
             ends: caller.ends((self.context.clock)()),

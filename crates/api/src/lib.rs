@@ -17,6 +17,7 @@ pub mod commands;
 pub mod convert;
 pub mod discovery;
 mod health;
+pub mod history;
 pub mod identity;
 mod joins;
 mod log;
@@ -25,6 +26,7 @@ mod past;
 mod pull;
 mod reads;
 pub mod status;
+pub mod witness;
 
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +45,7 @@ use discovery::Discovery;
 use identity::Identity;
 use mesh::Mesh;
 use past::Past;
+use witness::Witnesses;
 
 /// Largest request. The largest honest one applies a thousand resources; the log takes at most as much at once.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
@@ -67,6 +70,8 @@ pub struct Context {
     pub clock: Clock,
     /// What sidecars say is kept here until it is written.
     pub acks: Arc<Acks>,
+    /// What sidecars have seen of the log.
+    pub witnesses: Arc<Witnesses>,
     /// Ends streams when the controller shuts down.
     pub drain: CancellationToken,
 }

@@ -17,6 +17,7 @@ use crate::Context;
 use crate::caller::{Caller, Need};
 use crate::commands::{self, Change, Commands, Outcome, fingerprint};
 use crate::convert::{self, config_version};
+use crate::history;
 use crate::log;
 use crate::past::Past;
 use crate::reads;
@@ -145,11 +146,14 @@ impl Mesh {
             let leader = self.context.store.leader().await?;
             Ok::<_, ApiError>((leader, self.context.store.sidecars().await?))
         };
-        let (head, projected) = tokio::join!(self.context.reader.head(), projected);
-        let (head, (leader, sidecars)) = (head?, projected?);
+        let reader = &self.context.reader;
+        let (head, projected, rewinds) = tokio::join!(reader.head(), projected, reader.standing_rewinds());
+        let (head, (leader, sidecars), rewinds) = (head?, projected?, rewinds?);
         let head = ConfigVersion::new(head.epoch, head.position);
         let sidecars = sidecars.into_iter().map(reads::sidecar).collect();
-        Ok(self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars)))
+        let status = self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars));
+        let rewinds = rewinds.into_iter().map(reads::rewind).collect();
+        Ok(pb::StatusResponse { rewinds, ..status })
     }
 
     async fn status(&self, request: Request<pb::StatusRequest>) -> Result<pb::StatusResponse, ApiError> {
@@ -300,6 +304,15 @@ impl mesh_server::Mesh for Mesh {
         let message = request.into_inner();
         let answer = self.look(message.at, |projection| reads::why(projection, &message)).await?;
         Ok(Response::new(answer?))
+    }
+
+    async fn adopt_history(
+        &self,
+        request: Request<pb::AdoptHistoryRequest>,
+    ) -> Result<Response<pb::AdoptHistoryResponse>, Status> {
+        let caller = self.caller(&request)?;
+        caller.require(Need::Administer)?;
+        Ok(Response::new(history::decide(&self.context, caller.actor(), request.into_inner()).await?))
     }
 
     type ReadLogStream = BoxStream<'static, Result<pb::LogBatch, Status>>;

@@ -1,5 +1,6 @@
 //! Get, Status and Why: questions about the mesh at one moment, answered from one projection.
 
+use weft_eventlog::Rewind;
 use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName};
 use weft_projector::rows::{security_summary, traffic_summary};
 use weft_projector::{LeaderStatus, SidecarStatus};
@@ -86,6 +87,20 @@ pub(crate) fn status(
         services: state.services().map(|(service, _)| service_status(state, service)).collect(),
         sidecars,
         policies: policies(state),
+        rewinds: Vec::new(),
+    }
+}
+
+/// What somebody has seen and the log does not have.
+pub(crate) fn rewind(rewind: Rewind) -> pb::Rewind {
+    pb::Rewind {
+        id: rewind.id,
+        seen: Some(config_version(rewind.seen.version())),
+        seen_hash: rewind.seen.hash.0.to_vec().into(),
+        found: Some(config_version(rewind.found)),
+        found_hash: rewind.found_hash.map(|hash| hash.0.to_vec().into()).unwrap_or_default(),
+        witness: rewind.witness,
+        reported_at_ms: rewind.reported_at.millis(),
     }
 }
 

@@ -60,6 +60,8 @@ pub enum ApiError {
     },
     /// The store, or this controller's state, is not there now.
     Unavailable(String),
+    /// The log lost events that were seen, or a decision about that comes too late.
+    Rewound(String),
     /// Stored data cannot be read, or was lost.
     DataLoss(String),
     /// A fault of this program.
@@ -84,6 +86,7 @@ impl ApiError {
             | Self::Denied(_)
             | Self::Overloaded { .. }
             | Self::Unavailable(_)
+            | Self::Rewound(_)
             | Self::DataLoss(_)
             | Self::Internal(_) => {}
         }
@@ -102,6 +105,7 @@ impl ApiError {
             Self::Denied(_) => "denied",
             Self::Overloaded { .. } => "overloaded",
             Self::Unavailable(_) => "unavailable",
+            Self::Rewound(_) => "log_rewound",
             Self::DataLoss(_) => "data_loss",
             Self::Internal(_) => "internal",
         }
@@ -131,6 +135,7 @@ impl From<ApiError> for Status {
             ApiError::Denied(message) => Self::permission_denied(message),
             ApiError::Overloaded { retry_after_ms } => overloaded(retry_after_ms),
             ApiError::Unavailable(message) => Self::unavailable(message),
+            ApiError::Rewound(message) => Self::failed_precondition(message),
             ApiError::DataLoss(message) => Self::data_loss(message),
             ApiError::Internal(message) => Self::internal(message),
         }
@@ -185,7 +190,9 @@ impl From<AppendError> for ApiError {
                 Self::Invalid { change: None, message: chain }
             }
             AppendError::Overloaded { retry_after_ms } => Self::Overloaded { retry_after_ms },
-            AppendError::Rewound { .. } => Self::DataLoss(chain),
+            AppendError::Rewound { .. } => Self::Rewound(format!(
+                "{chain}; look with `weft status`, and go on with `weft log adopt-history`"
+            )),
             AppendError::Store(source) => source.into(),
             AppendError::Closed => Self::Unavailable("this controller is shutting down".into()),
             // A conflict is decided again before it gets here; a variant to come is at least not hidden.
@@ -204,6 +211,7 @@ impl From<StoreError> for ApiError {
             | StoreError::Unfit(_)
             | StoreError::NotMigrated
             | StoreError::Unanswered => Self::Unavailable(chain),
+            StoreError::Rewound { .. } => Self::Rewound(chain),
             // What is stored is at fault, not whether it can be reached.
             _ => Self::DataLoss(chain),
         }
@@ -224,7 +232,11 @@ impl From<weft_projector::StoreError> for ApiError {
 
 impl From<&Fault> for ApiError {
     fn from(fault: &Fault) -> Self {
-        Self::DataLoss(format!("this controller stopped following the log: {}", Chain(fault)))
+        let message = format!("this controller stopped following the log: {}", Chain(fault));
+        match fault {
+            Fault::History(StoreError::Rewound { .. }) | Fault::Rewound { .. } => Self::Rewound(message),
+            _ => Self::DataLoss(message),
+        }
     }
 }
 

@@ -96,6 +96,7 @@ mod tests {
             "weft delete -f mesh.yaml",
             "weft log -n 5 -f --scope security --type SecurityPolicySet --actor admin",
             "weft log 42",
+            "weft log adopt-history --reason 'the backup is all there is' --yes",
             "weft log --since '10m ago'",
             "weft why web db:5432 --at 42",
             "weft replay --to 42 --check",

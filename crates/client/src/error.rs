@@ -69,6 +69,12 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// The log lost events that somebody has seen, and an operator has to decide.
+    #[must_use]
+    pub fn is_rewound(&self) -> bool {
+        matches!(self, Self::Other { code: Code::FailedPrecondition, message } if message.contains("LOG_REWOUND"))
+    }
+
     /// Whether the same call may succeed if it is simply repeated.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
@@ -133,6 +139,14 @@ mod tests {
         let error = CallError::from(status);
         assert!(matches!(error, CallError::Conflict { change: Some(3), current: 2, .. }));
         assert_eq!(error.to_string(), "mesh is at version 2, not 1");
+    }
+
+    #[test]
+    fn a_rewound_log_is_told_from_a_refusal() {
+        let rewound = Status::failed_precondition("LOG_REWOUND: event 1.9 is gone");
+        assert!(CallError::from(rewound).is_rewound());
+        assert!(!CallError::from(Status::failed_precondition("no such service")).is_rewound());
+        assert!(!CallError::from(Status::unavailable("LOG_REWOUND")).is_rewound());
     }
 
     #[test]

@@ -11,6 +11,8 @@ use tokio_util::sync::CancellationToken;
 use weft_model::Chain;
 use weft_projector::View;
 
+use crate::history::History;
+
 #[derive(Clone)]
 struct Admin {
     view: View,
@@ -25,6 +27,8 @@ pub(crate) struct Serving {
     pub(crate) begun: CancellationToken,
     /// Set when it takes no more.
     pub(crate) drain: CancellationToken,
+    /// Whether the log lost its end, which is said and does not stop it from serving.
+    pub(crate) history: History,
 }
 
 /// Serves until `ended`.
@@ -53,12 +57,25 @@ async fn ready(State(admin): State<Admin>) -> (StatusCode, String) {
     } else if let Some(fault) = admin.view.fault() {
         Chain(&*fault).to_string()
     } else if admin.serving.begun.is_cancelled() {
-        return (StatusCode::OK, "ready\n".into());
+        return (StatusCode::OK, ready_text(&admin.serving.history));
     } else {
         let folded = admin.view.read(|projection| projection.version().position);
         format!("starting; the log is folded up to event {folded}")
     };
     (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n"))
+}
+
+fn ready_text(history: &History) -> String {
+    match &*history.standing.borrow() {
+        None => "ready\n".into(),
+        Some(rewind) => format!(
+            "ready, but LOG_REWOUND: {} has seen event {}, and the log ended at {}; no change is taken until an operator \
+             restores what was lost or runs `weft log adopt-history`\n",
+            rewind.witness,
+            rewind.seen.version(),
+            rewind.found
+        ),
+    }
 }
 
 async fn metrics_text(State(admin): State<Admin>) -> (StatusCode, String) {
@@ -77,7 +94,11 @@ mod tests {
 
     #[tokio::test]
     async fn ready_means_that_it_serves() {
-        let serving = Serving { begun: CancellationToken::new(), drain: CancellationToken::new() };
+        let serving = Serving {
+            begun: CancellationToken::new(),
+            drain: CancellationToken::new(),
+            history: History::default(),
+        };
         let admin = Admin { view: View::new(), metrics: None, serving: serving.clone() };
         let ready = async || ready(State(admin.clone())).await.0;
         assert_eq!(ready().await, StatusCode::SERVICE_UNAVAILABLE);

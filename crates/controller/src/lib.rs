@@ -11,6 +11,7 @@
 pub mod admin;
 pub mod clock;
 pub mod config;
+mod history;
 pub mod listener;
 mod operator;
 mod renewal;

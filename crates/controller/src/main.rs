@@ -43,6 +43,12 @@ fn start(args: RunArgs) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            () = controller.outdated() => {
+                controller.stop().await;
+                anyhow::bail!(
+                    "the log was adopted without events that this process remembers; start it again, it goes on with the log as it is"
+                );
+            }
         }
         controller.stop().await;
         Ok(())

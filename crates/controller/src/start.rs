@@ -1,6 +1,7 @@
 //! The start order, and its reverse.
 
 use anyhow::{Context as _, bail};
+use futures_util::FutureExt;
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ use tonic::transport::Server;
 use uuid::Uuid;
 use weft_api::acks::Acks;
 use weft_api::commands::{self, Change, Commands};
+use weft_api::status::ApiError;
+use weft_api::witness::Witnesses;
 use weft_api::{Clock, Context};
 use weft_eventlog::{ConnectConfig, EventLog, LogConfig, MigrateError, OpenError, migrate};
 use weft_identity::ca::CertificateAuthority;
@@ -27,6 +30,7 @@ use weft_projector::{Projector, Store, View};
 
 use crate::admin::Serving;
 use crate::config::Config;
+use crate::history::{History, Kept, Watch};
 use crate::listener::Listener;
 use crate::operator::AdminCredential;
 use crate::{admin, clock, operator, renewal};
@@ -58,6 +62,7 @@ pub struct Controller {
     log: EventLog,
     store: Store,
     view: View,
+    history: History,
     /// Told first: nothing new is accepted, streams end.
     drain: CancellationToken,
     /// Told when requests are done, which until then need the fold: the lease is given back, what sidecars said is written.
@@ -129,17 +134,35 @@ impl Controller {
             authority: Arc::clone(&authority),
             clock,
             acks,
+            witnesses: Arc::new(Witnesses::new(view.clone(), log.reader(), Arc::clone(&authority))),
             drain: drain.clone(),
         };
+        let history = History::default();
 
         let mut last = JoinSet::new();
         let metrics = metrics.map(Arc::new);
-        let serving = Serving { begun: CancellationToken::new(), drain: drain.clone() };
+        let serving =
+            Serving { begun: CancellationToken::new(), drain: drain.clone(), history: history.clone() };
         last.spawn(admin::serve(admin_socket, view.clone(), metrics, serving.clone(), ended.clone()));
 
         let head = log.reader().head().await.context("cannot read the event log")?.position;
         wait_for_fold(&view, head).await;
+        let kept = Kept::new(&config.state_dir, &config.name);
+        check_kept(&context, &kept, &config).await?;
         announce_root(&context, &config, &authority).await?;
+        let announce = (context.clone(), config.clone(), Arc::clone(&authority));
+        let watch = Watch {
+            context: context.clone(),
+            name: config.name.clone(),
+            lost: log.lost(),
+            history: history.clone(),
+            kept,
+            announce: Box::new(move || {
+                let (context, config, authority) = announce.clone();
+                async move { announce_root(&context, &config, &authority).await }.boxed()
+            }),
+        };
+        background.spawn(watch.run(quiesce.clone()));
 
         let own = renewal::own_credential(&authority, &config.name)
             .context("cannot issue this controller's leaf")?;
@@ -177,6 +200,7 @@ impl Controller {
             log,
             store,
             view,
+            history,
             drain,
             quiesce,
             ended,
@@ -208,6 +232,11 @@ impl Controller {
     #[must_use]
     pub const fn view(&self) -> &View {
         &self.view
+    }
+
+    /// Waits until this process has to be started anew, because it remembers a history of the log that was given up.
+    pub async fn outdated(&self) {
+        self.history.outdated.cancelled().await;
     }
 
     /// Ends: accepts nothing new, ends streams, finishes what is under way, gives the lease back, closes the log. Takes
@@ -279,6 +308,20 @@ async fn wait_for_fold(view: &View, head: weft_model::Position) {
     }
 }
 
+/// Whether the log still has what an earlier process of this controller published. If not, that is recorded, and the
+/// controller serves: reads, and sidecars that need what is there.
+async fn check_kept(context: &Context, kept: &Kept, config: &Config) -> anyhow::Result<()> {
+    let Some(witness) = kept.load() else { return Ok(()) };
+    match context.witnesses.check(&witness, &format!("controller {}", config.name)).await {
+        Ok(()) => Ok(()),
+        Err(ApiError::Rewound(why)) => {
+            tracing::error!(why, "serving without taking changes");
+            Ok(())
+        }
+        Err(error) => bail!("the log cannot be compared with what was published of it: {error:?}"),
+    }
+}
+
 /// Puts the root into the log, if it is not there. With a log that cannot be followed there is only reading.
 async fn announce_root(
     context: &Context,
@@ -307,6 +350,11 @@ async fn announce_root(
     };
     match Commands::new(context).execute(&request).await {
         Ok(_) => Ok(()),
+        // It is there, or comes when an operator has decided.
+        Err(ApiError::Rewound(why)) => {
+            tracing::error!(why, "the root is not announced");
+            Ok(())
+        }
         Err(error) => {
             let status = tonic::Status::from(error);
             bail!(

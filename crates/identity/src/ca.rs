@@ -8,6 +8,7 @@
 //! the root; the private key is never part of an error, a `Debug` text or a returned value. Files are in [`store`].
 
 pub mod store;
+pub mod witness;
 
 use crate::certificate::{PeerIdentity, PeerIdentityError, RootIdentity};
 use crate::credential::{Credential, CredentialError};

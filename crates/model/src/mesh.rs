@@ -1,4 +1,4 @@
-//! The `mesh` scope: defaults that hold where nothing nearer says otherwise.
+//! The `mesh` scope: defaults that hold where nothing nearer says otherwise, and what happened to the mesh as a whole.
 
 use crate::event::event_family;
 use crate::rejection::Rejection;
@@ -11,7 +11,7 @@ const PROPAGATION_BOUND_MS: std::ops::RangeInclusive<u32> = 10..=3_600_000;
 
 event_family! {
     /// What can happen in the `mesh` scope.
-    MeshEvent { MeshDefaultsSet = 1 }
+    MeshEvent { MeshDefaultsSet = 1, HistoryAdopted = 1 }
 }
 
 /// These defaults hold from now on.
@@ -20,6 +20,17 @@ event_family! {
 pub struct MeshDefaultsSet {
     /// All of them.
     pub defaults: MeshDefaults,
+}
+
+/// The log had lost events that were seen, and an operator decided to go on without them. The first event of the epoch that
+/// the decision opened: with it every sidecar's wanted version is newer than any of the lost history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HistoryAdopted {
+    /// The epoch that was opened.
+    pub epoch: u64,
+    /// The last position that the lost history and the adopted one can have in common.
+    pub fork_position: u64,
 }
 
 /// Defaults of the whole mesh.
@@ -58,9 +69,10 @@ pub fn decide(state: &MeshState, wanted: &MeshCommand) -> Result<Vec<MeshEvent>,
 
 /// The state after an event.
 #[must_use]
-pub const fn apply(_state: MeshState, event: &MeshEvent) -> MeshState {
+pub const fn apply(state: MeshState, event: &MeshEvent) -> MeshState {
     match event {
         MeshEvent::MeshDefaultsSet(MeshDefaultsSet { defaults }) => *defaults,
+        MeshEvent::HistoryAdopted(_) => state,
     }
 }
 
@@ -77,6 +89,13 @@ mod tests {
     fn a_bound_that_nobody_could_keep_is_refused() {
         let wanted = MeshDefaults { propagation_bound_ms: 1, ..MeshDefaults::default() };
         assert!(decide(&MeshDefaults::default(), &wanted).is_err());
+    }
+
+    #[test]
+    fn an_adopted_history_keeps_the_defaults() {
+        let state = MeshState { propagation_bound_ms: 70, ..MeshState::default() };
+        let event = HistoryAdopted { epoch: 3, fork_position: 7 }.into();
+        assert_eq!(apply(state, &event), state);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_eventlog::{EventHash, Reader, RecordedEvent, StoreError as LogError};
+use weft_eventlog::{EventHash, Point, Reader, RecordedEvent, Seen, StoreError as LogError, report_rewind};
 use weft_model::{Chain, ConfigVersion, Fact, Position};
 use weft_routing::Checkpoint;
 
@@ -67,9 +67,11 @@ pub struct Projector {
     decoder: Decoder,
     /// Used again for every page.
     facts: Vec<Fact>,
-    /// The last event that was folded and its hash, once the log's tail delivered one.
+    /// The last event that was folded and its hash.
     folded: Option<(Position, EventHash)>,
     keeper: Keeper,
+    /// The checkpoint of a lost history that was reported.
+    reported: Option<Point>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +99,7 @@ impl Projector {
             facts: Vec::new(),
             folded: None,
             keeper: Keeper::new(),
+            reported: None,
         }
     }
 
@@ -160,13 +163,18 @@ impl Projector {
             Err(error) => return Err(Fault::History(error)),
         };
         self.decoder.decode_into(page.iter().map(RecordedEvent::view), &mut self.facts)?;
-        let delta = self.view.fold(&self.facts)?;
-        self.folded = page.last().map(|last| (last.position, last.hash));
+        self.folded = page.last().map(|last| (last.position, last.hash)).or(self.folded);
+        let delta = self.view.fold(&self.facts, self.hash())?;
         metrics::counter!("weft_projector_events_folded_total").increment(self.facts.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
         self.pending.push(delta);
         Ok(())
+    }
+
+    /// Chain hash of the last event that was folded.
+    fn hash(&self) -> Option<EventHash> {
+        self.folded.map(|(_, hash)| hash)
     }
 
     /// Writes and publishes what is pending, if this projector leads.
@@ -184,7 +192,7 @@ impl Projector {
     async fn commit(&mut self, leading: Leading, delta: &Delta) {
         let Leading { term, checkpoint, .. } = leading;
         let started = Instant::now();
-        match self.store.commit(term, checkpoint, delta.version, &delta.rows).await {
+        match self.store.commit(term, checkpoint, (delta.version, delta.hash), &delta.rows).await {
             Ok(Commit::Done) => {
                 metrics::histogram!("weft_projector_commit_seconds").record(started.elapsed().as_secs_f64());
                 self.leading = Some(Leading { checkpoint: delta.version.position, ..leading });
@@ -265,6 +273,11 @@ impl Projector {
     }
 
     async fn try_to_lead(&mut self) -> Result<(), LeaseError> {
+        if let Some(point) = self.store.checkpoint_point().await?
+            && !self.may_follow(&point).await?
+        {
+            return Ok(());
+        }
         let checkpoint = self.store.checkpoint().await?;
         let folded = self.view.read(weft_routing::Projection::version);
         if checkpoint.position > folded.position {
@@ -272,6 +285,7 @@ impl Projector {
             if head.position >= checkpoint.position {
                 return Ok(());
             }
+            // Its hash is not known: an earlier version of Weft wrote it.
             if head.epoch <= checkpoint.epoch {
                 return Err(Fault::Rewound { projected: checkpoint, head: head.position }.into());
             }
@@ -286,6 +300,28 @@ impl Projector {
             return Ok(());
         };
         self.begin_to_lead(lease, until).await
+    }
+
+    /// Whether the checkpoint is one of this log, or of a history that was given up. One of a log that lost its end is
+    /// reported, and left as it is: it tells what was lost.
+    async fn may_follow(&mut self, point: &Point) -> Result<bool, LogError> {
+        match self.reader.check_seen(point).await? {
+            Seen::Stands => Ok(true),
+            Seen::NotYet => Ok(false),
+            Seen::GivenUp => {
+                tracing::warn!(projected = %point.version(), "rows of a history that was given up are brought back to the log");
+                Ok(true)
+            }
+            Seen::Lost { found } => {
+                if self.reported != Some(*point) {
+                    tracing::error!(projected = %point.version(), head = %found,
+                        "LOG_REWOUND: what was projected is not in the log; nothing is projected until an operator decides");
+                    report_rewind(&self.reader, point, "projector").await?;
+                    self.reported = Some(*point);
+                }
+                Ok(false)
+            }
+        }
     }
 
     /// Brings the rows to the fold, and leads from there.
@@ -304,7 +340,7 @@ impl Projector {
         if checkpoint == version && !changes.is_empty() {
             tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
         }
-        let delta = Delta { version, rows: changes, ..Delta::default() };
+        let delta = Delta { version, hash: self.hash(), rows: changes, ..Delta::default() };
         self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, until });
         self.view.set_role(Role::Leader { term: lease.term });
         metrics::gauge!("weft_projector_leads").set(1.0);

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, OnceLock};
+use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
 use weft_routing::projection::{BuiltShard, Class};
 use weft_routing::{Changes, Hash, InterestClass, Manifest, Projection, ShardKey};
@@ -28,6 +29,8 @@ const ZSTD_LEVEL: i32 = 3;
 pub struct Delta {
     /// The last event of the batch.
     pub version: ConfigVersion,
+    /// Its chain hash; none if nothing was folded.
+    pub hash: Option<EventHash>,
     /// The rows to be written.
     pub rows: RowChanges,
     pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
@@ -50,6 +53,7 @@ impl Delta {
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
             version: projection.version(),
+            hash: None,
             rows: RowChanges::new(projection, changes, scopes),
             shards: changes.shards.iter().filter_map(built).collect(),
             classes: changes.classes.iter().map(class).collect(),
@@ -65,6 +69,7 @@ impl Delta {
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
             version: projection.version(),
+            hash: None,
             rows: RowChanges::default(),
             shards: projection.shards().iter().map(shard).collect(),
             classes: projection.classes().iter().map(class).collect(),
@@ -75,6 +80,7 @@ impl Delta {
     /// Takes in the delta that follows.
     pub fn merge(&mut self, next: Self) {
         self.version = next.version;
+        self.hash = next.hash;
         self.rows.merge(next.rows);
         self.shards.extend(next.shards);
         self.classes.extend(next.classes);
@@ -179,6 +185,7 @@ pub struct WantedSnapshot<'a> {
 #[derive(Debug, Default)]
 pub struct Published {
     version: ConfigVersion,
+    hash: Option<EventHash>,
     shards: BTreeMap<ShardKey, PublishedShard>,
     classes: BTreeMap<InterestClass, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
@@ -189,6 +196,13 @@ impl Published {
     #[must_use]
     pub const fn version(&self) -> ConfigVersion {
         self.version
+    }
+
+    /// That event as a point of the log; none before the first one.
+    #[must_use]
+    pub fn point(&self) -> Option<Point> {
+        let ConfigVersion { epoch, position } = self.version;
+        self.hash.map(|hash| Point { epoch, position, hash })
     }
 
     /// A shard of some manifest in force.
@@ -208,6 +222,7 @@ impl Published {
 
     pub(crate) fn apply(&mut self, delta: Delta) {
         self.version = delta.version;
+        self.hash = delta.hash;
         for (key, built) in delta.shards {
             match self.shards.get_mut(&key) {
                 // Only its position moved: the compressed bytes stay good.

@@ -16,6 +16,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgPool, Row};
 use std::time::Duration;
 use uuid::Uuid;
+use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, Epoch, Position};
 
 use crate::rows::RowChanges;
@@ -201,6 +202,22 @@ impl Store {
         Ok(row.map(|row| version(row.get(0), row.get(1))).unwrap_or_default())
     }
 
+    /// How far the log is projected, as a point of the log; none if nothing is, or an earlier version of Weft wrote it.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn checkpoint_point(&self) -> Result<Option<Point>, StoreError> {
+        const SQL: &str =
+            "select epoch, position, hash from weft.projection where name = $1 and position > 0";
+        let row = sqlx::query(SQL).bind(PROJECTION).fetch_optional(&self.pool).await;
+        let row = row.map_err(failed("read the checkpoint"))?;
+        Ok(row.and_then(|row| {
+            let ConfigVersion { epoch, position } = version(row.get(0), row.get(1));
+            let hash: Option<Vec<u8>> = row.get(2);
+            Some(Point { epoch, position, hash: EventHash(hash?.try_into().ok()?) })
+        }))
+    }
+
     /// Who projects.
     ///
     /// # Errors
@@ -221,7 +238,7 @@ impl Store {
             .unwrap_or_default())
     }
 
-    /// Moves the checkpoint from `old` to `new` and writes the rows that change, in one transaction.
+    /// Moves the checkpoint from `old` to `new`, which has this chain hash, and writes the rows that change, in one transaction.
     ///
     /// # Errors
     /// If the database fails. Whether the transaction took place may be unknown: take the lease anew and compare.
@@ -229,10 +246,11 @@ impl Store {
         &self,
         term: i64,
         old: Position,
-        new: ConfigVersion,
+        (new, hash): (ConfigVersion, Option<EventHash>),
         rows: &RowChanges,
     ) -> Result<Commit, StoreError> {
-        const FENCE: &str = "update weft.projection set epoch = $4, position = $5, updated_at = clock_timestamp() \
+        const FENCE: &str = "update weft.projection set epoch = $4, position = $5, hash = $6, \
+                             updated_at = clock_timestamp() \
                              where name = $1 and term = $2 and position = $3";
         let failed = failed("write the projection");
         let mut transaction = self.pool.begin().await.map_err(&failed)?;
@@ -242,7 +260,8 @@ impl Store {
             .bind(term)
             .bind(old.0.cast_signed())
             .bind(new.epoch.0.cast_signed())
-            .bind(new.position.0.cast_signed());
+            .bind(new.position.0.cast_signed())
+            .bind(hash.map(|hash| hash.0.to_vec()));
         if fence.execute(&mut *transaction).await.map_err(&failed)?.rows_affected() == 0 {
             return Ok(Commit::Fenced);
         }

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::watch;
+use weft_eventlog::EventHash;
 use weft_model::{ConfigVersion, Fact, Position};
 use weft_routing::Projection;
 
@@ -121,13 +122,13 @@ impl View {
         self.shared.role.send_if_modified(|current| std::mem::replace(current, role) != role);
     }
 
-    /// Folds the next events and says what they change.
-    pub(crate) fn fold(&self, facts: &[Fact]) -> Result<Delta, Fault> {
+    /// Folds the next events, the last of which has this chain hash, and says what they change.
+    pub(crate) fn fold(&self, facts: &[Fact], hash: Option<EventHash>) -> Result<Delta, Fault> {
         let delta = {
             let mut projection = self.shared.projection.write().unwrap_or_else(PoisonError::into_inner);
             let changes = projection.apply(facts).map_err(Fault::Fold)?;
             let scopes: BTreeSet<_> = facts.iter().map(|fact| &fact.scope).collect();
-            Delta::new(&projection, &changes, scopes)
+            Delta { hash, ..Delta::new(&projection, &changes, scopes) }
         };
         self.shared.folded.send_replace(delta.version);
         Ok(delta)

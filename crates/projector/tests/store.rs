@@ -24,7 +24,7 @@ fn at(position: u64) -> ConfigVersion {
 }
 
 async fn commit(store: &Store, term: i64, old: u64, new: u64) -> Commit {
-    store.commit(term, Position(old), at(new), &RowChanges::default()).await.unwrap()
+    store.commit(term, Position(old), (at(new), None), &RowChanges::default()).await.unwrap()
 }
 
 /// Lets the lease run out without waiting for it.

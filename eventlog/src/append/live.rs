@@ -29,6 +29,7 @@ use crate::log::LogConfig;
 use crate::partitions;
 use crate::read::{OUTCOMES_SQL, decode_outcome};
 use crate::request::Appended;
+use crate::rewind::STANDING_SQL;
 use crate::session::{Duty, Session, StoreError, within};
 use crate::settings::{Settings, check_durable};
 
@@ -118,6 +119,8 @@ pub(super) struct Read<'a> {
 /// See the module's documentation.
 pub(super) struct Live {
     session: Session,
+    /// The epoch that was open when this session began.
+    pub(super) epoch: Epoch,
     allow_unsafe: bool,
     statements: Arc<Statements>,
     /// Commands up to here are too old to be repeated. Kept up to date by [`partitions`].
@@ -163,11 +166,11 @@ impl Live {
         let doing = StoreError::while_doing("prepare to append");
         let client = &session.client;
         client.batch_execute(SESSION_SQL).await.map_err(&doing)?;
-        let (_, tail) = establish(client).await?;
+        let (epoch, tail) = establish(client).await?;
         let room = partitions::make(client).await?;
         forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
         let statements = Statements {
-            now: client.prepare(NOW_SQL).await.map_err(&doing)?,
+            now: client.prepare(&format!("{NOW_SQL}, {STANDING_SQL}")).await.map_err(&doing)?,
             catch_up: client.prepare(CATCH_UP_SQL).await.map_err(&doing)?,
             outcomes: client.prepare(OUTCOMES_SQL).await.map_err(&doing)?,
             heads: client.prepare(HEADS_SQL).await.map_err(&doing)?,
@@ -176,7 +179,7 @@ impl Live {
             insert_batch: client.prepare(INSERT_BATCH_SQL).await.map_err(&doing)?,
         };
         let (statements, forgotten) = (Arc::new(statements), Arc::clone(forgotten));
-        Ok((Self { session, allow_unsafe, statements, forgotten }, tail))
+        Ok((Self { session, epoch, allow_unsafe, statements, forgotten }, tail))
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -270,6 +273,9 @@ impl Live {
         {
             return Err(self.lost(position).await);
         }
+        if let Some(rewind) = now.get::<_, Option<i64>>(7) {
+            return Err(self.standing(rewind).await);
+        }
         overlay(&mut current, &looked_up);
         let followed = since_known(&events, known)?.filter(|_| events.len() < CATCH_UP_MAX);
         let sealed = Position(now.get::<_, i64>(6).cast_unsigned());
@@ -324,6 +330,16 @@ impl Live {
         match self.tail().await {
             Ok(tail) => Failure::Rewound { seen, found: tail.position },
             Err(error) => error.into(),
+        }
+    }
+
+    /// Somebody has seen an event that the log lacks.
+    async fn standing(&self, rewind: i64) -> Failure {
+        const SQL: &str = "select seen_position, found_position from weft.log_rewind where id = $1";
+        let position = |row: &Row, column| Position(row.get::<_, i64>(column).cast_unsigned());
+        match self.session.client.query_one(SQL, &[&rewind]).await {
+            Ok(row) => Failure::Standing { seen: position(&row, 0), found: position(&row, 1) },
+            Err(error) => StoreError::while_doing("read how the log was rewound")(error).into(),
         }
     }
 

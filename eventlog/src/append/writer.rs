@@ -57,6 +57,8 @@ pub(super) enum Failure {
     Final(StoreError),
     /// Events that were durable are gone.
     Rewound { seen: Position, found: Position },
+    /// So somebody else found, and nobody has decided yet.
+    Standing { seen: Position, found: Position },
 }
 
 impl From<StoreError> for Failure {
@@ -82,7 +84,9 @@ impl From<Failure> for AppendError {
             Failure::Transient(source) | Failure::Content(source) | Failure::Final(source) => {
                 Self::Store(source)
             }
-            Failure::Rewound { seen, found } => Self::Rewound { seen, found },
+            Failure::Rewound { seen, found } | Failure::Standing { seen, found } => {
+                Self::Rewound { seen, found }
+            }
         }
     }
 }
@@ -145,6 +149,8 @@ impl Writer {
         forgotten: Arc<AtomicI64>,
     ) -> Result<Self, Unusable> {
         let (live, known) = Live::open(&config, &forgotten).await?;
+        // A tail that begins late learns no epoch before the next event, and may have to say in which one it saw the last.
+        delivered.in_epoch(live.epoch);
         Ok(Self {
             config,
             live: Some(live),
@@ -245,6 +251,11 @@ impl Writer {
             self.lose_footing();
             if let Failure::Rewound { seen, found } = failure {
                 self.rewound = Some((*seen, *found));
+                let read = self.delivered.newest();
+                let events = read.into_iter().chain([(self.known.position, self.known.hash)]);
+                if let Some((position, hash)) = events.into_iter().find(|event| event.0 == *seen) {
+                    self.delivered.tell_lost(position, hash);
+                }
             }
         }
         result
@@ -264,6 +275,7 @@ impl Writer {
         let mut read = live.ground(batch, &mut self.known, read, &mut self.heads).await?;
         let alone = if read.foreign { 0 } else { self.footing.map_or(0, |footing| footing.alone) + 1 };
         let clock = Clock { told: read.ground.now, at: Instant::now() };
+        self.delivered.in_epoch(read.ground.epoch);
         self.footing = Some(Footing { epoch: read.ground.epoch, clock, alone });
         let requests = batch.iter().map(|item| (&item.request, item.fingerprint));
         let decision = decide(read.ground, &mut read.heads, requests);

@@ -8,6 +8,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Config, Row, Statement};
 
 use super::{rows, sealed};
+use crate::rewind;
 use crate::session::{Duty, READ_SILENCE_MAX, Session, StoreError, within};
 
 /// Connections per reader. One page uses one connection for milliseconds; more would only compete with the appender
@@ -24,11 +25,14 @@ pub(super) enum Query {
     Outcomes,
     Evidence,
     Anchor,
+    Rewinds,
+    GivenUp,
+    Adoption,
 }
 
 impl Query {
     /// Every query, in the order of its declaration.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 10] = [
         Self::Head,
         Self::Range,
         Self::Segment,
@@ -36,6 +40,9 @@ impl Query {
         Self::Outcomes,
         Self::Evidence,
         Self::Anchor,
+        Self::Rewinds,
+        Self::GivenUp,
+        Self::Adoption,
     ];
 
     const fn sql(self) -> &'static str {
@@ -47,6 +54,9 @@ impl Query {
             Self::Outcomes => rows::OUTCOMES_SQL,
             Self::Evidence => rows::EVIDENCE_SQL,
             Self::Anchor => rows::ANCHOR_SQL,
+            Self::Rewinds => rewind::REWINDS_SQL,
+            Self::GivenUp => rewind::GIVEN_UP_SQL,
+            Self::Adoption => rewind::ADOPTION_SQL,
         }
     }
 
@@ -59,6 +69,8 @@ impl Query {
             Self::Outcomes => "look up a command id",
             Self::Evidence => "read what testifies about the log",
             Self::Anchor => "look for an event that was read before",
+            Self::Rewinds | Self::GivenUp => "look whether the log was rewound",
+            Self::Adoption => "look whether the log was adopted",
         }
     }
 }

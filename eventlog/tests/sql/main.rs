@@ -6,6 +6,7 @@ mod append;
 mod concurrency;
 mod epochs;
 mod failures;
+mod findings;
 mod growth;
 mod reading;
 mod rewind;

@@ -143,7 +143,8 @@ async fn every_column_that_people_see_says_what_it_means() {
                join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace \
                where (n.nspname, c.relname) in (('weft', 'event'), ('weft', 'log_epoch'), \
                ('weft', 'event_1'), ('weft', 'log_batch'), ('weft', 'log_partition'), ('weft', 'log_segment'), \
-               ('weft', 'log_layout'), ('weft', 'scope_head'), ('weft', 'scope_head_mark'), ('audit', 'events'), \
+               ('weft', 'log_layout'), ('weft', 'scope_head'), ('weft', 'scope_head_mark'), ('weft', 'log_rewind'), ('weft', 'log_adoption'), \
+               ('status', 'rewind'), ('audit', 'events'), \
                ('audit', 'sealed')) and a.attnum > 0 \
                and not a.attisdropped and col_description(c.oid, a.attnum) is null";
     let silent: Vec<String> =

@@ -204,6 +204,8 @@ async fn join(
 /// Whether asking again may help.
 fn is_passing(error: &CallError) -> bool {
     match error {
+        // Until an operator has decided, nothing is recorded, a leaf neither.
+        error if error.is_rewound() => true,
         CallError::Other { code, .. } => {
             matches!(
                 code,

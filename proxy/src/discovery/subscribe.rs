@@ -11,6 +11,7 @@
 use super::keep::Keeper;
 use super::own::Own;
 use super::take::{self, Refusal};
+use super::witness::Witnesses;
 use super::{Session, answer};
 use crate::backoff::Backoff;
 use crate::clock;
@@ -80,6 +81,7 @@ pub(crate) struct Subscriber {
     /// Whether this process made the instance known.
     pub(crate) registered: bool,
     pub(crate) keeper: Keeper,
+    pub(crate) witnesses: Witnesses,
     /// Waits after a controller failed, and after one had too much to do; over when a controller gave what it has.
     pub(crate) backoff: Backoff,
 }
@@ -101,6 +103,11 @@ impl Subscriber {
                 if matches!(error, SessionError::Renewed) {
                     continue;
                 }
+                if let SessionError::Call(error) = &error
+                    && error.is_rewound()
+                {
+                    self.status.set_rewound(&error.to_string());
+                }
                 self.status.disconnected(&Chain(&error).to_string());
                 sleep(self.backoff.next(&mut self.rng)).await;
                 controllers.rotate_left(1);
@@ -116,14 +123,16 @@ impl Subscriber {
     ) -> Result<std::convert::Infallible, SessionError> {
         // Once is enough: registering again at every session would undo what an operator did meanwhile, such as a drain.
         if !self.registered {
-            self.register(channel).await?;
-            self.registered = true;
+            // If nothing is recorded now, what this sidecar has seen may be why, or may be news: it is shown below.
+            self.registered = self.register_if_recorded(channel).await?;
         }
         let mut known_since = Instant::now();
         let mut seen = self.shared.seen.subscribe();
         let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
-        let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have })).await?;
+        let witness = self.witnesses.show().into();
+        let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have, witness })).await?;
+        self.status.clear_rewound();
         self.open_session(channel);
         let mut heartbeat = HEARTBEAT_DEFAULT;
         let mut last_notice = Instant::now();
@@ -142,10 +151,14 @@ impl Subscriber {
                     heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
                     due.send_replace(last_notice + heartbeat * MISSED_MAX);
                     head = notice.head.as_ref().map(take::version);
-                    if notice.wanted.is_none() && known_since.elapsed() > REGISTERED_GRACE {
-                        self.register(channel).await?;
-                        // As a new session, so that its health is reported anew too.
-                        self.open_session(channel);
+                    self.witnesses.told(head, &notice.witness);
+                    let unknown = notice.wanted.is_none() || !self.registered;
+                    if unknown && known_since.elapsed() > REGISTERED_GRACE {
+                        self.registered = self.register_if_recorded(channel).await?;
+                        if self.registered {
+                            // As a new session, so that its health is reported anew too.
+                            self.open_session(channel);
+                        }
                         known_since = Instant::now();
                     }
                     // Whoever had too much to do is not asked by every notice.
@@ -183,6 +196,18 @@ impl Subscriber {
                 }
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Makes the instance known. False if nothing is recorded now, because the log was rewound.
+    async fn register_if_recorded(&self, channel: &Channel) -> Result<bool, SessionError> {
+        match self.register(channel).await {
+            Ok(()) => Ok(true),
+            Err(SessionError::Call(error)) if error.is_rewound() => {
+                tracing::warn!(%error, "not registered yet");
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 

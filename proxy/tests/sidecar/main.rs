@@ -11,3 +11,4 @@ mod path;
 mod policy;
 mod support;
 mod trust;
+mod witness;

@@ -84,6 +84,9 @@ async fn mesh(context: &Context) -> Vec<Finding> {
         }
     };
     findings.push(Finding { what: "controller", seen: Ok(format!("answers at {}", context.controllers())) });
+    if let Some(rewound) = status.rewound() {
+        findings.push(Finding { what: "log", seen: Err(rewound) });
+    }
     let problems = status.problems();
     let sidecars = match problems.as_slice() {
         [] => Ok(format!("all {} run what they should", status.sidecars())),

@@ -1,4 +1,6 @@
-//! `weft log`: what happened.
+//! `weft log`: what happened. [`adopt`] is the way on when the log lost some of it.
+
+mod adopt;
 
 use crate::command::{answer, short_actor};
 use crate::context::ContextArgs;
@@ -16,13 +18,18 @@ use weft_proto::v1;
 use weft_proto::v1::mesh_client::MeshClient;
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
   weft log                                  the last 20 events
   weft log 42                               one event, with its payload
   weft log -f                               what happens from now on, too
   weft log --scope security/default/db      what happened to one scope
-  weft log --since '10m ago' -o json        the last ten minutes, one JSON object per line")]
+  weft log --since '10m ago' -o json        the last ten minutes, one JSON object per line"
+)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// One event, with its payload
     #[arg(conflicts_with_all = ["lines", "follow", "since", "until"])]
     position: Option<u64>,
@@ -49,6 +56,12 @@ pub(crate) struct Args {
     until: Option<Moment>,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Go on with a log that lost events which were seen (LOG_REWOUND), without them
+    AdoptHistory(adopt::Args),
 }
 
 /// An event as it is shown.
@@ -93,6 +106,9 @@ impl From<v1::LogEvent> for Event {
 }
 
 pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
+    if let Some(Command::AdoptHistory(args)) = args.command {
+        return adopt::run(args, context).await;
+    }
     let mut client = context.load()?.client()?;
     if let Some(position) = args.position {
         return one(&mut client, position, args.output.format).await;

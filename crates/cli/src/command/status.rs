@@ -33,8 +33,19 @@ pub(crate) struct Status {
     services: Vec<Service>,
     sidecars: Vec<Sidecar>,
     policies: Vec<Policy>,
+    /// Events that were seen and are not in the log: while there is one, no change is taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    log_rewound: Vec<Rewind>,
     #[serde(skip)]
     as_of_ms: i64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Rewind {
+    seen: String,
+    found: String,
+    witness: String,
+    reported_at: String,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -135,6 +146,15 @@ impl Status {
             summary: policy.summary,
             changed_at_ms: policy.changed_at_ms,
         };
+        let rewind = |rewind: v1::Rewind| {
+            let found = rewind.found.unwrap_or_default();
+            Rewind {
+                seen: version(rewind.seen).unwrap_or_default(),
+                found: format!("{}.{}", found.epoch, found.position),
+                witness: rewind.witness,
+                reported_at: point(rewind.reported_at_ms),
+            }
+        };
         Self {
             as_of: version(response.as_of).unwrap_or_default(),
             as_of_time: point(response.as_of_ms),
@@ -144,6 +164,7 @@ impl Status {
             services: response.services.into_iter().map(service).collect(),
             sidecars: response.sidecars.into_iter().map(sidecar).collect(),
             policies: response.policies.into_iter().map(policy).collect(),
+            log_rewound: response.rewinds.into_iter().map(rewind).collect(),
         }
     }
 
@@ -154,6 +175,20 @@ impl Status {
             Some(format!("{}: {why}", sidecar.instance))
         };
         self.sidecars.iter().filter_map(problem).collect()
+    }
+
+    /// That the log lost events, and what to do; none if it did not.
+    pub(crate) fn rewound(&self) -> Option<String> {
+        let Rewind { seen, found, witness, .. } = self.log_rewound.first()?;
+        let more = match self.log_rewound.len() - 1 {
+            0 => String::new(),
+            more => format!(" (and {more} more)"),
+        };
+        Some(format!(
+            "LOG_REWOUND: {} has seen event {seen}{more}, and the log ended at {found}: no change is taken; \
+             restore what was lost, or go on without it with `weft log adopt-history`",
+            printable(witness)
+        ))
     }
 
     /// How many sidecars there are.
@@ -201,10 +236,12 @@ impl Sidecar {
 
 fn text(status: &Status, past: bool, now_ms: i64) -> String {
     if status.as_of.is_empty() {
-        return format!("before the first event; the log is at {}\n", status.head);
+        let rewound = status.rewound().map(|rewound| rewound + "\n\n").unwrap_or_default();
+        return format!("{rewound}before the first event; the log is at {}\n", status.head);
     }
     let age = ago(now_ms, status.as_of_ms);
-    let mut text = format!("as of {} ({age}), log at {}", status.as_of, status.head);
+    let mut text = status.rewound().map(|rewound| rewound + "\n\n").unwrap_or_default();
+    text.push_str(&format!("as of {} ({age}), log at {}", status.as_of, status.head));
     // Who leads is known of now only.
     text.push_str(&match status.leader.holder.as_str() {
         _ if past => "\n".to_owned(),

@@ -76,7 +76,7 @@ async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api", "default/web", "default/other"]).await;
     let mut api = Sidecar::new(&mesh, "default/api/one");
-    let mut notices = api.client.subscribe(pb::SubscribeRequest { have: None }).await.unwrap().into_inner();
+    let mut notices = api.client.subscribe(pb::SubscribeRequest::default()).await.unwrap().into_inner();
     let wanted = news(&mut notices, None).await;
     let (snapshot, answer) = api.pull().await;
     assert!(answer.full);
@@ -184,9 +184,13 @@ async fn a_version_from_nowhere_is_a_rewound_log() {
     let mut ahead = api.have.clone().unwrap();
     ahead.version = Some(pb::ConfigVersion { epoch: 1, position: 1_000_000 });
     let status = api.client.pull(pb::PullRequest { have: Some(ahead.clone()) }).await.unwrap_err();
-    assert_eq!(status.code(), Code::DataLoss);
+    assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("LOG_REWOUND"), "{status:?}");
-    let status = api.client.subscribe(pb::SubscribeRequest { have: Some(ahead) }).await.unwrap_err();
+    let status = api
+        .client
+        .subscribe(pb::SubscribeRequest { have: Some(ahead), ..Default::default() })
+        .await
+        .unwrap_err();
     assert!(status.message().contains("LOG_REWOUND"), "{status:?}");
     mesh.controller.stop().await;
 }
@@ -196,7 +200,7 @@ async fn who_registers_later_hears_of_it_on_the_open_stream() {
     let mesh = TestMesh::start().await;
     mesh.apply(vec![declare("default/api", 80)]).await;
     let mut client = discovery(mesh.sidecar("default/api/one"));
-    let mut notices = client.subscribe(pb::SubscribeRequest { have: None }).await.unwrap().into_inner();
+    let mut notices = client.subscribe(pb::SubscribeRequest::default()).await.unwrap().into_inner();
     let first = notices.message().await.unwrap().unwrap();
     assert!(first.wanted.is_none());
     assert_eq!(first.heartbeat_ms, 5_000);

@@ -7,4 +7,5 @@ mod commands;
 mod discovery;
 mod joins;
 mod projection;
+mod rewind;
 mod support;

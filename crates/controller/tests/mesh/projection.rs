@@ -158,7 +158,8 @@ async fn readers_see_the_mesh_in_sql() {
     let mut sidecar = discovery(mesh.sidecar("default/api/one"));
     let pulled = sidecar.pull(pb::PullRequest { have: None }).await.unwrap().into_inner().header;
     let applied = pulled.clone().unwrap().version.unwrap();
-    let _stream = sidecar.subscribe(pb::SubscribeRequest { have: pulled }).await.unwrap();
+    let _stream =
+        sidecar.subscribe(pb::SubscribeRequest { have: pulled, ..Default::default() }).await.unwrap();
     let reader = mesh.database.connect().await;
     reader.batch_execute("set role weft_reader").await.unwrap();
     let wanted = format!("{}.{}", applied.epoch, applied.position);

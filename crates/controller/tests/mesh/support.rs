@@ -51,6 +51,15 @@ impl TestMesh {
         controller(name, &self.database, &self.state, &self.ahead_ms).await
     }
 
+    /// Ends the controller, lets something happen to its database, and starts another one in its place.
+    pub(crate) async fn succeed(self, name: &str, meanwhile: impl AsyncFnOnce(&TestDatabase)) -> Self {
+        let Self { database, state, ahead_ms, controller: former } = self;
+        former.stop().await;
+        meanwhile(&database).await;
+        let controller = controller(name, &database, &state, &ahead_ms).await;
+        Self { database, state, ahead_ms, controller }
+    }
+
     /// Sets the controllers' clock forward.
     pub(crate) fn advance(&self, by: Duration) {
         self.ahead_ms.fetch_add(by.as_millis().try_into().unwrap(), Ordering::Relaxed);
@@ -68,6 +77,10 @@ impl TestMesh {
     pub(crate) fn admin_at(&self, controller: &Controller) -> MeshClient<Channel> {
         let dir: PathBuf = self.state.path().join("operator/admin");
         MeshClient::new(channel_to(controller, Credential::load(&dir).unwrap()))
+    }
+
+    pub(crate) fn channel_at(&self, controller: &Controller, subject: &Subject) -> Channel {
+        channel_to(controller, self.credential(subject))
     }
 
     pub(crate) fn operator(&self, role: Role) -> Channel {

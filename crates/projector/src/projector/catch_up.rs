@@ -2,7 +2,7 @@
 //! meanwhile, and this projector does not lead: it would find every row wrong.
 
 use tokio::time::{Duration, Instant, sleep};
-use weft_eventlog::Head;
+use weft_eventlog::{EventHash, Head};
 use weft_model::{Chain, Position};
 
 use super::{Projector, READ_RETRY, may_pass};
@@ -31,9 +31,14 @@ impl Projector {
                 break;
             }
         }
-        let delta = self.view.install(replay.finish());
+        let mut delta = self.view.install(replay.finish());
         let position = delta.version.position;
-        self.folded = (head.position == position).then_some((head.position, head.hash));
+        self.folded = if head.position == position {
+            Some((position, head.hash))
+        } else {
+            self.hash_at(position).await.map(|hash| (position, hash))
+        };
+        delta.hash = self.hash();
         let events = position.0.saturating_sub(begun.0);
         tracing::info!(%position, from = %begun, events, took = ?started.elapsed(), "folded the log");
         metrics::counter!("weft_projector_events_folded_total").increment(events);
@@ -50,6 +55,21 @@ impl Projector {
         loop {
             match self.reader.head().await {
                 Ok(head) => return head,
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "the log cannot be read yet");
+                    sleep(READ_RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// The chain hash of an event; waits until it can be read. None if it is not there any more: the tail will say so.
+    async fn hash_at(&self, position: Position) -> Option<EventHash> {
+        loop {
+            match self.reader.read(Position(position.0.saturating_sub(1)), 1).await {
+                Ok(page) => {
+                    return page.first().filter(|event| event.position == position).map(|event| event.hash);
+                }
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "the log cannot be read yet");
                     sleep(READ_RETRY).await;

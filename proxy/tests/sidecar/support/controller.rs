@@ -50,6 +50,12 @@ pub(crate) struct State {
     pub(crate) silent: bool,
     /// Who subscribes is told to come back later.
     pub(crate) refuse_subscribers: bool,
+    /// Who subscribes with a witness, or changes anything, is told that the log was rewound.
+    pub(crate) rewound: bool,
+    /// What is told with every notice.
+    pub(crate) witness: Vec<u8>,
+    /// What subscribers showed, in order.
+    pub(crate) shown: Vec<Vec<u8>>,
     /// So many pulls are told that there is too much to do.
     pub(crate) overloaded: usize,
     /// These hear of no change, only heartbeats with what they were told last.
@@ -101,6 +107,9 @@ impl Controller {
             heartbeat: Duration::from_secs(5),
             silent: false,
             refuse_subscribers: false,
+            rewound: false,
+            witness: Vec::new(),
+            shown: Vec::new(),
             overloaded: 0,
             frozen: BTreeMap::new(),
             forged: BTreeMap::new(),

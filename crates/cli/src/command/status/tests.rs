@@ -57,6 +57,7 @@ fn response() -> v1::StatusResponse {
             actor: "spiffe://weft.local/operator/admin/admin".into(),
             summary: "default deny; api-may-query".into(),
         }],
+        rewinds: Vec::new(),
     }
 }
 
@@ -78,6 +79,30 @@ POLICY                VERSION   CHANGED   BY            SAYS
 security/default/db   3         60s ago   admin/admin   default deny; api-may-query
 ";
     assert_eq!(text(&Status::of(response()), false, NOW), expected);
+}
+
+#[test]
+fn a_rewound_log_comes_first() {
+    let at = |epoch, position| Some(v1::ConfigVersion { epoch, position });
+    let rewind = v1::Rewind {
+        id: 1,
+        seen: at(1, 50),
+        found: at(2, 43),
+        witness: "sidecar default/api/api-1".into(),
+        ..v1::Rewind::default()
+    };
+    let status = Status::of(v1::StatusResponse { rewinds: vec![rewind], ..response() });
+    let text = text(&status, false, NOW);
+    assert!(
+        text.starts_with(
+            "LOG_REWOUND: sidecar default/api/api-1 has seen event 1.50, and the log ended at 2.43"
+        ),
+        "{text}"
+    );
+    assert!(text.contains("`weft log adopt-history`\n\nas of 1.42"), "{text}");
+    let value = serde_json::to_value(&status).unwrap();
+    assert_eq!(value["log_rewound"][0]["seen"], "1.50");
+    assert!(serde_json::to_value(Status::of(response())).unwrap().get("log_rewound").is_none());
 }
 
 #[test]

@@ -157,7 +157,8 @@ impl Inner {
         };
         let head = Some(wire_version(state.projection.version()));
         let heartbeat_ms = state.heartbeat.as_millis().try_into().unwrap();
-        let fresh = v1::Notice { wanted, head, heartbeat_ms };
+        let witness = state.witness.clone().into();
+        let fresh = v1::Notice { wanted, head, heartbeat_ms, witness };
         match state.frozen.get_mut(instance) {
             Some(told) => told.get_or_insert(fresh).clone(),
             None => fresh,
@@ -204,7 +205,12 @@ impl Discovery for Api {
 
     async fn subscribe(&self, request: Request<v1::SubscribeRequest>) -> Result<Response<Notices>, Status> {
         let instance = caller(&request)?;
+        let shown = request.into_inner().witness;
         self.state().calls.push(Call::Subscribed(instance.clone()));
+        self.state().shown.push(shown.to_vec());
+        if self.state().rewound && !shown.is_empty() {
+            return Err(Status::failed_precondition("LOG_REWOUND: event 1.9 was seen and is not in the log"));
+        }
         if self.state().refuse_subscribers {
             return Err(Status::unavailable("not yet"));
         }
@@ -273,6 +279,9 @@ impl Mesh for Api {
         request: Request<v1::RegisterInstanceRequest>,
     ) -> Result<Response<v1::ApplyResponse>, Status> {
         let instance = caller(&request)?;
+        if self.state().rewound {
+            return Err(Status::failed_precondition("LOG_REWOUND: nothing is appended"));
+        }
         let wanted = request.into_inner().registration.unwrap();
         let registered = InstanceRegistered {
             address: wanted.address.parse().unwrap(),
@@ -357,6 +366,13 @@ impl Mesh for Api {
     }
 
     async fn why(&self, _: Request<v1::WhyRequest>) -> Result<Response<v1::WhyResponse>, Status> {
+        unscripted()
+    }
+
+    async fn adopt_history(
+        &self,
+        _: Request<v1::AdoptHistoryRequest>,
+    ) -> Result<Response<v1::AdoptHistoryResponse>, Status> {
         unscripted()
     }
 
