@@ -149,7 +149,9 @@ fn of_type(event: &RecordedEvent) -> (String, u16) {
 }
 
 fn meaning(log: &Path, event: &RecordedEvent) -> Fact {
-    Decoder::default().decode(&event.view()).unwrap_or_else(|error| panic!("{}: {}", log.display(), weft_model::Chain(&error)))
+    Decoder::default()
+        .decode(&event.view())
+        .unwrap_or_else(|error| panic!("{}: {}", log.display(), weft_model::Chain(&error)))
 }
 
 /// Folds a log event by event, and shows what each one changed and what stands in the end.

@@ -77,13 +77,14 @@ async fn keep_alive(
                 if life.live(&mut queue, &waiting).await {
                     return;
                 }
-                deaths.fetch_add(1, Ordering::SeqCst);
             }
+            // It may have been killed on the way.
             Err(error) => {
                 tracing::debug!("a worker did not start: {error:#}");
                 sleep(AGAIN).await;
             }
         }
+        deaths.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -1,6 +1,7 @@
-//! `weft log`: what happened. [`adopt`] is the way on when the log lost some of it.
+//! `weft log`: what happened. [`adopt`] is the way on when the log lost some of it, [`archive`] packs what is old.
 
 mod adopt;
+mod archive;
 
 use crate::command::{answer, short_actor};
 use crate::context::ContextArgs;
@@ -62,6 +63,8 @@ pub(crate) struct Args {
 enum Command {
     /// Go on with a log that lost events which were seen (LOG_REWOUND), without them
     AdoptHistory(adopt::Args),
+    /// Pack old history: read as before, a tenth of the space
+    Archive(archive::Args),
 }
 
 /// An event as it is shown.
@@ -106,6 +109,9 @@ impl From<v1::LogEvent> for Event {
 }
 
 pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
+    if let Some(Command::Archive(args)) = args.command {
+        return archive::run(args).await;
+    }
     if let Some(Command::AdoptHistory(args)) = args.command {
         return adopt::run(args, context).await;
     }
