@@ -99,6 +99,7 @@ impl Life {
         let mut command = tokio::process::Command::new(std::env::current_exe()?);
         command.arg("worker").env(URL_VARIABLE, url).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(Stdio::null()).kill_on_drop(true);
+        proxy.expect_process();
         let mut child = command.spawn().context("a worker cannot be started")?;
         proxy.guard(child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or_default());
         let stdin = child.stdin.take().context("a worker has no input")?;

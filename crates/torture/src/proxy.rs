@@ -91,7 +91,7 @@ struct Storm {
 struct Shared {
     server: AtomicU16,
     process: AtomicI32,
-    /// Counts the processes that were guarded: what a connection of an earlier one does is of no interest any more.
+    /// Counts the processes that were expected.
     life: AtomicU64,
     order: Mutex<Option<Order>>,
     storm: Mutex<Option<Storm>>,
@@ -137,10 +137,15 @@ impl Proxy {
         self.shared.server.store(port, Ordering::SeqCst);
     }
 
-    /// Whom [`Fault::Kill`] is for.
+    /// A new process is about to start: what connections of earlier ones do is of no interest any more.
+    pub(crate) fn expect_process(&self) {
+        self.shared.process.store(0, Ordering::SeqCst);
+        self.shared.life.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// It started: whom [`Fault::Kill`] is for.
     pub(crate) fn guard(&self, process: i32) {
         self.shared.process.store(process, Ordering::SeqCst);
-        self.shared.life.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Lets a fault happen once, when the point was passed `skip` times.
@@ -186,7 +191,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Shared {
     /// Whether something is to happen here, and what.
     fn take(&self, point: Point, place: &Place) -> Option<Fault> {
-        if place.life != self.life.load(Ordering::SeqCst) {
+        let expected = self.process.load(Ordering::SeqCst) > 0;
+        if !expected || place.life != self.life.load(Ordering::SeqCst) {
             return None;
         }
         let mut order = lock(&self.order);

@@ -140,6 +140,7 @@ impl Process<'_> {
         command.args(["--listen", &format!("127.0.0.1:{}", self.port)]);
         command.args(["--admin-listen", &format!("127.0.0.1:{}", self.admin_port)]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        proxy.expect_process();
         let mut child = command.spawn().context("the controller cannot be started")?;
         proxy.guard(child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or_default());
         let listens = async {

@@ -39,6 +39,7 @@ pub(crate) async fn kills(
             findings.count(point.name());
         } else {
             findings.complain(format!("nobody came to {}", point.name()));
+            continue;
         }
         let died = async {
             while worker.deaths() == deaths {
