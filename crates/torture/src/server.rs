@@ -108,6 +108,13 @@ impl Postgres {
             anyhow::Ok(())
         };
         timeout(PATIENCE, ended).await.context("the server does not end")??;
+        let data = self.server()?.cluster().data_dir();
+        let orphans = async {
+            while has_processes(&data) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, orphans).await.context("processes of a killed server do not end")?;
         let server = self.server.take().context("the server is not running")?;
         let started = spawn_blocking(move || {
             let mut say = |_: &str| ();
@@ -128,6 +135,16 @@ impl Postgres {
         };
         timeout(PATIENCE, answer).await.context("the server does not answer any more")
     }
+}
+
+/// Whether any process works in the data directory. Those of a server whose first process was killed notice it one by one,
+/// and as long as they share its memory no other server starts.
+fn has_processes(data: &std::path::Path) -> bool {
+    let Ok(data) = data.canonicalize() else { return false };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .map(|process| process.path().join("cwd"))
+        .any(|cwd| std::fs::read_link(cwd).is_ok_and(|cwd| cwd == data))
 }
 
 fn bail(error: &weft_pgserver::StopError) -> anyhow::Result<Cluster> {

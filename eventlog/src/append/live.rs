@@ -7,8 +7,9 @@
 //!
 //! Within a flight the statements are pipelined but separate: see [`LOCK_SQL`] for why they must be.
 
-use futures_util::future::{join3, join5, try_join};
+use futures_util::future::{Either, join3, join5, select};
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -218,8 +219,20 @@ impl Live {
                 let outcomes = outcomes.iter().map(stored_outcome).collect::<Result<_, _>>()?;
                 Ok(Landed { now: UnixMicros::from_database(now.get(0)), outcomes })
             };
-            let (landed, ()) = try_join(ground, write(&client, &statements, &rows, tail)).await?;
-            Ok(landed)
+            // What is wrong with the ground is why nothing was written, whichever of the two is known first.
+            let written = write(&client, &statements, &rows, tail);
+            match select(pin!(ground), pin!(written)).await {
+                Either::Left((landed, written)) => {
+                    let landed = landed?;
+                    written.await?;
+                    Ok(landed)
+                }
+                Either::Right((written, ground)) => {
+                    let landed = ground.await?;
+                    written?;
+                    Ok(landed)
+                }
+            }
         }
     }
 

@@ -64,9 +64,12 @@ async fn writers_without_an_expectation_all_get_through() {
     while let Some(result) = attempts.join_next().await {
         result.unwrap().unwrap();
     }
-    let got =
-        mesh.admin().get(pb::GetRequest { name: "default/db".into(), ..Default::default() }).await.unwrap();
-    assert_eq!(got.into_inner().resources[0].version, 6);
+    // The last one may have gone through the other controller.
+    wait_until("every declaration to be there", LIMIT, async || {
+        let request = pb::GetRequest { name: "default/db".into(), ..Default::default() };
+        mesh.admin().get(request).await.unwrap().into_inner().resources[0].version == 6
+    })
+    .await;
     second.stop().await;
     mesh.controller.stop().await;
 }
