@@ -3,11 +3,12 @@
 //! While the server writes one batch the next is decided and sent behind it, on the assumption that the first succeeds.
 //! If it does not, the server refuses the later ones too, because the log does not end where they expect it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
 use tokio::time::Instant;
+use uuid::Uuid;
 use weft_model::version::Position;
 
 use super::live::Landed;
@@ -55,6 +56,30 @@ impl Flight {
     }
 }
 
+/// What commands would have recorded, in commits of which it is not known what became of them: a command that turns out
+/// to have recorded just that did so then, and is told so for the first time.
+#[derive(Debug, Default)]
+pub(super) struct Attempts(BTreeSet<(Uuid, Position)>);
+
+impl Attempts {
+    /// A commit was attempted after which the command would be answered so.
+    pub(super) fn note(&mut self, command: Uuid, answer: &Result<Appended, AppendError>) {
+        if let Ok(Appended { positions: Some(positions), repeated: false, .. }) = answer {
+            self.0.insert((command, *positions.start()));
+        }
+    }
+
+    /// Whether the command's outcome must be found out.
+    pub(super) fn include(&self, command: Uuid) -> bool {
+        self.0.range((command, Position::ZERO)..=(command, Position(u64::MAX))).next().is_some()
+    }
+
+    /// Whether it was one of these that recorded the command; only once, since only one request is the first.
+    pub(super) fn settle(&mut self, command: Uuid, appended: &Appended) -> bool {
+        appended.positions.as_ref().is_some_and(|positions| self.0.remove(&(command, *positions.start())))
+    }
+}
+
 /// The batches under way, in the order in which they were sent.
 #[derive(Default)]
 pub(super) struct Flights(VecDeque<Flight>);
@@ -88,8 +113,38 @@ impl Flights {
         }
     }
 
-    /// Gives up waiting for all of them, and returns what they carried. Whether they were written is unknown.
-    pub(super) fn abandon(&mut self) -> impl Iterator<Item = Item> {
-        self.0.drain(..).flat_map(|flight| flight.items)
+    /// Gives up waiting for all of them, and returns them. Whether they were written is unknown.
+    pub(super) fn abandon(&mut self) -> impl Iterator<Item = Flight> {
+        self.0.drain(..)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use weft_model::version::Epoch;
+
+    use super::*;
+    use crate::event::UnixMicros;
+
+    #[test]
+    fn a_command_is_new_once_and_only_where_it_was_attempted() {
+        let (command, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let appended = |first, repeated| Appended {
+            epoch: Epoch(1),
+            positions: Some(Position(first)..=Position(first)),
+            versions: BTreeMap::new(),
+            recorded_at: UnixMicros(0),
+            repeated,
+        };
+        let mut attempts = Attempts::default();
+        attempts.note(command, &Ok(appended(7, false)));
+        attempts.note(command, &Ok(appended(9, false)));
+        attempts.note(command, &Ok(appended(3, true)));
+        attempts.note(other, &Err(AppendError::Closed));
+        assert!(attempts.include(command) && !attempts.include(other));
+        assert!(!attempts.settle(command, &appended(3, true)), "it was recorded before");
+        assert!(attempts.settle(command, &appended(9, true)));
+        assert!(!attempts.settle(command, &appended(9, true)), "the next one repeats it");
     }
 }

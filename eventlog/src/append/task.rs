@@ -1,16 +1,14 @@
 //! The task that turns queued requests into batches and sees each batch through failures of the database.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 use weft_model::Chain;
 use weft_model::version::Position;
 
-use super::flight::{Flight, Flights};
+use super::flight::{Attempts, Flight, Flights};
 use super::live::Landed;
 use super::writer::{Failure, Writer};
 use super::{AppendError, Item, Queue};
@@ -94,7 +92,7 @@ impl AppendTask {
             Err(batch) => batch,
         };
         self.land_all().await;
-        self.write(batch, BTreeSet::new()).await;
+        self.write(batch, Attempts::default()).await;
     }
 
     async fn land_all(&mut self) {
@@ -116,9 +114,15 @@ impl AppendTask {
             Err(error) => {
                 tracing::debug!(error = %Chain(&error), "a batch sent ahead is decided anew");
                 let refused = self.writer.crashed(&error);
-                let items: Vec<Item> = flight.items.into_iter().chain(self.flights.abandon()).collect();
-                let ids = items.iter().map(|item| item.request.command_id);
-                let attempted = if refused { BTreeSet::new() } else { ids.collect() };
+                let (mut items, mut attempted) = (Vec::new(), Attempts::default());
+                for flight in std::iter::once(flight).chain(self.flights.abandon()) {
+                    for (item, answer) in flight.items.into_iter().zip(flight.answers) {
+                        if !refused {
+                            attempted.note(item.request.command_id, &answer);
+                        }
+                        items.push(item);
+                    }
+                }
                 self.write(items, attempted).await;
             }
         }
@@ -138,7 +142,7 @@ impl AppendTask {
     ///
     /// `attempted` are commands whose commit may have been attempted: their outcome must be found out even if nobody waits
     /// any more, and an outcome found for them is their first.
-    async fn write(&mut self, batch: Vec<Item>, mut attempted: BTreeSet<Uuid>) {
+    async fn write(&mut self, batch: Vec<Item>, mut attempted: Attempts) {
         let mut rest = vec![batch];
         while let Some(mut batch) = rest.pop() {
             match self.persist(&mut batch, &mut attempted).await {
@@ -160,16 +164,12 @@ impl AppendTask {
     }
 
     /// Tries a batch until it is written, cannot be, or [`STORE_WAIT_MAX`] is over. Answers and empties it if written.
-    async fn persist(
-        &mut self,
-        batch: &mut Vec<Item>,
-        attempted: &mut BTreeSet<Uuid>,
-    ) -> Result<(), Failure> {
+    async fn persist(&mut self, batch: &mut Vec<Item>, attempted: &mut Attempts) -> Result<(), Failure> {
         let began = Instant::now();
         let deadline = began + STORE_WAIT_MAX;
         let mut pause = RETRY_PAUSE.0;
         loop {
-            batch.retain(|item| !item.respond.is_closed() || attempted.contains(&item.request.command_id));
+            batch.retain(|item| !item.respond.is_closed() || attempted.include(item.request.command_id));
             if batch.is_empty() {
                 return Ok(());
             }
@@ -236,6 +236,7 @@ impl Batch {
 mod tests {
     use std::sync::Arc;
     use tokio::sync::{Semaphore, oneshot};
+    use uuid::Uuid;
     use weft_model::version::ExpectedVersion;
 
     use super::*;

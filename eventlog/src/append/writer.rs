@@ -12,16 +12,15 @@
 //!   dropped and the batch attempted again; what was committed is then found by its command id.
 //! - Nothing is appended to a log that lacks an event that this process appended, or that a tail of it delivered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
-use uuid::Uuid;
 use weft_model::version::{Epoch, Position, Version};
 
 use super::decide::{Decision, Ground, decide};
-use super::flight::Flight;
+use super::flight::{Attempts, Flight};
 use super::heads::ScopeHeads;
 use super::live::{Ahead, Assumed, Landed, Live};
 use super::{AppendError, Item};
@@ -240,7 +239,7 @@ impl Writer {
     pub(super) async fn attempt(
         &mut self,
         batch: &[Item],
-        attempted: &mut BTreeSet<Uuid>,
+        attempted: &mut Attempts,
     ) -> Result<Written, Failure> {
         if let Some((seen, found)) = self.rewound {
             return Err(Failure::Rewound { seen, found });
@@ -261,11 +260,7 @@ impl Writer {
         result
     }
 
-    async fn try_attempt(
-        &mut self,
-        batch: &[Item],
-        attempted: &mut BTreeSet<Uuid>,
-    ) -> Result<Written, Failure> {
+    async fn try_attempt(&mut self, batch: &[Item], attempted: &mut Attempts) -> Result<Written, Failure> {
         let live = match self.live.take() {
             Some(live) if !live.is_closed() => live,
             _ => Live::open(&self.config, &self.forgotten).await.map_err(reopen_failure)?.0,
@@ -279,7 +274,9 @@ impl Writer {
         self.footing = Some(Footing { epoch: read.ground.epoch, clock, alone });
         let requests = batch.iter().map(|item| (&item.request, item.fingerprint));
         let decision = decide(read.ground, &mut read.heads, requests);
-        attempted.extend(&decision.recorded);
+        for (item, answer) in batch.iter().zip(&decision.answers) {
+            attempted.note(item.request.command_id, answer);
+        }
         live.commit(&decision.rows, decision.tail).await?;
 
         let last = (decision.tail.position > self.known.position).then_some(decision.tail.position);
@@ -290,10 +287,8 @@ impl Writer {
         }
         let mut answers = decision.answers;
         for (item, answer) in batch.iter().zip(&mut answers) {
-            // Only the first of several requests with one id was the one attempted.
-            let first = attempted.remove(&item.request.command_id);
             if let Ok(appended) = answer {
-                appended.repeated &= !first;
+                appended.repeated &= !attempted.settle(item.request.command_id, appended);
             }
         }
         Ok(Written { answers, last })

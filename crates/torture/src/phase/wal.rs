@@ -15,7 +15,7 @@ use crate::server::{Postgres, Session};
 use crate::writer::Habits;
 
 /// The volume; a segment of the write-ahead log has 16 MiB.
-const VOLUME_MIB: u64 = 160;
+const VOLUME_MIB: u64 = 256;
 /// What is left of it when it is to run full soon.
 const LEFT_MIB: u64 = 20;
 
@@ -56,6 +56,12 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
     let volume = Volume::mount(dir.path())?;
     let mut server = Postgres::start(Some(dir.path().to_owned())).await?;
     let habits = Habits { events_max: 50, repeats: 0.05 };
+    // So that what is given back after each cycle is enough for the next.
+    let session = Session::open(&server.url("postgres")?).await?;
+    session.client.batch_execute("alter system set max_wal_size = '64MB'").await?;
+    session.client.batch_execute("alter system set min_wal_size = '32MB'").await?;
+    session.client.batch_execute("select pg_reload_conf()").await?;
+    drop(session);
     let scene = Scene::set(&server, "wal", 1, 16, seed, habits).await?;
     scene.progress(64).await?;
     let ballast = dir.path().join("ballast");
