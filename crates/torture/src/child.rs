@@ -1,7 +1,7 @@
 //! The parent's side of a worker: starts it again whenever it died, and repeats what it had not answered.
 
 use anyhow::Context;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -92,6 +92,8 @@ struct Life {
     child: Child,
     stdin: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
+    /// What it was asked and has not answered: a command that still queues was among what the life before left.
+    asked: BTreeSet<(Uuid, u32)>,
 }
 
 impl Life {
@@ -109,12 +111,12 @@ impl Life {
             timeout(OPEN_MAX, lines.next_line()).await.context("a worker does not open the log")??;
         let line: Line = serde_json::from_str(&ready.context("the log cannot be opened")?)?;
         anyhow::ensure!(matches!(line, Line::Ready), "a worker answers before it is asked");
-        Ok(Self { child, stdin, lines })
+        Ok(Self { child, stdin, lines, asked: BTreeSet::new() })
     }
 
     /// Passes commands and answers on until the worker dies; true if nobody has any commands any more.
     async fn live(mut self, queue: &mut mpsc::Receiver<Command>, waiting: &Waiting) -> bool {
-        // What the life before had not answered. What still queues is among it, and harmlessly asked twice.
+        // What the life before had not answered.
         let open: Vec<Command> = lock(waiting).values().map(|(command, _)| command.clone()).collect();
         for command in &open {
             if self.give(command).await.is_err() {
@@ -127,6 +129,7 @@ impl Life {
                     let Ok(Some(line)) = line else { break };
                     // A line that was cut short was not said.
                     let Ok(Line::Answer { id, content, answer }) = serde_json::from_str(&line) else { continue };
+                    self.asked.remove(&(id, content));
                     if let Some((_, respond)) = lock(waiting).remove(&(id, content)) {
                         // A writer that has gone needs no answer.
                         let _ = respond.send(answer);
@@ -144,6 +147,9 @@ impl Life {
     }
 
     async fn give(&mut self, command: &Command) -> anyhow::Result<()> {
+        if !self.asked.insert((command.id, command.content)) {
+            return Ok(());
+        }
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         Ok(self.stdin.write_all(&line).await?)

@@ -19,6 +19,9 @@ const VOLUME_MIB: u64 = 256;
 /// What is left of it when it is to run full soon.
 const LEFT_MIB: u64 = 20;
 
+/// What is set aside, so that something can be freed even where the write-ahead log has taken all the rest.
+const RESERVE_MIB: u64 = 96;
+
 /// A volume of its own, which ends with the value.
 struct Volume<'a>(&'a Path);
 
@@ -54,6 +57,8 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
     let dir = tempfile::tempdir()?;
     open_to_all(dir.path())?;
     let volume = Volume::mount(dir.path())?;
+    let reserve = dir.path().join("reserve");
+    occupy(&reserve, RESERVE_MIB)?;
     let mut server = Postgres::start(Some(dir.path().to_owned())).await?;
     let habits = Habits { events_max: 50, repeats: 0.05 };
     // So that what is given back after each cycle is enough for the next.
@@ -67,10 +72,10 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
     let ballast = dir.path().join("ballast");
     for _ in 0..cycles {
         let fill = volume.free_mib()?.saturating_sub(LEFT_MIB);
-        std::fs::File::create(&ballast)?;
-        std::fs::write(&ballast, vec![0; usize::try_from(fill * 1024 * 1024)?])?;
+        occupy(&ballast, fill)?;
         ran_full(&scene, &server, findings).await?;
         std::fs::remove_file(&ballast)?;
+        std::fs::remove_file(&reserve)?;
         if timeout(Duration::from_secs(3), server.answers()).await.is_err() && server.has_ended()? {
             findings.count("server ended, started again");
             server.start_again().await?;
@@ -81,9 +86,14 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
         let session = Session::open(&server.url("wal")?).await?;
         session.client.batch_execute("checkpoint").await?;
         scene.progress(64).await?;
+        occupy(&reserve, RESERVE_MIB.min(volume.free_mib()?.saturating_sub(LEFT_MIB)))?;
         findings.count("full");
     }
     scene.close(&server, findings).await
+}
+
+fn occupy(file: &Path, mib: u64) -> anyhow::Result<()> {
+    Ok(std::fs::write(file, vec![0; usize::try_from(mib * 1024 * 1024)?])?)
 }
 
 /// Waits until writers stand still because of it.
