@@ -290,8 +290,10 @@ impl Live {
             return Err(self.standing(rewind).await);
         }
         overlay(&mut current, &looked_up);
-        let followed = since_known(&events, known)?.filter(|_| events.len() < CATCH_UP_MAX);
         let sealed = Position(now.get::<_, i64>(6).cast_unsigned());
+        // From the event that is known on, rows have no gap; from the beginning of the log they have, once any are sealed.
+        let whole = known.position > Position::ZERO || sealed == Position::ZERO;
+        let followed = since_known(&events, known)?.filter(|_| whole && events.len() < CATCH_UP_MAX);
         let foreign = if let Some((foreign, last)) = followed {
             for row in foreign {
                 let (scope, version): (&str, _) = (row.get(3), Version(row.get::<_, i64>(4).cast_unsigned()));

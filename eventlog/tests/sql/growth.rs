@@ -10,7 +10,7 @@ use weft_model::version::{Position, Version};
 use weft_testkit::TestDatabase;
 
 use crate::support::{
-    Any, assert_gapless, config, exact, migrated, one, open, part, read_all, request, tamper,
+    Any, Empty, assert_gapless, config, exact, migrated, one, open, part, read_all, request, tamper,
 };
 
 /// A log whose ranges hold a hundred events.
@@ -182,6 +182,23 @@ async fn a_writer_that_slept_while_its_last_event_was_sealed_wakes_up_knowing() 
     archive(&everything(&database), |_| ()).await.unwrap();
     let appended = sleeper.appender().append(request(vec![part(scope, exact(2), 1)])).await.unwrap();
     assert_eq!(appended.versions[scope], Version(3));
+    verify(&busy.reader(), |_| ()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_writer_that_knew_the_log_when_it_was_empty_learns_what_was_sealed_since() {
+    let database = small_ranges().await;
+    let (sleeper, busy) = (open(&database).await, open(&database).await);
+    // Now it knows that there is no such scope.
+    let early = sleeper.appender().append(request(vec![part("s/0", exact(7), 1)])).await;
+    assert!(matches!(early, Err(AppendError::Conflict { current: Version(0), .. })), "{early:?}");
+    busy.appender().append(request(vec![part("s/0", Any, 1)])).await.unwrap();
+    while busy.reader().head().await.unwrap().position < Position(150) {
+        busy.appender().append(one("s/other")).await.unwrap();
+    }
+    archive(&everything(&database), |_| ()).await.unwrap();
+    let stale = sleeper.appender().append(request(vec![part("s/0", Empty, 1)])).await;
+    assert!(matches!(stale, Err(AppendError::Conflict { current: Version(1), .. })), "{stale:?}");
     verify(&busy.reader(), |_| ()).await.unwrap();
 }
 
