@@ -26,10 +26,9 @@
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
-use uuid::Uuid;
-use weft_model::version::{Epoch, Position, Version};
 
-use crate::event::{RecordedEvent, UnixMicros};
+use crate::event::RecordedEvent;
+use crate::page::EventView;
 
 const FORMAT: &[u8] = b"weft-event/1\n";
 
@@ -76,24 +75,7 @@ impl FromStr for EventHash {
 #[error("an event hash is written as 64 hexadecimal digits")]
 pub struct ParseHashError;
 
-/// Everything in an event that its hash covers, borrowed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Hashed<'a> {
-    pub(crate) epoch: Epoch,
-    pub(crate) position: Position,
-    pub(crate) scope: &'a str,
-    pub(crate) version: Version,
-    pub(crate) event_type: &'a str,
-    pub(crate) schema: u16,
-    pub(crate) actor: &'a str,
-    pub(crate) reason: Option<&'a str>,
-    pub(crate) cause: Option<Position>,
-    pub(crate) command_id: Uuid,
-    pub(crate) recorded_at: UnixMicros,
-    pub(crate) payload: &'a str,
-}
-
-impl Hashed<'_> {
+impl EventView<'_> {
     /// The hash of this event after an event that hashes to `previous`.
     pub(crate) fn chain(&self, previous: EventHash) -> EventHash {
         let mut encoder = Encoder::new(FORMAT);
@@ -118,21 +100,7 @@ impl RecordedEvent {
     /// What this event's hash must be if the event before it hashes to `previous`.
     #[must_use]
     pub fn expected_hash(&self, previous: EventHash) -> EventHash {
-        Hashed {
-            epoch: self.epoch,
-            position: self.position,
-            scope: &self.scope,
-            version: self.version,
-            event_type: &self.event_type,
-            schema: self.schema,
-            actor: &self.actor,
-            reason: self.reason.as_deref(),
-            cause: self.cause,
-            command_id: self.command_id,
-            recorded_at: self.recorded_at,
-            payload: &self.payload,
-        }
-        .chain(previous)
+        self.view().chain(previous)
     }
 }
 
@@ -179,10 +147,14 @@ impl Encoder {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use uuid::Uuid;
+    use weft_model::version::{Epoch, Position, Version};
 
-    fn sample() -> Hashed<'static> {
-        Hashed {
+    use super::*;
+    use crate::event::UnixMicros;
+
+    fn sample() -> EventView<'static> {
+        EventView {
             epoch: Epoch(2),
             position: Position(42),
             scope: "service/default/db",

@@ -8,9 +8,10 @@ use uuid::Uuid;
 use weft_model::version::{Epoch, Position, Version};
 
 use crate::event::{RecordedEvent, UnixMicros};
-use crate::hash::{EventHash, Hashed};
+use crate::hash::EventHash;
 
-/// An event, borrowed from the page that it was read in. Fields as in [`RecordedEvent`], but for the hash.
+/// An event, borrowed from the page that it was read in. Fields as in [`RecordedEvent`], but for the hash, which covers
+/// them all (see [`hash`](crate::hash)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventView<'a> {
     /// Place in the whole log.
@@ -40,25 +41,6 @@ pub struct EventView<'a> {
 }
 
 impl EventView<'_> {
-    /// The hash of this event after an event that hashes to `previous`.
-    pub(crate) fn chain(&self, previous: EventHash) -> EventHash {
-        Hashed {
-            epoch: self.epoch,
-            position: self.position,
-            scope: self.scope,
-            version: self.version,
-            event_type: self.event_type,
-            schema: self.schema,
-            actor: self.actor,
-            reason: self.reason,
-            cause: self.cause,
-            command_id: self.command_id,
-            recorded_at: self.recorded_at,
-            payload: self.payload,
-        }
-        .chain(previous)
-    }
-
     pub(crate) fn record(&self, hash: EventHash) -> RecordedEvent {
         RecordedEvent {
             position: self.position,

@@ -11,7 +11,8 @@ use weft_model::version::{Epoch, Position};
 
 use crate::epoch::LogTail;
 use crate::event::UnixMicros;
-use crate::hash::{Encoder, EventHash, Hashed};
+use crate::hash::{Encoder, EventHash};
+use crate::page::EventView;
 
 /// Bytes that a batch remembers of each event.
 pub(crate) const MARK_BYTES: usize = 8;
@@ -135,7 +136,12 @@ impl Rows {
 
     /// Adds the event that follows `tail`, and returns the tail after it. `command` is the fingerprint and the number of
     /// events of the command that begins with it.
-    pub(super) fn push(&mut self, event: &Hashed<'_>, tail: LogTail, command: Option<Begun<'_>>) -> LogTail {
+    pub(super) fn push(
+        &mut self,
+        event: &EventView<'_>,
+        tail: LogTail,
+        command: Option<Begun<'_>>,
+    ) -> LogTail {
         let hash = event.chain(tail.hash);
         if self.is_empty() {
             self.first = event.position;

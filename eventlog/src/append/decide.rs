@@ -13,7 +13,7 @@ use super::columns::Rows;
 use super::{AppendError, OUTCOME_KEPT};
 use crate::epoch::LogTail;
 use crate::event::UnixMicros;
-use crate::hash::Hashed;
+use crate::page::EventView;
 use crate::request::{AppendRequest, Appended, Malformed};
 
 /// How far the clock of a command's author may be ahead of the database's. Its id says when it was made, and an id from
@@ -134,7 +134,7 @@ impl<'a> Decider<'a, '_> {
             let mut version = self.head(&part.scope);
             for event in &part.events {
                 version = version.next();
-                let event = Hashed {
+                let event = EventView {
                     epoch: self.epoch,
                     position: self.tail.position.next(),
                     scope: &part.scope,
