@@ -1,7 +1,6 @@
 //! An open log: the owner of the tasks behind an [`Appender`] and its [`Reader`]s.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -12,7 +11,7 @@ use weft_model::version::Position;
 
 use crate::append::{AppendTask, Appender, Unusable, Writer};
 use crate::notify;
-use crate::partitions;
+use crate::partitions::{self, Behind};
 use crate::read::Reader;
 use crate::rewind::Point;
 use crate::session::StoreError;
@@ -88,8 +87,8 @@ impl EventLog {
     pub async fn open(config: LogConfig) -> Result<Self, OpenError> {
         let connect = config.connect.clone();
         let delivered = Delivered::default();
-        let forgotten = Arc::new(AtomicI64::new(0));
-        let writer = Writer::open(config, delivered.clone(), Arc::clone(&forgotten)).await?;
+        let behind = Arc::new(Behind::default());
+        let writer = Writer::open(config, delivered.clone(), Arc::clone(&behind)).await?;
         let wake = watch::Sender::new(writer.position());
         let lost = delivered.lost();
         let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered);
@@ -99,7 +98,7 @@ impl EventLog {
 
         let mut tasks = JoinSet::new();
         tasks.spawn(notify::announce(connect.clone(), announced.clone(), closing.clone()));
-        tasks.spawn(partitions::look_after(connect, forgotten, announced.clone(), closing.clone()));
+        tasks.spawn(partitions::look_after(connect, behind, announced.clone(), closing.clone()));
         tasks.spawn(AppendTask::new(writer, queue, committed, wake, closing.clone()).run());
         Ok(Self { appender, reader, committed: announced, lost, closing, tasks })
     }

@@ -26,7 +26,35 @@ pub(crate) struct Room {
     /// The end of the range that the log's end is in.
     pub(crate) range_end: Position,
     /// Commands that were recorded up to here are too old to be repeated.
-    pub(crate) forgotten: Position,
+    forgotten: Position,
+    /// Up to here the version of each scope is kept beside the log.
+    closed: Position,
+}
+
+/// What nobody has to look for in the log's rows any more. What is known of it may be older than what is true: then more
+/// ranges are looked at than need be, and the same is found. It is told to statements as numbers, so that they are planned
+/// without the ranges before it: what they cost would otherwise grow with the log.
+#[derive(Debug, Default)]
+pub(crate) struct Behind {
+    forgotten: AtomicI64,
+    closed: AtomicI64,
+}
+
+impl Behind {
+    pub(crate) fn learn(&self, room: &Room) {
+        self.forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
+        self.closed.store(room.closed.0.cast_signed(), Ordering::Relaxed);
+    }
+
+    /// See [`Room::forgotten`].
+    pub(crate) fn forgotten(&self) -> i64 {
+        self.forgotten.load(Ordering::Relaxed)
+    }
+
+    /// See [`Room::closed`].
+    pub(crate) fn closed(&self) -> i64 {
+        self.closed.load(Ordering::Relaxed)
+    }
 }
 
 /// Makes the ranges that are missing. Their ids are refused from 72 hours after they were made, by a clock that may be an
@@ -34,18 +62,19 @@ pub(crate) struct Room {
 pub(crate) async fn make(client: &Client) -> Result<Room, StoreError> {
     const SQL: &str = "select (select min(last_position) from weft.log_partition where last_position > \
                        (select coalesce(max(last_position), 0) from weft.log_batch)), \
-                       audit.position_at(clock_timestamp() - interval '74 hours')";
+                       audit.position_at(clock_timestamp() - interval '74 hours'), \
+                       (select coalesce(max(position), 0) from weft.scope_head_mark)";
     let doing = StoreError::while_doing("make room for events");
     client.execute("select weft.make_partitions()", &[]).await.map_err(&doing)?;
     let row = client.query_one(SQL, &[]).await.map_err(&doing)?;
     let position = |column| Position(row.get::<_, i64>(column).cast_unsigned());
-    Ok(Room { range_end: position(0), forgotten: position(1) })
+    Ok(Room { range_end: position(0), forgotten: position(1), closed: position(2) })
 }
 
 /// Looks after the ranges while events are committed, until `closing`.
 pub(crate) async fn look_after(
     config: Config,
-    forgotten: Arc<AtomicI64>,
+    behind: Arc<Behind>,
     mut committed: watch::Receiver<Position>,
     closing: CancellationToken,
 ) {
@@ -53,7 +82,7 @@ pub(crate) async fn look_after(
         loop {
             match tend(&config).await {
                 Ok(room) => {
-                    forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
+                    behind.learn(&room);
                     if committed.wait_for(|position| *position >= room.range_end).await.is_err() {
                         return;
                     }
@@ -71,12 +100,15 @@ pub(crate) async fn look_after(
 /// Makes and closes what is due, on a connection of its own: a million times fewer than there are events.
 async fn tend(config: &Config) -> Result<Room, StoreError> {
     let session = Session::open(config, Duty::Append).await?;
-    let room = make(&session.client).await?;
+    let mut room = make(&session.client).await?;
     loop {
         let closed = session.client.query_one("select weft.close_partition()", &[]).await;
         let closed = closed.map_err(StoreError::while_doing("close a range"))?;
         match closed.get::<_, Option<i64>>(0) {
-            Some(position) => tracing::info!(position, "closed a range of the log"),
+            Some(position) => {
+                tracing::info!(position, "closed a range of the log");
+                room.closed = Position(position.cast_unsigned());
+            }
             None => return Ok(room),
         }
     }

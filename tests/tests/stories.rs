@@ -5,6 +5,7 @@
 
 mod stories {
     mod answers;
+    mod archive;
     mod bad_input;
     mod database;
     mod smoke;

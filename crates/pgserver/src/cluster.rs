@@ -194,6 +194,13 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// PostgreSQL settings for its server, over those that it has.
+    #[must_use]
+    pub fn with_settings(mut self, settings: &[(&str, &str)]) -> Self {
+        self.config.settings.extend(settings.iter().map(|(name, value)| ((*name).into(), (*value).into())));
+        self
+    }
+
     /// The server's data directory.
     pub fn data_dir(&self) -> PathBuf {
         self.home.join("data")

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
-use crate::worker::{Answer, Command};
+use crate::worker::{Answer, Command, Outcome, payload};
 
 /// An event, as plain SQL reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,13 +12,17 @@ pub(crate) struct Event {
     pub(crate) scope: String,
     pub(crate) version: u64,
     pub(crate) command: Uuid,
+    pub(crate) epoch: u64,
+    /// Microseconds since the Unix epoch.
+    pub(crate) recorded_at: i64,
+    pub(crate) payload: String,
 }
 
 /// Everything that writers asked and were told.
 #[derive(Debug, Default)]
 pub(crate) struct Journal {
-    /// Commands that were given to a worker, and the first answer that said that they were recorded.
-    asked: BTreeMap<Uuid, (Command, Option<Answer>)>,
+    /// Commands that were given to a worker, and what the first answer said that told that they were recorded.
+    asked: BTreeMap<Uuid, (Command, Option<Outcome>)>,
     /// Commands that were told that somebody was faster.
     refused: BTreeSet<Uuid>,
     repeats: u64,
@@ -28,7 +32,7 @@ pub(crate) struct Journal {
 /// What the log and the journal disagree about. All zero, or something is broken.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub(crate) struct Verdict {
-    /// Acknowledged and not in the log, or only in part.
+    /// Acknowledged and not in the log, or only in part, or with other content.
     pub(crate) lost: u64,
     /// In the log more than once, or in part, or asked by nobody.
     pub(crate) doubled: u64,
@@ -68,12 +72,12 @@ impl Journal {
         let other_content = first.content != command.content;
         match (answer, known) {
             (Answer::Reused, Some(_)) if other_content => self.repeats += 1,
-            (Answer::Recorded { .. }, known @ None) if !other_content => *known = Some(answer.clone()),
-            (Answer::Recorded { first, last, versions, repeated }, Some(known)) if !other_content => {
+            (Answer::Recorded { outcome, .. }, known @ None) if !other_content => {
+                *known = Some(outcome.clone());
+            }
+            (Answer::Recorded { outcome, repeated }, Some(known)) if !other_content => {
                 self.repeats += 1;
-                let same = matches!(&*known, Answer::Recorded { first: f, last: l, versions: v, .. }
-                    if (f, l, v) == (first, last, versions));
-                if !same || !repeated {
+                if outcome != known || !repeated {
                     self.wrong.push(format!("{}: {answer:?} after {known:?}", command.id));
                 }
             }
@@ -118,14 +122,17 @@ impl Journal {
         for (id, (command, answer)) in &self.asked {
             let recorded = of_command.remove(id).unwrap_or_default();
             let expected: usize = command.parts.iter().map(|part| part.events as usize).sum();
+            if recorded.is_empty() && answer.is_none() {
+                continue;
+            }
             if recorded.len() > expected {
                 verdict.doubled += 1;
-            } else if recorded.len() < expected && (answer.is_some() || !recorded.is_empty()) {
+            } else if !says(command, &recorded) {
                 verdict.lost += 1;
-            } else if self.refused.contains(id) && !recorded.is_empty() {
+            } else if self.refused.contains(id) {
                 verdict.wrong_outcomes += 1;
-            } else if let Some(answer) = answer {
-                verdict.wrong_outcomes += u64::from(!tells(answer, command, &recorded));
+            } else if let Some(outcome) = answer {
+                verdict.wrong_outcomes += u64::from(!tells(outcome, command, &recorded));
             }
         }
         // What is left was asked by nobody.
@@ -134,17 +141,28 @@ impl Journal {
     }
 }
 
-/// Whether the answer says where the events are and what versions they brought.
-fn tells(answer: &Answer, command: &Command, recorded: &[&Event]) -> bool {
-    let Answer::Recorded { first, last, versions, .. } = answer else { return false };
+/// Whether the events are what the command asked for, in its order.
+fn says(command: &Command, recorded: &[&Event]) -> bool {
+    let parts = command.parts.iter();
+    let wanted = parts.flat_map(|part| (0..part.events).map(|n| (&part.scope, n)));
+    wanted
+        .map(|(scope, n)| (scope.as_str(), payload(scope, n, command.content)))
+        .eq(recorded.iter().map(|event| (event.scope.as_str(), event.payload.clone())))
+}
+
+/// Whether the answer says where the events are, when they were recorded, and what versions they brought.
+fn tells(outcome: &Outcome, command: &Command, recorded: &[&Event]) -> bool {
     let positions: BTreeSet<u64> = recorded.iter().map(|event| event.position).collect();
     let last_version =
         |scope: &str| recorded.iter().filter(|event| event.scope == scope).map(|event| event.version).max();
-    positions == (*first..=*last).collect()
+    positions == (outcome.first..=outcome.last).collect()
+        && recorded
+            .iter()
+            .all(|event| (event.epoch, event.recorded_at) == (outcome.epoch, outcome.recorded_at))
         && command
             .parts
             .iter()
-            .zip(versions)
+            .zip(&outcome.versions)
             .all(|(part, version)| last_version(&part.scope) == Some(*version))
 }
 
@@ -159,17 +177,26 @@ mod tests {
     }
 
     fn recorded(first: u64, last: u64, repeated: bool) -> Answer {
-        Answer::Recorded { first, last, repeated, versions: vec![last] }
+        let outcome = Outcome { first, last, epoch: 1, recorded_at: 7, versions: vec![last] };
+        Answer::Recorded { outcome, repeated }
     }
 
     fn log(commands: &[u128]) -> Vec<Event> {
-        let event = |(command, position): (&u128, u64)| Event {
-            position,
-            scope: "s".into(),
-            version: position,
-            command: Uuid::from_u128(*command),
-        };
-        commands.iter().zip(1..).map(event).collect()
+        let mut events: Vec<Event> = Vec::new();
+        for (command, position) in commands.iter().zip(1..) {
+            let command = Uuid::from_u128(*command);
+            let before = events.iter().filter(|event| event.command == command).count();
+            events.push(Event {
+                position,
+                scope: "s".into(),
+                version: position,
+                command,
+                epoch: 1,
+                recorded_at: 7,
+                payload: payload("s", u32::try_from(before).unwrap(), 0),
+            });
+        }
+        events
     }
 
     /// Command 1 has two events and an answer, command 2 has one and none.
@@ -209,6 +236,16 @@ mod tests {
         let mut version = log(&[1, 1, 2]);
         version[2].version = 4;
         assert!(verdict(&version, &[1, 2, 3]).gaps > 0);
+        let mut other = log(&[1, 1, 2]);
+        other[2].payload = payload("s", 0, 1);
+        assert_eq!(verdict(&other, &[1, 2, 3]), Verdict { lost: 1, ..Verdict::default() });
+        let mut order = log(&[1, 1]);
+        let (one, two) = order.split_at_mut(1);
+        std::mem::swap(&mut one[0].payload, &mut two[0].payload);
+        assert_eq!(verdict(&order, &[1, 2]), Verdict { lost: 1, ..Verdict::default() });
+        let mut later = log(&[1, 1]);
+        later[1].recorded_at = 8;
+        assert_eq!(verdict(&later, &[1, 2]), Verdict { wrong_outcomes: 1, ..Verdict::default() });
     }
 
     #[test]

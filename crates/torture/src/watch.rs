@@ -17,8 +17,9 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// Every event.
 pub(crate) async fn read_all(url: &str) -> anyhow::Result<Vec<Event>> {
-    const SQL: &str = "select position, scope, version, command_id from weft.event where position > $1 \
-                       order by position limit $2";
+    const SQL: &str = "select position, scope, version, command_id, epoch, \
+                       (extract(epoch from recorded_at) * 1000000)::bigint, payload::text \
+                       from weft.event where position > $1 order by position limit $2";
     let session = Session::open(url).await?;
     let (mut events, mut after) = (Vec::new(), 0_i64);
     loop {
@@ -33,6 +34,9 @@ pub(crate) async fn read_all(url: &str) -> anyhow::Result<Vec<Event>> {
                 scope: row.get(1),
                 version: row.get::<_, i64>(2).cast_unsigned(),
                 command: row.get(3),
+                epoch: row.get::<_, i64>(4).cast_unsigned(),
+                recorded_at: row.get(5),
+                payload: row.get(6),
             });
         }
     }

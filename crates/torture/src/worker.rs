@@ -32,17 +32,23 @@ pub(crate) struct Command {
     pub(crate) parts: Vec<Part>,
 }
 
+/// What a recorded command is told, every time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+    pub(crate) epoch: u64,
+    /// Microseconds since the Unix epoch.
+    pub(crate) recorded_at: i64,
+    /// Of each part, in order, the version that its scope had then.
+    pub(crate) versions: Vec<u64>,
+}
+
 /// What it was told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Answer {
     /// Recorded, now or earlier.
-    Recorded {
-        first: u64,
-        last: u64,
-        repeated: bool,
-        /// Of each part, in order, the version that its scope has now.
-        versions: Vec<u64>,
-    },
+    Recorded { outcome: Outcome, repeated: bool },
     /// Somebody was faster; so far is the scope of this name.
     Conflict { scope: String, current: u64 },
     /// The id was used with other content.
@@ -114,13 +120,23 @@ fn recorded(command: &Command, appended: &Appended) -> Answer {
     let version = |part: &Part| appended.versions.get(&part.scope).map(|version| version.0);
     match command.parts.iter().map(version).collect() {
         Some(versions) => Answer::Recorded {
-            first: positions.start().0,
-            last: positions.end().0,
+            outcome: Outcome {
+                first: positions.start().0,
+                last: positions.end().0,
+                epoch: appended.epoch.0,
+                recorded_at: appended.recorded_at.0,
+                versions,
+            },
             repeated: appended.repeated,
-            versions,
         },
         None => Answer::Wrong("a scope has no version".into()),
     }
+}
+
+/// What an event says: the `n`th of its part of a command.
+pub(crate) fn payload(scope: &str, n: u32, content: u32) -> String {
+    let filler = "x".repeat(100);
+    format!("{{\"scope\":\"{scope}\",\"n\":{n},\"content\":{content},\"filler\":\"{filler}\"}}")
 }
 
 fn request(command: &Command) -> AppendRequest {
@@ -128,11 +144,7 @@ fn request(command: &Command) -> AppendRequest {
         let event = |n| NewEvent {
             event_type: "Tortured".into(),
             schema: 1,
-            payload: format!(
-                "{{\"n\":{n},\"content\":{},\"filler\":\"{}\"}}",
-                command.content,
-                "x".repeat(100)
-            ),
+            payload: payload(&part.scope, n, command.content),
         };
         ScopeAppend {
             scope: part.scope.clone(),

@@ -88,8 +88,8 @@ impl Writer {
         while !self.ending.load(Ordering::SeqCst) {
             let command = self.invent();
             let answer = self.insist(&command).await?;
-            if let Answer::Recorded { versions, .. } = &answer {
-                self.version = versions.first().copied().unwrap_or(self.version);
+            if let Answer::Recorded { outcome, .. } = &answer {
+                self.version = outcome.versions.first().copied().unwrap_or(self.version);
                 if self.rng.random_bool(self.habits.repeats) {
                     let content = u32::from(self.rng.random_bool(0.3));
                     self.insist(&Command { content, ..command }).await?;

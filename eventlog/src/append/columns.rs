@@ -5,6 +5,7 @@
 //! requests and nothing is copied twice.
 
 use bytes::{BufMut, BytesMut};
+use sha2::{Digest, Sha256};
 use std::error::Error;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use weft_model::version::{Epoch, Position};
@@ -182,13 +183,18 @@ impl Rows {
 /// What a batch remembers of an event: enough to tell which one was changed. That none was is what the whole hashes beside
 /// it show.
 pub(crate) fn mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
-    let word = |bytes: &[u8]| bytes.iter().fold(0_u64, |word, byte| word << 8 | u64::from(*byte));
-    let mut mark = word(&hash.0[..MARK_BYTES]);
+    let mut mark = first_word(&hash.0);
     if let Some((fingerprint, events)) = command {
-        mark ^=
-            fingerprint.chunks_exact(MARK_BYTES).map(word).fold(u64::from(events), |all, part| all ^ part);
+        // Hashed, so that nobody finds another fingerprint that leaves the mark as it is.
+        let hashed: [u8; 32] =
+            Sha256::new().chain_update(fingerprint).chain_update(events.to_be_bytes()).finalize().into();
+        mark ^= first_word(&hashed);
     }
     mark.to_be_bytes()
+}
+
+fn first_word(hash: &[u8; 32]) -> u64 {
+    hash[..MARK_BYTES].iter().fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 /// One command's part of what `weft.log_batch.commands_hash` is computed from.
@@ -220,5 +226,17 @@ mod tests {
         [Some("a"), None, Some("ü")].as_slice().to_sql(&Type::TEXT_ARRAY, &mut theirs).unwrap();
         assert_eq!(ours, theirs);
         assert!(!Column::accepts(&Type::TEXT));
+    }
+
+    /// The expected value was computed from what the column's comment says by another program.
+    #[test]
+    fn a_mark_is_the_documented_one_and_depends_on_where_each_byte_is() {
+        let hash = EventHash([0x11; 32]);
+        let print: [u8; 32] = std::array::from_fn(|at| u8::try_from(at).unwrap());
+        assert_eq!(mark(&hash, None), [0x11; 8]);
+        assert_eq!(mark(&hash, Some((&print, 3))), [0x73, 0x6f, 0x8c, 0xa9, 0xbc, 0x56, 0xae, 0xf6]);
+        let mut swapped = print;
+        swapped.rotate_left(8);
+        assert_ne!(mark(&hash, Some((&swapped, 3))), mark(&hash, Some((&print, 3))));
     }
 }

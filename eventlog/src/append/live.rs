@@ -11,7 +11,6 @@ use futures_util::future::{Either, join3, join5, select};
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
@@ -27,7 +26,7 @@ use crate::epoch::{LOCK_SQL, LogTail, TAIL_SQL, decode_hash, decode_tail, establ
 use crate::event::UnixMicros;
 use crate::hash::EventHash;
 use crate::log::LogConfig;
-use crate::partitions;
+use crate::partitions::{self, Behind};
 use crate::read::{OUTCOMES_SQL, decode_outcome};
 use crate::request::Appended;
 use crate::rewind::STANDING_SQL;
@@ -58,10 +57,10 @@ const NOW_SQL: &str = "select clock_timestamp(), (select max(epoch) from weft.lo
 const CATCH_UP_SQL: &str = "select position, hash, recorded_at, scope, version from weft.event \
                             where position >= $1 order by position limit $2";
 
-/// Of a scope that is not in the newest ranges, the version is kept beside them.
+/// Of a scope that is not in the newest ranges, those after `$2`, the version is kept beside them.
 const HEADS_SQL: &str = "select wanted.scope, coalesce(\
-     (select event.version from weft.event as event where event.scope = wanted.scope and event.position > \
-     (select coalesce(max(position), 0) from weft.scope_head_mark) order by event.version desc limit 1), \
+     (select event.version from weft.event as event where event.scope = wanted.scope and event.position > $2 \
+     order by event.version desc limit 1), \
      (select head.version from weft.scope_head as head where head.scope = wanted.scope), 0) \
      from unnest($1::text[]) as wanted (scope)";
 
@@ -124,8 +123,8 @@ pub(super) struct Live {
     pub(super) epoch: Epoch,
     allow_unsafe: bool,
     statements: Arc<Statements>,
-    /// Commands up to here are too old to be repeated. Kept up to date by [`partitions`].
-    forgotten: Arc<AtomicI64>,
+    /// Kept up to date by [`partitions`].
+    behind: Arc<Behind>,
 }
 
 struct Statements {
@@ -140,36 +139,33 @@ struct Statements {
 
 impl Live {
     /// Connects, checks the server, opens an epoch if one is due, and makes room for what is to come.
-    pub(super) async fn open(
-        config: &LogConfig,
-        forgotten: &Arc<AtomicI64>,
-    ) -> Result<(Self, LogTail), Unusable> {
+    pub(super) async fn open(config: &LogConfig, behind: &Arc<Behind>) -> Result<(Self, LogTail), Unusable> {
         let session = Session::open(&config.connect, Duty::Append).await.map_err(Unusable::Store)?;
-        within(GROUND_MAX, Self::begin(config, session, forgotten)).await.map_err(Unusable::Store)?
+        within(GROUND_MAX, Self::begin(config, session, behind)).await.map_err(Unusable::Store)?
     }
 
     async fn begin(
         config: &LogConfig,
         session: Session,
-        forgotten: &Arc<AtomicI64>,
+        behind: &Arc<Behind>,
     ) -> Result<(Self, LogTail), Unusable> {
         let settings = Settings::read(&session.client).await.map_err(Unusable::Store)?;
         settings.check(config.allow_unsafe_settings).map_err(Unusable::Unfit)?;
         migrated(&session).await.map_err(Unusable::Store)?;
-        Self::prepare(session, config.allow_unsafe_settings, forgotten).await.map_err(Unusable::Store)
+        Self::prepare(session, config.allow_unsafe_settings, behind).await.map_err(Unusable::Store)
     }
 
     async fn prepare(
         session: Session,
         allow_unsafe: bool,
-        forgotten: &Arc<AtomicI64>,
+        behind: &Arc<Behind>,
     ) -> Result<(Self, LogTail), StoreError> {
         let doing = StoreError::while_doing("prepare to append");
         let client = &session.client;
         client.batch_execute(SESSION_SQL).await.map_err(&doing)?;
         let (epoch, tail) = establish(client).await?;
         let room = partitions::make(client).await?;
-        forgotten.store(room.forgotten.0.cast_signed(), Ordering::Relaxed);
+        behind.learn(&room);
         let statements = Statements {
             now: client.prepare(&format!("{NOW_SQL}, {STANDING_SQL}")).await.map_err(&doing)?,
             catch_up: client.prepare(CATCH_UP_SQL).await.map_err(&doing)?,
@@ -179,8 +175,8 @@ impl Live {
             insert_events: client.prepare(INSERT_EVENTS_SQL).await.map_err(&doing)?,
             insert_batch: client.prepare(INSERT_BATCH_SQL).await.map_err(&doing)?,
         };
-        let (statements, forgotten) = (Arc::new(statements), Arc::clone(forgotten));
-        Ok((Self { session, epoch, allow_unsafe, statements, forgotten }, tail))
+        let (statements, behind) = (Arc::new(statements), Arc::clone(behind));
+        Ok((Self { session, epoch, allow_unsafe, statements, behind }, tail))
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -197,7 +193,7 @@ impl Live {
         doubted: Vec<Uuid>,
     ) -> impl Future<Output = Result<Landed, StoreError>> + Send + 'static {
         let (client, statements) = (Arc::clone(&self.session.client), Arc::clone(&self.statements));
-        let forgotten = self.forgotten.load(Ordering::Relaxed);
+        let forgotten = self.behind.forgotten();
         async move {
             let Ahead { rows, recorded, tail } = decision;
             let (known, hash) = (signed(assumed.tail.position), assumed.tail.hash.0.as_slice());
@@ -263,7 +259,7 @@ impl Live {
         let ids: Vec<Uuid> = batch.iter().map(|item| item.request.command_id).collect();
         let (since, limit) = (signed(known.position), CATCH_UP_MAX as i64);
         let (read_at, read_hash) = read_params(read.as_ref());
-        let forgotten = self.forgotten.load(Ordering::Relaxed);
+        let (forgotten, closed) = (self.behind.forgotten(), self.behind.closed());
 
         // Polled in this order, hence sent in this order; the lock comes first.
         let (locked, now, events, outcomes, looked_up) = join5(
@@ -271,7 +267,7 @@ impl Live {
             client.query_one(&statements.now, &[&read_at, &read_hash]),
             client.query(&statements.catch_up, &[&since, &limit]),
             client.query(&statements.outcomes, &[&ids, &forgotten]),
-            client.query(&statements.heads, &[&unknown]),
+            client.query(&statements.heads, &[&unknown, &closed]),
         )
         .await;
         locked.map_err(StoreError::while_doing("lock the log"))?;
@@ -309,7 +305,7 @@ impl Live {
             heads.forget();
             *known = self.tail().await?;
             let all: Vec<&str> = current.keys().copied().collect();
-            let looked_up = client.query(&statements.heads, &[&all]).await;
+            let looked_up = client.query(&statements.heads, &[&all, &closed]).await;
             overlay(&mut current, &looked_up.map_err(StoreError::while_doing("look up scopes"))?);
             true
         } else {

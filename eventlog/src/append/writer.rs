@@ -14,7 +14,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicI64;
 use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
 use weft_model::version::{Epoch, Position, Version};
@@ -27,6 +26,7 @@ use super::{AppendError, Item};
 use crate::epoch::LogTail;
 use crate::event::UnixMicros;
 use crate::log::LogConfig;
+use crate::partitions::Behind;
 use crate::request::Appended;
 use crate::session::StoreError;
 use crate::settings::SettingsError;
@@ -134,20 +134,20 @@ pub(crate) struct Writer {
     /// What the tails of this process have read.
     delivered: Delivered,
     heads: ScopeHeads,
-    forgotten: Arc<AtomicI64>,
+    behind: Arc<Behind>,
     /// Set for good once the database was found to have lost one of the two.
     rewound: Option<(Position, Position)>,
 }
 
 impl Writer {
-    /// Connects, checks the server and opens an epoch if one is due. `forgotten` is kept up to date by whoever looks after
+    /// Connects, checks the server and opens an epoch if one is due. `behind` is kept up to date by whoever looks after
     /// the log's partitions.
     pub(crate) async fn open(
         config: LogConfig,
         delivered: Delivered,
-        forgotten: Arc<AtomicI64>,
+        behind: Arc<Behind>,
     ) -> Result<Self, Unusable> {
-        let (live, known) = Live::open(&config, &forgotten).await?;
+        let (live, known) = Live::open(&config, &behind).await?;
         // A tail that begins late learns no epoch before the next event, and may have to say in which one it saw the last.
         delivered.in_epoch(live.epoch);
         Ok(Self {
@@ -158,7 +158,7 @@ impl Writer {
             footing: None,
             delivered,
             heads: ScopeHeads::default(),
-            forgotten,
+            behind,
             rewound: None,
         })
     }
@@ -263,7 +263,7 @@ impl Writer {
     async fn try_attempt(&mut self, batch: &[Item], attempted: &mut Attempts) -> Result<Written, Failure> {
         let live = match self.live.take() {
             Some(live) if !live.is_closed() => live,
-            _ => Live::open(&self.config, &self.forgotten).await.map_err(reopen_failure)?.0,
+            _ => Live::open(&self.config, &self.behind).await.map_err(reopen_failure)?.0,
         };
         let live = self.live.insert(live);
         let read = self.delivered.newest();

@@ -50,7 +50,8 @@ pub(crate) const OUTCOMES_SQL: &str = "select first.command_id, first.fingerprin
      from weft.event as first cross join lateral \
      (select array_agg(head.scope) as scopes, array_agg(head.version) as versions from \
      (select scope, max(version) as version from weft.event \
-     where position between first.position and first.position + first.command_events - 1 group by scope) as head) as reached \
+     where position > $2 and position between first.position and first.position + first.command_events - 1 \
+     group by scope) as head) as reached \
      where first.command_id = any($1) and first.fingerprint is not null and first.position > $2";
 
 pub(super) fn decode_event(row: &Row) -> Result<RecordedEvent, StoreError> {

@@ -1,9 +1,13 @@
 //! What the migrations promise to people who use SQL, and to those who try to change history.
 
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use std::pin::pin;
 use tokio_postgres::error::SqlState;
+use weft_eventlog::{AppendRequest, Appended, verify};
 use weft_testkit::TestDatabase;
 
-use crate::support::{config, migrated, one, open};
+use crate::support::{Any, config, migrated, one, open, part, read_all, request};
 
 #[tokio::test]
 async fn migrating_twice_and_at_once_is_harmless() {
@@ -61,6 +65,55 @@ async fn an_unknown_migration_means_a_newer_weft() {
     client.execute(row, &[]).await.unwrap();
     let error = weft_eventlog::migrate(&config(&database)).await.unwrap_err();
     assert!(matches!(error, weft_eventlog::MigrateError::Newer { version: 999_999 }), "{error:?}");
+}
+
+/// The same log in the tables of an earlier Weft, made by that one's own migrations.
+#[tokio::test]
+async fn a_log_of_an_earlier_schema_is_what_it_was_after_the_upgrade() {
+    const EVENTS: &str = "position, epoch, version, recorded_at, cause, command_id, schema, hash, scope, type, actor, reason, payload";
+    const COMMANDS: &str = "select command_id, epoch, position, position + command_events - 1, recorded_at, fingerprint \
+                            from weft.event where fingerprint is not null";
+    let now = migrated().await;
+    let log = open(&now).await;
+    let requests: Vec<AppendRequest> =
+        (1..=5).map(|n| request(vec![part("a", Any, n), part(&format!("b/{n}"), Any, n % 2)])).collect();
+    let mut answers = Vec::new();
+    for request in &requests {
+        answers.push(log.appender().append(request.clone()).await.unwrap());
+    }
+    let events = read_all(&log.reader()).await;
+    log.shutdown().await;
+
+    let earlier = TestDatabase::create().await;
+    let pool = sqlx::PgPool::connect(earlier.url()).await.unwrap();
+    sqlx::migrate!("../migrations").run_to(3, &pool).await.unwrap();
+    pool.close().await;
+    let (from, to) = (now.connect().await, earlier.connect().await);
+    for (source, table) in [
+        ("weft.log_epoch".to_owned(), "weft.log_epoch".to_owned()),
+        (format!("(select {EVENTS} from weft.event order by position)"), format!("weft.event ({EVENTS})")),
+        (format!("({COMMANDS})"), "weft.command_outcome".to_owned()),
+    ] {
+        let rows = from.copy_out(&format!("copy {source} to stdout")).await.unwrap();
+        let mut sink = pin!(to.copy_in::<_, Bytes>(&format!("copy {table} from stdin")).await.unwrap());
+        let mut rows = pin!(rows);
+        while let Some(row) = rows.next().await {
+            sink.send(row.unwrap()).await.unwrap();
+        }
+        sink.finish().await.unwrap();
+    }
+
+    weft_eventlog::migrate(&config(&earlier)).await.unwrap();
+    let log = open(&earlier).await;
+    assert_eq!(read_all(&log.reader()).await, events);
+    verify(&log.reader(), |_| ()).await.unwrap();
+    for (request, answer) in requests.iter().zip(answers) {
+        let again = log.appender().append(request.clone()).await.unwrap();
+        assert_eq!(again, Appended { repeated: true, ..answer });
+    }
+    log.appender().append(one("a")).await.unwrap();
+    verify(&log.reader(), |_| ()).await.unwrap();
+    log.shutdown().await;
 }
 
 #[tokio::test]

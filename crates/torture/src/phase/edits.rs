@@ -318,8 +318,13 @@ fn value(rng: &mut StdRng, column: &str, kind: &str) -> String {
         ("position", _) => format!("position + {}", 100_000 + rng.random_range(0..1_000)),
         ("cause", _) => "case when position > 2 then 2 end".into(),
         ("reason", _) => ["'forged'", "null", "''"].choose(rng).map_or("null", |value| value).to_string(),
-        // Both or none, as the table demands.
-        ("fingerprint", _) => "case when fingerprint is null then null else sha256('forged') end".into(),
+        // Both or none, as the table demands. The second one has the same bytes at other places.
+        ("fingerprint", _) => {
+            let forged =
+                ["sha256('forged')", "substring(fingerprint from 9) || substring(fingerprint for 8)"];
+            let forged = forged.choose(rng).copied().unwrap_or("null");
+            format!("case when fingerprint is null then null else {forged} end")
+        }
         ("command_events", _) => {
             "case when command_events is null then null else command_events + 1 end".into()
         }

@@ -20,7 +20,8 @@ const SKIPS_MAX: u32 = 40;
 /// How long an armed point may take to be reached by writers who do nothing else.
 const FIRED_MAX: Duration = Duration::from_secs(30);
 
-/// A process with sixteen writers is killed at each point in turn.
+/// A process is killed at each point in turn: every other time one that is alone and sends its batches ahead, or one that
+/// writes beside another process, under the lock.
 pub(crate) async fn kills(
     server: &Postgres,
     seed: u64,
@@ -28,28 +29,37 @@ pub(crate) async fn kills(
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let scene = Scene::set(server, "kills", 1, 16, seed, BRISK).await?;
-    scene.progress(16).await?;
-    let (proxy, worker) = (&scene.proxies[0], &scene.workers[0]);
-    for n in 0..count {
-        let point = Point::APPEND[usize::try_from(n).unwrap_or_default() % Point::APPEND.len()];
-        let deaths = worker.deaths();
-        proxy.arm(point, Fault::Kill, rng.random_range(0..SKIPS_MAX));
-        if proxy.fired(FIRED_MAX).await {
-            findings.count(point.name());
-        } else {
-            findings.complain(format!("nobody came to {}", point.name()));
-            continue;
+    for (database, processes, writers_each, count) in
+        [("kills", 1, 16, count.div_ceil(2)), ("kills_beside", 2, 8, count / 2)]
+    {
+        let scene = Scene::set(server, database, processes, writers_each, seed, BRISK).await?;
+        scene.progress(16).await?;
+        for n in 0..count {
+            let point = Point::APPEND[usize::try_from(n).unwrap_or_default() % Point::APPEND.len()];
+            kill_one(&scene, point, rng.random_range(0..SKIPS_MAX), findings).await?;
         }
-        let died = async {
-            while worker.deaths() == deaths {
-                sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(PROGRESS_MAX, died).await.context("a killed process does not die")?;
+        scene.progress(16).await?;
+        scene.close(server, findings).await?;
     }
-    scene.progress(16).await?;
-    scene.close(server, findings).await
+    Ok(())
+}
+
+/// Kills the first process once it has come to the point so many times more.
+async fn kill_one(scene: &Scene, point: Point, skips: u32, findings: &mut Findings) -> anyhow::Result<()> {
+    let (proxy, worker) = (&scene.proxies[0], &scene.workers[0]);
+    let deaths = worker.deaths();
+    proxy.arm(point, Fault::Kill, skips);
+    if !proxy.fired(FIRED_MAX).await {
+        findings.complain(format!("nobody came to {}", point.name()));
+        return Ok(());
+    }
+    findings.count(point.name());
+    let died = async {
+        while worker.deaths() == deaths {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PROGRESS_MAX, died).await.context("a killed process does not die")
 }
 
 /// Commits are cut on either side of them; the process lives on and finds out.
