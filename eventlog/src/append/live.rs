@@ -165,7 +165,7 @@ impl Live {
         client.batch_execute(SESSION_SQL).await.map_err(&doing)?;
         let (epoch, tail) = establish(client).await?;
         let room = partitions::make(client).await?;
-        behind.learn(&room);
+        behind.learn(room);
         let statements = Statements {
             now: client.prepare(&format!("{NOW_SQL}, {STANDING_SQL}")).await.map_err(&doing)?,
             catch_up: client.prepare(CATCH_UP_SQL).await.map_err(&doing)?,
@@ -193,20 +193,20 @@ impl Live {
         doubted: Vec<Uuid>,
     ) -> impl Future<Output = Result<Landed, StoreError>> + Send + 'static {
         let (client, statements) = (Arc::clone(&self.session.client), Arc::clone(&self.statements));
-        let forgotten = self.behind.forgotten();
+        let searched = self.behind.commands_after(decision.recorded.iter().chain(&doubted));
         async move {
             let Ahead { rows, recorded, tail } = decision;
             let (known, hash) = (signed(assumed.tail.position), assumed.tail.hash.0.as_slice());
             let (read_at, read_hash) = read_params(assumed.read.as_ref());
             let epoch = assumed.epoch.0.cast_signed();
             let expect: [&(dyn ToSql + Sync); 7] =
-                [&known, &hash, &read_at, &read_hash, &epoch, &recorded, &forgotten];
+                [&known, &hash, &read_at, &read_hash, &epoch, &recorded, &searched];
             // Polled in this order, hence sent in this order.
             let ground = async {
                 let asked = join3(
                     client.batch_execute(LOCK_SQL),
                     client.query_one(&statements.expect, &expect),
-                    look_up(&client, &statements, &doubted, forgotten),
+                    look_up(&client, &statements, &doubted, searched),
                 );
                 let (locked, now, outcomes) = within(GROUND_MAX, asked).await?;
                 locked.map_err(StoreError::while_doing("lock the log"))?;
@@ -259,14 +259,14 @@ impl Live {
         let ids: Vec<Uuid> = batch.iter().map(|item| item.request.command_id).collect();
         let (since, limit) = (signed(known.position), CATCH_UP_MAX as i64);
         let (read_at, read_hash) = read_params(read.as_ref());
-        let (forgotten, closed) = (self.behind.forgotten(), self.behind.closed());
+        let (searched, closed) = (self.behind.commands_after(&ids), self.behind.closed());
 
         // Polled in this order, hence sent in this order; the lock comes first.
         let (locked, now, events, outcomes, looked_up) = join5(
             client.batch_execute(LOCK_SQL),
             client.query_one(&statements.now, &[&read_at, &read_hash]),
             client.query(&statements.catch_up, &[&since, &limit]),
-            client.query(&statements.outcomes, &[&ids, &forgotten]),
+            client.query(&statements.outcomes, &[&ids, &searched]),
             client.query(&statements.heads, &[&unknown, &closed]),
         )
         .await;
@@ -364,12 +364,12 @@ async fn look_up(
     client: &Client,
     statements: &Statements,
     ids: &[Uuid],
-    forgotten: i64,
+    after: i64,
 ) -> Result<Vec<Row>, tokio_postgres::Error> {
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    client.query(&statements.outcomes, &[&ids, &forgotten]).await
+    client.query(&statements.outcomes, &[&ids, &after]).await
 }
 
 /// Inserts, if there is anything to insert, and commits.

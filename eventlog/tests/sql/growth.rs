@@ -2,9 +2,10 @@
 
 use futures_util::TryStreamExt;
 use std::time::Duration;
+use uuid::Uuid;
 use weft_eventlog::{
-    AppendError, ArchiveConfig, ArchiveError, Defect, EventLog, Reader, RecordedEvent, SegmentError,
-    UnixMicros, VerifyError, archive, verify,
+    AppendError, Appended, ArchiveConfig, ArchiveError, Defect, EventLog, Reader, RecordedEvent,
+    SegmentError, UnixMicros, VerifyError, archive, verify,
 };
 use weft_model::version::{Position, Version};
 use weft_testkit::TestDatabase;
@@ -108,6 +109,51 @@ async fn ranges_are_made_ahead_and_closed_behind() {
     assert!(matches!(stale, Err(AppendError::Conflict { current: Version(5), .. })), "{stale:?}");
     log.appender().append(request(vec![part(quiet, exact(5), 1)])).await.unwrap();
     verify(&log.reader(), |_| ()).await.unwrap();
+}
+
+/// Where a command may be is told by the order of ids, and one may have been made long before it was recorded, or after
+/// others that were recorded later.
+#[tokio::test]
+async fn a_repeat_is_found_in_whichever_range_its_command_was_recorded() {
+    let database = small_ranges().await;
+    let log = open(&database).await;
+    let mut early = request(vec![part("s/kept", Any, 1)]);
+    let late = request(vec![part("s/kept", Any, 1)]);
+    early.command_id = made_before(late.command_id, 60_000);
+    let mut asked = Vec::new();
+    for n in 0..6 {
+        let mut made_early = request(vec![part("s/kept", Any, 1)]);
+        made_early.command_id = made_before(early.command_id, n);
+        let now = request(vec![part("s/kept", Any, 2)]);
+        for request in [made_early, now] {
+            asked.push((log.appender().append(request.clone()).await.unwrap(), request));
+        }
+        fill(&log, 90 * (n + 1)).await;
+    }
+    for request in [late, early] {
+        asked.push((log.appender().append(request.clone()).await.unwrap(), request));
+    }
+    while count(&database, "select coalesce(max(position), 0) from weft.scope_head_mark").await < 500 {}
+    log.shutdown().await;
+    let log = open(&database).await;
+    // Under the lock at first, ahead of it once this appender has been alone for a while.
+    for _ in 0..3 {
+        for (first, request) in &asked {
+            let again = log.appender().append(request.clone()).await.unwrap();
+            assert_eq!(again, Appended { repeated: true, ..first.clone() });
+            log.appender().append(one("s/other")).await.unwrap();
+        }
+    }
+    log.shutdown().await;
+}
+
+/// An id made so many milliseconds before another one.
+fn made_before(id: Uuid, millis: u64) -> Uuid {
+    let (seconds, nanos) = id.get_timestamp().unwrap().to_unix();
+    let made = seconds * 1_000 + u64::from(nanos) / 1_000_000 - millis;
+    let mut bytes = [0; 10];
+    bytes.copy_from_slice(&Uuid::now_v7().as_bytes()[6..]);
+    uuid::Builder::from_unix_timestamp_millis(made, &bytes).into_uuid()
 }
 
 #[tokio::test]
