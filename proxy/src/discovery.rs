@@ -1,5 +1,5 @@
 //! How the sidecar learns who it is and what to run: [`join`] gets an identity and keeps it fresh, [`own`] holds it,
-//! [`subscribe`] registers the instance and follows the controller's notices, [`take`] turns what was pulled into a snapshot or refuses it,
+//! [`subscribe`] registers the instance and follows the controller's notices,
 //! [`keep`] and [`disk`] keep the last good one; [`witness`] keeps what it was told of the log's end.
 //!
 //! The data path never waits for anything here. Without a controller all of it fails and is tried again, and the last
@@ -10,7 +10,6 @@ pub(crate) mod join;
 pub(crate) mod keep;
 pub(crate) mod own;
 pub(crate) mod subscribe;
-pub(crate) mod take;
 pub(crate) mod witness;
 
 use std::time::Duration;

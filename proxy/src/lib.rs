@@ -39,9 +39,6 @@ mod tls;
 mod tunnel;
 mod worker;
 
-#[cfg(test)]
-mod fixture;
-
 pub use app::{Proxy, StartError};
 pub use config::{Cli, Config};
 pub use discovery::join::JoinError;

@@ -116,7 +116,7 @@ impl Routes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture;
+    use weft_routing::fixture;
 
     #[test]
     fn whose_turn_it_is_outlives_a_snapshot() {

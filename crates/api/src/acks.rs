@@ -5,6 +5,7 @@
 //! Losing what is not yet written loses a moment of status, nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
@@ -21,6 +22,8 @@ const FLUSH_MAX: usize = 1_000;
 /// Every so many flushes, those who are connected are marked as seen: every 10 s, which `status.sidecars` counts on. Then
 /// those who left long ago are forgotten, too.
 const REFRESH_EVERY: u32 = 50;
+/// How far apart acknowledgements should come: ten thousand a second take a fraction of a core.
+const ACK_EVERY: Duration = Duration::from_micros(100);
 /// Longest reason for a refused snapshot that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 500;
 
@@ -28,6 +31,8 @@ const ERROR_CHARS_MAX: usize = 500;
 #[derive(Debug, Default)]
 pub struct Acks {
     state: Mutex<State>,
+    /// Streams that are open.
+    streams: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +71,7 @@ impl Drop for Connected {
         let sidecar = state.sidecar(&self.instance);
         sidecar.streams = sidecar.streams.saturating_sub(1);
         sidecar.ack.connected = sidecar.streams > 0;
+        self.acks.streams.fetch_sub(1, Ordering::Relaxed);
         metrics::gauge!("weft_api_subscribers").decrement(1.0);
     }
 }
@@ -87,8 +93,15 @@ impl Acks {
         sidecar.streams += 1;
         sidecar.ack.connected = true;
         sidecar.ack.applied = have;
+        self.streams.fetch_add(1, Ordering::Relaxed);
         metrics::gauge!("weft_api_subscribers").increment(1.0);
         Connected { acks: Arc::clone(self), instance: instance.clone() }
+    }
+
+    /// Over how long acknowledgements of one publication should come, so that they do not keep this controller from the next
+    /// one.
+    pub(crate) fn spread(&self) -> Duration {
+        ACK_EVERY.saturating_mul(u32::try_from(self.streams.load(Ordering::Relaxed)).unwrap_or(u32::MAX))
     }
 
     /// A sidecar says what it runs now, or why it refused what it should.

@@ -1,13 +1,15 @@
 //! The Discovery service: notices, pulls, acknowledgements.
 //!
-//! A subscriber has no queue: its stream watches the newest publication, and whatever came between is skipped. A notice
-//! is sent when the caller's own snapshot changed, else only as a heartbeat. Nothing is handed out that a projector has
+//! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped. A notice
+//! is sent when the caller's own snapshot changed, else only as a heartbeat. It brings what changed since the caller was
+//! last told, if that is little; a caller that does not have that snapshot after all finds it does not fit, and pulls. Nothing is handed out that a projector has
 //! not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
 //!
 //! A caller that has more than the whole log is told that the log lost its end, and gets nothing older (I4); a caller that is
 //! only ahead of *this* controller is asked to come again. What a caller says of itself proves nothing; the witness that it
 //! shows does, and is a finding ([`witness`](crate::witness)).
 
+use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,14 +17,15 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+use weft_eventlog::Point;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::View;
+use weft_projector::{Patch, View};
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_server;
 use weft_routing::Hash;
 
 use crate::Context;
-use crate::acks::Connected;
+use crate::acks::{Acks, Connected};
 use crate::caller::Caller;
 use crate::convert::{self, config_version};
 use crate::pull::{self, header};
@@ -31,6 +34,9 @@ use crate::witness::Witnesses;
 
 /// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How long a witness of what was told may be late: as long as a sidecar may take to write it down. A notice of a change goes
+/// without, since it would be twice as long.
+const WITNESS_WITHIN: Duration = Duration::from_secs(1);
 /// Full snapshots that are put together at once; a reconnecting fleet with known manifests needs none.
 const FULL_PULLS_MAX: usize = 64;
 /// How long a pull waits for a registration to be published. With a leader that takes milliseconds; without one, the
@@ -126,48 +132,85 @@ fn not_registered(instance: &InstanceId) -> ApiError {
 struct Subscription {
     view: View,
     witnesses: Arc<Witnesses>,
-    publications: watch::Receiver<ConfigVersion>,
+    acks: Arc<Acks>,
+    /// Of the caller's class; of everything, until the caller takes part.
+    feed: watch::Receiver<ConfigVersion>,
     instance: InstanceId,
     drain: CancellationToken,
     /// When the leaf that this stream came with ends, and the stream with it.
     ends: Instant,
     next_heartbeat: Instant,
-    sent: Option<Option<(ConfigVersion, Hash)>>,
+    /// What the caller was last told to run; at first, what it says it runs.
+    told: Option<(ConfigVersion, Hash)>,
+    /// Nothing was sent yet.
+    fresh: bool,
     _connected: Connected,
+}
+
+/// What is published for a subscriber.
+struct Seen {
+    head: ConfigVersion,
+    point: Option<Point>,
+    wanted: Option<(ConfigVersion, Hash)>,
+    patch: Option<Arc<Patch>>,
 }
 
 impl Subscription {
     /// Waits until there is something to say. None when the stream is to end.
     async fn next(&mut self) -> Option<pb::Notice> {
         loop {
-            self.publications.mark_unchanged();
-            let (head, point, wanted) = self.view.published(|published| {
-                let wanted = published.wanted(&self.instance);
-                let wanted = wanted.map(|wanted| (wanted.version, wanted.class.hash));
-                (published.version(), published.point(), wanted)
-            });
-            if self.sent != Some(wanted) || Instant::now() >= self.next_heartbeat {
-                self.sent = Some(wanted);
-                self.next_heartbeat = Instant::now() + HEARTBEAT;
-                let witness = point.and_then(|point| self.witnesses.sign(point)).unwrap_or_default();
-                return Some(notice(head, wanted, witness));
+            // Before it is looked at: what comes meanwhile is looked at again.
+            self.feed.mark_unchanged();
+            let seen = self.look();
+            let now = Instant::now();
+            if self.fresh || now >= self.next_heartbeat {
+                (self.fresh, self.told) = (false, seen.wanted);
+                self.next_heartbeat = now + HEARTBEAT;
+                let witness = seen.point.and_then(|point| self.witnesses.sign(point));
+                return Some(self.notice(&seen, witness.unwrap_or_default()));
+            }
+            if self.told != seen.wanted {
+                self.told = seen.wanted;
+                self.next_heartbeat = self.next_heartbeat.min(now + WITNESS_WITHIN);
+                return Some(self.notice(&seen, Bytes::new()));
             }
             tokio::select! {
                 () = self.drain.cancelled() => return None,
                 () = sleep_until(self.ends) => return None,
                 () = sleep_until(self.next_heartbeat) => {}
-                changed = self.publications.changed() => changed.ok()?,
+                changed = self.feed.changed() => if changed.is_err() {
+                    // The class has no members any more, hence not the caller; or the controller is ending.
+                    self.feed = self.view.publications();
+                }
             }
         }
     }
-}
 
-fn notice(head: ConfigVersion, wanted: Option<(ConfigVersion, Hash)>, witness: bytes::Bytes) -> pb::Notice {
-    pb::Notice {
-        wanted: wanted.map(|(version, hash)| header(version, hash)),
-        head: Some(config_version(head)),
-        heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
-        witness,
+    fn look(&mut self) -> Seen {
+        let (seen, feed) = self.view.published(|published| {
+            let wanted = published.wanted(&self.instance);
+            let news = wanted.as_ref().map(|wanted| (wanted.version, wanted.class.hash));
+            let base = self.told.filter(|_| self.told != news).map(|(_, hash)| hash);
+            let patch = wanted.zip(base).and_then(|(wanted, base)| published.patch(wanted.class, base));
+            let seen = Seen { head: published.version(), point: published.point(), wanted: news, patch };
+            let feed = published.feed(&self.instance).filter(|feed| !feed.same_channel(&self.feed));
+            (seen, feed)
+        });
+        if let Some(feed) = feed {
+            self.feed = feed;
+        }
+        seen
+    }
+
+    fn notice(&self, seen: &Seen, witness: Bytes) -> pb::Notice {
+        pb::Notice {
+            wanted: seen.wanted.map(|(version, hash)| header(version, hash)),
+            head: Some(config_version(seen.head)),
+            heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
+            witness,
+            patch: seen.patch.as_deref().map(pull::patch),
+            ack_spread_ms: u32::try_from(self.acks.spread().as_millis()).unwrap_or(u32::MAX),
+        }
     }
 }
 
@@ -187,14 +230,16 @@ impl discovery_server::Discovery for Discovery {
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
         let view = self.context.view.clone();
         let subscription = Subscription {
-            publications: view.publications(),
+            feed: view.publications(),
             view,
             witnesses: Arc::clone(&self.context.witnesses),
+            acks: Arc::clone(&self.context.acks),
             instance: instance.clone(),
             drain: self.context.drain.clone(),
             ends: caller.ends((self.context.clock)()),
             next_heartbeat: Instant::now() + HEARTBEAT,
-            sent: None,
+            told: have,
+            fresh: true,
             _connected: self.context.acks.connect(instance, have),
         };
         let notices = stream::unfold(subscription, |mut subscription| async move {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{PublishedShard, View};
+use weft_projector::{Patch, PublishedShard, ShardPatch, View};
 use weft_proto::v1 as pb;
 use weft_routing::{Hash, ShardKey};
 
@@ -54,6 +54,18 @@ impl Plan {
             shards: self.shards.into_iter().map(shard).collect::<Result<_, ApiError>>()?,
         })
     }
+}
+
+/// A patch in the words of the wire.
+pub(crate) fn patch(patch: &Patch) -> pb::Patch {
+    let shard = |shard: &ShardPatch| pb::ShardPatch {
+        key: shard.key.to_string(),
+        position: shard.position.0,
+        delta_zstd: shard.delta.clone(),
+        // Bounded by what a shard may have.
+        length: u32::try_from(shard.length).unwrap_or(u32::MAX),
+    };
+    pb::Patch { base: patch.base.prefix(), shards: patch.shards.iter().map(shard).collect() }
 }
 
 pub(crate) fn header(version: ConfigVersion, hash: Hash) -> pb::SnapshotHeader {

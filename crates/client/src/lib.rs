@@ -5,12 +5,15 @@
 //! nobody answers; commands carry an id ([`command`]), so a repeat after a lost answer gets the first outcome and
 //! changes nothing twice.
 //!
+//! [`take`] turns what a controller sends to a sidecar into a snapshot, or refuses it.
+//!
 //! Who the caller is and whom it believes are in the TLS configuration, made by `weft-identity`.
 
 mod address;
 mod channel;
 mod error;
 mod retry;
+pub mod take;
 
 pub use address::{AddressError, ControllerAddress};
 pub use channel::{ALPN, channel};

@@ -34,7 +34,7 @@ pub use decode::{Decoder, Undecodable, UndecodableEvent};
 pub use fault::Fault;
 pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
 pub use projector::Projector;
-pub use published::{Published, PublishedShard};
+pub use published::{Patch, Published, PublishedClass, PublishedShard, ShardPatch};
 pub use store::{Ack, Commit, LeaderStatus, Lease, SidecarStatus, Store, StoreError};
 pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
 pub use view::{Role, View};

@@ -4,12 +4,19 @@
 //! kept as a [`Delta`] until the checkpoint covers it, and only then becomes part of [`Published`]. Bytes are shared
 //! with the projection; nothing is copied but keys.
 //!
+//! **Patches.** What changed in a class since one of its former manifests, if that is little: each changed shard compressed with
+//! its former bytes as a dictionary, so that one endpoint's change takes some dozens of bytes whatever the service's size. Made when
+//! first asked for, then the same bytes for everybody. Whoever is too far behind, or lacks a shard altogether, pulls.
+//!
+//! **Feeds.** Each class has one, which tells its subscribers that something changed for them; the others sleep on.
+//!
 //! Called by the view. Read by Subscribe and Pull of the API.
 
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use tokio::sync::watch;
 use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
 use weft_routing::projection::{BuiltShard, Class};
@@ -20,6 +27,14 @@ use crate::rows::RowChanges;
 /// Former manifests that are remembered per class, to answer a pull with a difference. A sidecar that is further behind
 /// than so many changes gets everything, which is then not much more.
 pub const MANIFESTS_REMEMBERED: usize = 32;
+
+/// Former bytes of a shard that are remembered, to make patches from: those of the last changes, which everybody has who
+/// follows; and of a large shard no more than so many bytes.
+const FORMER_MAX: usize = 4;
+const FORMER_BYTES_MAX: usize = 4 << 20;
+
+/// Longest patch. What is larger is pulled: then a notice never holds up the next one for long.
+const PATCH_BYTES_MAX: usize = 8 << 10;
 
 /// Compression of shards: the default level; higher ones cost several times the time for a few percent.
 const ZSTD_LEVEL: i32 = 3;
@@ -101,6 +116,30 @@ pub struct PublishedClass {
     pub position: Position,
     /// Former manifests, the newest last.
     former: VecDeque<(Hash, Arc<Manifest>)>,
+    /// Those that were asked for, by the manifest that they begin with.
+    patches: Arc<Mutex<BTreeMap<Hash, Option<Arc<Patch>>>>>,
+}
+
+/// How to get from a former manifest of a class to its newest one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// The hash of the former manifest.
+    pub base: Hash,
+    /// The shards that changed.
+    pub shards: Vec<ShardPatch>,
+}
+
+/// How one shard changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardPatch {
+    /// Which.
+    pub key: ShardKey,
+    /// The last event that touched it.
+    pub position: Position,
+    /// The new bytes, zstd-compressed with the former ones as a dictionary; empty if they are the same.
+    pub delta: Bytes,
+    /// Length of the new bytes.
+    pub length: usize,
 }
 
 impl From<&Class> for PublishedClass {
@@ -111,6 +150,7 @@ impl From<&Class> for PublishedClass {
             hash: class.hash,
             position: class.position,
             former: VecDeque::new(),
+            patches: Arc::default(),
         }
     }
 }
@@ -156,6 +196,16 @@ pub struct PublishedShard {
     /// The shard.
     pub built: BuiltShard,
     compressed: Arc<OnceLock<Bytes>>,
+    /// What it was before, the newest last.
+    former: VecDeque<Former>,
+}
+
+#[derive(Clone, Debug)]
+struct Former {
+    hash: Hash,
+    bytes: Arc<[u8]>,
+    /// From it to the newest bytes.
+    delta: Arc<OnceLock<Bytes>>,
 }
 
 impl PublishedShard {
@@ -169,6 +219,31 @@ impl PublishedShard {
         }
         let bytes = Bytes::from(zstd::bulk::compress(&self.built.bytes, ZSTD_LEVEL)?);
         Ok(self.compressed.get_or_init(|| bytes).clone())
+    }
+
+    /// The bytes, compressed with those of this former hash as a dictionary; none if they are not remembered.
+    fn delta_from(&self, hash: Hash) -> Option<Bytes> {
+        let former = self.former.iter().rev().find(|former| former.hash == hash)?;
+        if let Some(bytes) = former.delta.get() {
+            return Some(bytes.clone());
+        }
+        // Without memory there is no patch, and whoever asked pulls.
+        let mut compressor = zstd::bulk::Compressor::with_dictionary(ZSTD_LEVEL, &former.bytes).ok()?;
+        let bytes = Bytes::from(compressor.compress(&self.built.bytes).ok()?);
+        Some(former.delta.get_or_init(|| bytes).clone())
+    }
+
+    /// Takes the place of an earlier one with other content.
+    fn succeed(&mut self, before: Self) {
+        let remembered = before.former.into_iter().map(|former| Former { delta: Arc::default(), ..former });
+        self.former = remembered.collect();
+        let BuiltShard { hash, bytes, .. } = before.built;
+        self.former.push_back(Former { hash, bytes, delta: Arc::default() });
+        let mut bytes: usize = self.former.iter().map(|former| former.bytes.len()).sum();
+        while self.former.len() > FORMER_MAX || bytes > FORMER_BYTES_MAX {
+            let Some(oldest) = self.former.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
     }
 }
 
@@ -189,6 +264,7 @@ pub struct Published {
     shards: BTreeMap<ShardKey, PublishedShard>,
     classes: BTreeMap<InterestClass, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
+    feeds: BTreeMap<InterestClass, watch::Sender<ConfigVersion>>,
 }
 
 impl Published {
@@ -220,18 +296,63 @@ impl Published {
         Some(WantedSnapshot { version, class })
     }
 
+    /// Tells when something changes for a sidecar, if it takes part: the version of that publication. Ends when its class has
+    /// no members any more.
+    #[must_use]
+    pub fn feed(&self, instance: &InstanceId) -> Option<watch::Receiver<ConfigVersion>> {
+        Some(self.feeds.get(&self.sidecars.get(instance)?.class)?.subscribe())
+    }
+
+    /// How to get to a class's newest manifest from an earlier one. None if that is not remembered, or takes much.
+    #[must_use]
+    pub fn patch(&self, class: &PublishedClass, base: Hash) -> Option<Arc<Patch>> {
+        let mut patches = class.patches.lock().unwrap_or_else(PoisonError::into_inner);
+        patches.entry(base).or_insert_with(|| self.make_patch(class, base).map(Arc::new)).clone()
+    }
+
+    fn make_patch(&self, class: &PublishedClass, base: Hash) -> Option<Patch> {
+        let (former, newest) = (class.manifest_with(base)?, &class.manifest);
+        if !former.entries.keys().eq(newest.entries.keys()) {
+            return None;
+        }
+        let mut shards = Vec::new();
+        let mut bytes = 0;
+        for ((key, entry), before) in newest.entries.iter().zip(former.entries.values()) {
+            if entry == before {
+                continue;
+            }
+            let shard = self.shards.get(key).filter(|shard| shard.built.hash == entry.hash)?;
+            let delta =
+                if entry.hash == before.hash { Bytes::new() } else { shard.delta_from(before.hash)? };
+            bytes += delta.len();
+            if bytes > PATCH_BYTES_MAX {
+                return None;
+            }
+            let length = shard.built.bytes.len();
+            shards.push(ShardPatch { key: key.clone(), position: entry.position, delta, length });
+        }
+        Some(Patch { base, shards })
+    }
+
     pub(crate) fn apply(&mut self, delta: Delta) {
+        let new_epoch = self.version.epoch != delta.version.epoch;
         self.version = delta.version;
         self.hash = delta.hash;
         for (key, built) in delta.shards {
             match self.shards.get_mut(&key) {
                 // Only its position moved: the compressed bytes stay good.
                 Some(shard) if shard.built.hash == built.hash => shard.built = built,
-                Some(_) | None => {
-                    self.shards.insert(key, PublishedShard { built, compressed: Arc::default() });
+                before => {
+                    let mut shard =
+                        PublishedShard { built, compressed: Arc::default(), former: VecDeque::new() };
+                    if let Some(before) = before {
+                        shard.succeed(before.clone());
+                    }
+                    self.shards.insert(key, shard);
                 }
             }
         }
+        let changed: Vec<InterestClass> = delta.classes.keys().cloned().collect();
         for (key, class) in delta.classes {
             let before = self.classes.remove(&key);
             if let Some(mut class) = class {
@@ -246,6 +367,23 @@ impl Published {
                 Some(sidecar) => self.sidecars.insert(instance, sidecar),
                 None => self.sidecars.remove(&instance),
             };
+        }
+        self.tell(changed, new_epoch);
+    }
+
+    /// Wakes the subscribers of the classes that changed; a new epoch is a new version for everybody.
+    fn tell(&mut self, changed: Vec<InterestClass>, new_epoch: bool) {
+        for class in changed {
+            if self.classes.contains_key(&class) {
+                self.feeds.entry(class).or_default().send_replace(self.version);
+            } else {
+                self.feeds.remove(&class);
+            }
+        }
+        if new_epoch {
+            self.feeds.values().for_each(|feed| {
+                feed.send_replace(self.version);
+            });
         }
     }
 }

@@ -14,6 +14,13 @@ impl Hash {
         Self(Sha256::digest(bytes).into())
     }
 
+    /// Its first four bytes, to tell a few hashes apart where the whole one follows.
+    #[must_use]
+    pub const fn prefix(&self) -> u32 {
+        let [a, b, c, d, ..] = self.0;
+        u32::from_be_bytes([a, b, c, d])
+    }
+
     /// Reads a hash from exactly 32 bytes.
     #[must_use]
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {

@@ -13,6 +13,9 @@
 mod address;
 pub mod checkpoint;
 pub mod decide;
+#[cfg(feature = "fixture")]
+#[expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "for tests only")]
+pub mod fixture;
 pub mod hash;
 pub mod interest;
 pub mod manifest;

@@ -5,7 +5,7 @@ use crate::manifest::{Manifest, ManifestError};
 use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey, TrustShard};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use weft_model::{ConfigVersion, ServiceName};
+use weft_model::{ConfigVersion, Position, ServiceName};
 
 /// Longest canonical form of one shard. A service of 100,000 endpoints has about 8 MiB.
 pub const SHARD_BYTES_MAX: usize = 16 << 20;
@@ -123,6 +123,35 @@ impl Snapshot {
             trust: trust.ok_or(SnapshotError::Incomplete("trust bundle"))?,
             shards: kept,
         })
+    }
+
+    /// The snapshot after some of its shards changed: each with the last event that touched it and its new bytes, or none
+    /// if only its position moved. The manifest follows, and must have the announced hash.
+    ///
+    /// # Errors
+    /// As [`assemble`](Self::assemble); also if a shard is not in this snapshot.
+    pub fn patched(
+        &self,
+        version: ConfigVersion,
+        manifest_hash: Hash,
+        changes: impl IntoIterator<Item = (ShardKey, Position, Option<Arc<[u8]>>)>,
+    ) -> Result<Self, SnapshotError> {
+        let (mut manifest, mut shards) = (self.manifest.clone(), self.shards.clone());
+        for (key, position, bytes) in changes {
+            let Some(entry) = manifest.entries.get_mut(&key) else { return Err(SnapshotError::Missing(key)) };
+            entry.position = position;
+            if let Some(bytes) = bytes {
+                entry.hash = Hash::of(&bytes);
+                shards.insert(entry.hash, bytes);
+            }
+        }
+        Self::assemble(version, manifest_hash, &manifest.encode().0, &shards)
+    }
+
+    /// A shard's canonical bytes.
+    #[must_use]
+    pub fn shard(&self, key: &ShardKey) -> Option<&Arc<[u8]>> {
+        self.shards.get(&self.manifest.entries.get(key)?.hash)
     }
 
     /// The manifest's canonical bytes.

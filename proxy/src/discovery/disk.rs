@@ -127,9 +127,9 @@ fn decode(bytes: &[u8], instance: &InstanceId) -> Result<Snapshot, DiskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture;
     use proptest::prelude::*;
     use std::os::unix::fs::PermissionsExt;
+    use weft_routing::fixture;
 
     fn web() -> InstanceId {
         "default/web/web-1".parse().unwrap()

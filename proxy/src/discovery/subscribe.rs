@@ -1,4 +1,4 @@
-//! Following a controller: register, subscribe, pull what is missed, swap it in, say so.
+//! Following a controller: register, subscribe, take the patch in a notice or pull what is missed, swap it in, say so.
 //!
 //! One task, one session at a time. A session that breaks, or in which no notice comes for two heartbeats, is given up for
 //! a new one, with another controller first, after a random wait. The data path goes on meanwhile.
@@ -10,7 +10,6 @@
 
 use super::keep::Keeper;
 use super::own::Own;
-use super::take::{self, Refusal};
 use super::witness::Witnesses;
 use super::{Session, answer};
 use crate::backoff::Backoff;
@@ -19,6 +18,7 @@ use crate::config::Config;
 use crate::metrics;
 use crate::shared::Shared;
 use crate::status::Status;
+use rand::RngExt;
 use rand::rngs::SmallRng;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -27,6 +27,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::transport::Channel;
+use weft_client::take::{self, Refusal};
 use weft_client::{ALPN, CallError, command};
 use weft_identity::tls::ExpectedPeer;
 use weft_model::{Chain, ConfigVersion, ServiceName};
@@ -44,6 +45,9 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
 
 /// Missed heartbeats that mean: out of touch.
 const MISSED_MAX: u32 = 2;
+
+/// The longest that an ack is held back, whatever a controller asks for.
+const ACK_SPREAD_MAX: Duration = Duration::from_secs(10);
 
 /// Largest answer to a pull: a mesh seen whole, compressed.
 const PULL_BYTES_MAX: usize = 256 << 20;
@@ -84,6 +88,24 @@ pub(crate) struct Subscriber {
     pub(crate) witnesses: Witnesses,
     /// Waits after a controller failed, and after one had too much to do; over when a controller gave what it has.
     pub(crate) backoff: Backoff,
+}
+
+/// What a session has yet to say of what it applied. The newest word is enough.
+#[derive(Default)]
+struct Acks {
+    /// Over how long the controller wants them spread.
+    spread: Duration,
+    due: Option<Ack>,
+    /// What is applied and acked as not on disk.
+    unkept: Option<Arc<Snapshot>>,
+}
+
+struct Ack {
+    at: Instant,
+    applied: Arc<Snapshot>,
+    /// From notice to swap.
+    took: Duration,
+    error: String,
 }
 
 /// When the next notice is due at the latest; [`watch_staleness`] says so if it does not come.
@@ -140,8 +162,7 @@ impl Subscriber {
         let mut head = None;
         // When a controller that had too much to do is asked again.
         let mut again: Option<Instant> = None;
-        // What is applied and acked as not on disk.
-        let mut unkept: Option<Arc<Snapshot>> = None;
+        let mut acks = Acks::default();
         loop {
             let since = tokio::select! {
                 biased;
@@ -152,6 +173,7 @@ impl Subscriber {
                     due.send_replace(last_notice + heartbeat * MISSED_MAX);
                     head = notice.head.as_ref().map(take::version);
                     self.witnesses.told(head, &notice.witness);
+                    acks.spread = Duration::from_millis(notice.ack_spread_ms.into()).min(ACK_SPREAD_MAX);
                     let unknown = notice.wanted.is_none() || !self.registered;
                     if unknown && known_since.elapsed() > REGISTERED_GRACE {
                         self.registered = self.register_if_recorded(channel).await?;
@@ -162,7 +184,7 @@ impl Subscriber {
                         known_since = Instant::now();
                     }
                     // Whoever had too much to do is not asked by every notice.
-                    if !self.misses(&notice) || again.is_some() {
+                    if !self.misses(&notice) || again.is_some() || self.take_patch(&notice, &mut acks).await {
                         continue;
                     }
                     last_notice
@@ -175,14 +197,20 @@ impl Subscriber {
                     last_miss = Some(Instant::now());
                     Instant::now()
                 }
-                snapshot = kept(&mut self.keeper, unkept.as_ref()) => {
-                    ack(&mut discovery, Some(&snapshot), last_notice, String::new()).await?;
-                    unkept = None;
+                () = at(acks.due.as_ref().map(|due| due.at)) => {
+                    if let Some(Ack { applied, took, error, .. }) = acks.due.take() {
+                        ack(&mut discovery, Some(&applied), took, error).await?;
+                    }
+                    continue;
+                }
+                snapshot = kept(&mut self.keeper, acks.unkept.as_ref()) => {
+                    ack(&mut discovery, Some(&snapshot), last_notice.elapsed(), String::new()).await?;
+                    acks.unkept = None;
                     continue;
                 }
             };
             again = None;
-            match self.pull(&mut discovery, since, &mut unkept).await {
+            match self.pull(&mut discovery, since, &mut acks).await {
                 Ok(()) => {
                     self.backoff.reset();
                     // A peer that claims more than there is shall not hide what others say later.
@@ -268,7 +296,7 @@ impl Subscriber {
         &mut self,
         discovery: &mut DiscoveryClient<Channel>,
         since: Instant,
-        unkept: &mut Option<Arc<Snapshot>>,
+        acks: &mut Acks,
     ) -> Result<(), SessionError> {
         let current = self.shared.snapshot();
         let have = current.as_deref().map(take::header);
@@ -280,17 +308,15 @@ impl Subscriber {
         match taken {
             Ok(None) => Ok(()),
             Ok(Some(snapshot)) => {
-                let snapshot = Arc::new(snapshot);
-                let kept = self.apply(&snapshot, since).await;
-                *unkept = kept.is_err().then(|| Arc::clone(&snapshot));
-                ack(discovery, Some(&snapshot), since, kept.err().unwrap_or_default()).await
+                self.apply(Arc::new(snapshot), since, acks).await;
+                Ok(())
             }
             Err(refusal) => {
                 let error = Chain(&refusal).to_string();
                 metrics::config_refused();
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
-                ack(discovery, current.as_deref(), since, error).await
+                ack(discovery, current.as_deref(), since.elapsed(), error).await
             }
         }
     }
@@ -306,15 +332,38 @@ impl Subscriber {
         Ok(take::take(&pulled, current, &self.config.instance, &identity.spiffe_id().trust_domain))
     }
 
-    /// Puts a snapshot in force. Says why if it is not on disk.
-    async fn apply(&mut self, snapshot: &Arc<Snapshot>, since: Instant) -> Result<(), String> {
-        let kept = self.keeper.keep(snapshot).await;
-        let cut = self.shared.install(Arc::clone(snapshot));
+    /// Takes what a notice brings. False if that is nothing, or does not fit: then it is to be pulled.
+    async fn take_patch(&mut self, notice: &v1::Notice, acks: &mut Acks) -> bool {
+        let since = Instant::now();
+        let Some(current) = self.shared.snapshot() else { return false };
+        let identity = self.own.tls.current();
+        let trust_domain = &identity.spiffe_id().trust_domain;
+        match take::take_patch(notice, &current, &self.config.instance, trust_domain) {
+            Ok(Some(snapshot)) => {
+                self.apply(Arc::new(snapshot), since, acks).await;
+                self.backoff.reset();
+                true
+            }
+            Ok(None) => false,
+            Err(refusal) => {
+                tracing::warn!(error = %Chain(&refusal), "the patch does not fit; pulling");
+                false
+            }
+        }
+    }
+
+    /// Puts a snapshot in force, and has it acked; with why, if it is not on disk.
+    async fn apply(&mut self, snapshot: Arc<Snapshot>, since: Instant, acks: &mut Acks) {
+        let kept = self.keeper.keep(&snapshot).await;
+        let cut = self.shared.install(Arc::clone(&snapshot));
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
         tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
         self.own.trust(&snapshot.trust).await;
-        kept.map_err(|error| format!("applied, but not durable: {error}"))
+        acks.unkept = kept.is_err().then(|| Arc::clone(&snapshot));
+        let error = kept.err().map(|error| format!("applied, but not durable: {error}")).unwrap_or_default();
+        let at = Instant::now() + acks.spread.mul_f64(self.rng.random_range(0.0..=1.0));
+        acks.due = Some(Ack { at, applied: snapshot, took: since.elapsed(), error });
     }
 }
 
@@ -362,10 +411,10 @@ async fn miss(
 async fn ack(
     discovery: &mut DiscoveryClient<Channel>,
     applied: Option<&Snapshot>,
-    since: Instant,
+    took: Duration,
     error: String,
 ) -> Result<(), SessionError> {
-    let took_ms = u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
+    let took_ms = u32::try_from(took.as_millis()).unwrap_or(u32::MAX);
     let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error };
     answer(discovery.ack(request)).await?;
     Ok(())

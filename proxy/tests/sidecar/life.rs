@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use weft_model::health::{Health, HealthReported};
 use weft_model::{Command, InstanceId, Port};
+use weft_proto::v1;
 use weft_proxy::{JoinError, Proxy, StartError};
 use weft_testkit::wait_until;
 
@@ -239,4 +240,24 @@ async fn a_stop_without_a_controller_is_bounded() {
     let mut db = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
     controller.stop();
     db.stop().await;
+}
+
+#[tokio::test]
+async fn a_patch_that_does_not_fit_is_pulled_instead() {
+    let controller = Controller::start();
+    controller.declare("default/db", &[5432]);
+    let app = App::echo().await;
+    let db = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
+    db.runs(controller.wanted("default/db/db-1")).await;
+    let told = controller.state().header(&"default/db/db-1".parse().unwrap()).unwrap();
+    let base = u32::from_be_bytes(told.manifest_hash[..4].try_into().unwrap());
+    let junk = v1::ShardPatch {
+        key: "inbound/default/db".into(),
+        position: 1,
+        delta_zstd: b"junk".to_vec().into(),
+        length: 9,
+    };
+    controller.script(|state| state.patch = Some(v1::Patch { base, shards: vec![junk] }));
+    controller.allow("default/db", &["default/db"]);
+    db.runs(controller.wanted("default/db/db-1")).await;
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::Code;
 use tonic::transport::Channel;
+use weft_client::take;
 use weft_model::{ConfigVersion, Epoch, Position, ServiceName};
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_client::DiscoveryClient;
@@ -116,6 +117,58 @@ async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
         status.sidecars.iter().all(|sidecar| !sidecar.connected)
     })
     .await;
+    mesh.controller.stop().await;
+}
+
+/// The next notice with another snapshot than `old`, as it is.
+async fn notice(stream: &mut tonic::Streaming<pb::Notice>, old: &pb::SnapshotHeader) -> pb::Notice {
+    let next = async {
+        loop {
+            let notice = stream.message().await.unwrap().unwrap();
+            if notice.wanted.as_ref().is_some_and(|wanted| wanted != old) {
+                return notice;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, next).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_small_change_comes_with_the_notice_whatever_the_size_of_what_it_is_in() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    for group in (0..600_u16).collect::<Vec<_>>().chunks(200) {
+        let register = |n: &u16| {
+            let registration =
+                crate::support::registration(&format!("default/web/web-{n}"), 20_000 + u32::from(*n));
+            pb::change::Change::RegisterInstance(registration)
+        };
+        mesh.apply(group.iter().map(register).collect()).await;
+    }
+    mesh.projected().await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    let mut notices = api.client.subscribe(pb::SubscribeRequest::default()).await.unwrap().into_inner();
+    news(&mut notices, None).await;
+    let (mut current, answer) = api.pull().await;
+    let largest = answer.shards.iter().map(|shard| shard.length).max();
+    assert!(largest > Some(15_000), "{largest:?}");
+    let instance = "default/api/one".parse().unwrap();
+    for n in 0..3 {
+        let drain = pb::DrainInstance { instance: format!("default/web/web-{}", n * 100) };
+        mesh.apply(vec![pb::change::Change::DrainInstance(drain)]).await;
+        let notice = notice(&mut notices, &take::header(&current)).await;
+        let patched = take::take_patch(&notice, &current, &instance, &current.trust.trust_domain);
+        let patched = patched.unwrap().expect("a patch from what was told last");
+        let (pulled, _) = api.pull().await;
+        assert_eq!(patched, pulled);
+        // The figure is the bench's; this says that it does not grow with the service.
+        let bytes = prost::Message::encoded_len(&notice);
+        assert!(bytes < 300, "{bytes} bytes: {notice:?}");
+        current = patched;
+    }
+    // What adds a shard is pulled.
+    mesh.apply(vec![declare("default/more", 80)]).await;
+    assert!(notice(&mut notices, &take::header(&current)).await.patch.is_none());
     mesh.controller.stop().await;
 }
 

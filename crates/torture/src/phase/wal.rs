@@ -5,6 +5,7 @@
 //! get errors as long as it lasts and go on by themselves.
 
 use anyhow::Context;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -14,8 +15,11 @@ use super::{Findings, PROGRESS_MAX, Scene};
 use crate::server::{Postgres, Session};
 use crate::writer::Habits;
 
-/// The volume; a segment of the write-ahead log has 16 MiB.
-const VOLUME_MIB: u64 = 256;
+/// The volume. Writers who find it free again write as fast as they can, and until a checkpoint is done the server keeps all
+/// of it: several times [`WAL_MAX`].
+const VOLUME_MIB: u64 = 768;
+/// What the server is to keep of its write-ahead log, in segments of 16 MiB.
+const WAL_MAX: &str = "64MB";
 /// What is left of it when it is to run full soon.
 const LEFT_MIB: u64 = 20;
 
@@ -63,8 +67,11 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
     let habits = Habits { events_max: 50, repeats: 0.05 };
     // So that what is given back after each cycle is enough for the next.
     let session = Session::open(&server.url("postgres")?).await?;
-    session.client.batch_execute("alter system set max_wal_size = '64MB'").await?;
-    session.client.batch_execute("alter system set min_wal_size = '32MB'").await?;
+    for (name, value) in
+        [("max_wal_size", WAL_MAX), ("min_wal_size", "32MB"), ("checkpoint_completion_target", "0")]
+    {
+        session.client.batch_execute(&format!("alter system set {name} = '{value}'")).await?;
+    }
     session.client.batch_execute("select pg_reload_conf()").await?;
     drop(session);
     let scene = Scene::set(&server, "wal", 1, 16, seed, habits).await?;
@@ -92,8 +99,16 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
     scene.close(&server, findings).await
 }
 
+/// Takes so much of the volume, or what is left of it: the server takes some meanwhile.
 fn occupy(file: &Path, mib: u64) -> anyhow::Result<()> {
-    Ok(std::fs::write(file, vec![0; usize::try_from(mib * 1024 * 1024)?])?)
+    let mut file = std::fs::File::create(file)?;
+    for _ in 0..mib {
+        match file.write_all(&[0; 1024 * 1024]) {
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => break,
+            written => written?,
+        }
+    }
+    Ok(())
 }
 
 /// Waits until writers stand still because of it.

@@ -54,6 +54,8 @@ pub(crate) struct State {
     pub(crate) rewound: bool,
     /// What is told with every notice.
     pub(crate) witness: Vec<u8>,
+    /// What every notice brings.
+    pub(crate) patch: Option<v1::Patch>,
     /// What subscribers showed, in order.
     pub(crate) shown: Vec<Vec<u8>>,
     /// So many pulls are told that there is too much to do.
@@ -109,6 +111,7 @@ impl Controller {
             refuse_subscribers: false,
             rewound: false,
             witness: Vec::new(),
+            patch: None,
             shown: Vec::new(),
             overloaded: 0,
             frozen: BTreeMap::new(),
@@ -300,7 +303,7 @@ impl State {
         Ok(ConfigVersion::new(Epoch(1), position))
     }
 
-    fn header(&self, instance: &InstanceId) -> Option<v1::SnapshotHeader> {
+    pub(crate) fn header(&self, instance: &InstanceId) -> Option<v1::SnapshotHeader> {
         let wanted = self.projection.wanted(instance)?;
         Some(v1::SnapshotHeader {
             version: Some(wire_version(wanted.version)),

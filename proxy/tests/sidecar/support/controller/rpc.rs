@@ -158,7 +158,8 @@ impl Inner {
         let head = Some(wire_version(state.projection.version()));
         let heartbeat_ms = state.heartbeat.as_millis().try_into().unwrap();
         let witness = state.witness.clone().into();
-        let fresh = v1::Notice { wanted, head, heartbeat_ms, witness };
+        let patch = state.patch.clone();
+        let fresh = v1::Notice { wanted, head, heartbeat_ms, witness, patch, ack_spread_ms: 0 };
         match state.frozen.get_mut(instance) {
             Some(told) => told.get_or_insert(fresh).clone(),
             None => fresh,

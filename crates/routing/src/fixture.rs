@@ -1,4 +1,4 @@
-//! Snapshots for unit tests, folded from events as the projector does.
+//! Snapshots for unit tests, folded from events as the projector does. Only with the feature `fixture`.
 
 use std::collections::BTreeSet;
 use weft_model::ca::RootAdded;
@@ -8,43 +8,29 @@ use weft_model::service::{ServiceDeclared, ServicePort};
 use weft_model::{
     Epoch, Event, Fact, InstanceId, Port, Position, Scope, SecurityScope, Timestamp, TrustDomain, Version,
 };
-use weft_proto::v1;
-use weft_routing::{Projection, Snapshot};
 
-pub(crate) fn trust_domain() -> TrustDomain {
+use crate::{Projection, Snapshot};
+
+/// Of every snapshot here.
+#[must_use]
+pub fn trust_domain() -> TrustDomain {
     "weft.test".parse().unwrap()
 }
 
 /// What `instance` runs when its service and it are all there is.
-pub(crate) fn snapshot(instance: &InstanceId) -> Snapshot {
+#[must_use]
+pub fn snapshot(instance: &InstanceId) -> Snapshot {
     snapshot_after(&events(instance), instance)
 }
 
 /// The same, one policy later.
-pub(crate) fn changed_snapshot(instance: &InstanceId) -> Snapshot {
+#[must_use]
+pub fn changed_snapshot(instance: &InstanceId) -> Snapshot {
     let policy = SecurityPolicy { default: Some(Action::Deny), ..SecurityPolicy::default() };
     let mut events = events(instance);
     let scope = Scope::Security(SecurityScope::Service(instance.service.clone()));
     events.push((scope, Event::Security(SecurityPolicySet { policy }.into())));
     snapshot_after(&events, instance)
-}
-
-/// The answer that brings a snapshot to somebody who has none.
-pub(crate) fn pull(snapshot: &Snapshot) -> v1::PullResponse {
-    let shard = |(key, entry): (&weft_routing::ShardKey, &weft_routing::manifest::ManifestEntry)| {
-        let bytes = &snapshot.shards[&entry.hash];
-        v1::Shard {
-            key: key.to_string(),
-            body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
-            length: bytes.len().try_into().unwrap(),
-        }
-    };
-    v1::PullResponse {
-        header: Some(crate::discovery::take::header(snapshot)),
-        full: true,
-        manifest: snapshot.manifest_bytes().into(),
-        shards: snapshot.manifest.entries.iter().map(shard).collect(),
-    }
 }
 
 fn events(instance: &InstanceId) -> Vec<(Scope, Event)> {

@@ -1,0 +1,329 @@
+//! From what a controller sent to a snapshot: a pull, or the patch in a notice. What is not newer, not whole, not what its
+//! hashes say, or not for this instance is refused, and the one in use stays (I3, I4).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use weft_model::{ConfigVersion, Epoch, InstanceId, Position, TrustDomain};
+use weft_proto::v1;
+use weft_routing::snapshot::{SHARD_BYTES_MAX, SnapshotError};
+use weft_routing::{Hash, ShardKey, Snapshot};
+
+/// A snapshot that was pulled is not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It is not newer than the one in use.
+    #[error("version {offered} is not newer than {current}")]
+    NotNewer {
+        /// What was sent.
+        offered: ConfigVersion,
+        /// What is in use.
+        current: ConfigVersion,
+    },
+    /// It does not say which snapshot it is.
+    #[error("answer names no snapshot")]
+    Header,
+    /// A shard is above its bound.
+    #[error("shard {key} is longer than it may be")]
+    TooLong {
+        /// The shard.
+        key: String,
+    },
+    /// A shard does not decompress.
+    #[error("shard {key} does not decompress")]
+    Compression {
+        /// The shard.
+        key: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not whole, or not what it says.
+    #[error("snapshot does not hold together")]
+    Snapshot(#[from] SnapshotError),
+    /// It is another service's.
+    #[error("snapshot is for {0}")]
+    Service(String),
+    /// It is of another trust domain.
+    #[error("snapshot is of trust domain {0}")]
+    TrustDomain(TrustDomain),
+    /// It is of another mesh of the same trust domain.
+    #[error("snapshot is of another mesh of the same name")]
+    Authority,
+}
+
+/// A version as the wire has it.
+#[must_use]
+pub fn version(version: &v1::ConfigVersion) -> ConfigVersion {
+    ConfigVersion::new(Epoch(version.epoch), Position(version.position))
+}
+
+/// Names a snapshot to a controller.
+#[must_use]
+pub fn header(snapshot: &Snapshot) -> v1::SnapshotHeader {
+    v1::SnapshotHeader {
+        version: Some(v1::ConfigVersion {
+            epoch: snapshot.version.epoch.0,
+            position: snapshot.version.position.0,
+        }),
+        manifest_hash: snapshot.manifest_hash.0.to_vec().into(),
+    }
+}
+
+/// Puts together what was pulled and what is there. None if it is the snapshot in use.
+///
+/// # Errors
+/// If it is not to be used.
+pub fn take(
+    pulled: &v1::PullResponse,
+    current: Option<&Snapshot>,
+    own: &InstanceId,
+    trust_domain: &TrustDomain,
+) -> Result<Option<Snapshot>, Refusal> {
+    let header = pulled.header.as_ref().ok_or(Refusal::Header)?;
+    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
+    let manifest_hash = Hash::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?;
+    if let Some(current) = current {
+        if offered == current.version && manifest_hash == current.manifest_hash {
+            return Ok(None);
+        }
+        if offered <= current.version {
+            return Err(Refusal::NotNewer { offered, current: current.version });
+        }
+    }
+    let mut shards: BTreeMap<Hash, Arc<[u8]>> = match current {
+        Some(current) if !pulled.full => current.shards.clone(),
+        Some(_) | None => BTreeMap::new(),
+    };
+    for shard in &pulled.shards {
+        let bytes = decompress(shard)?;
+        shards.insert(Hash::of(&bytes), bytes);
+    }
+    let snapshot = Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?;
+    belongs(&snapshot, own, trust_domain)?;
+    Ok(Some(snapshot))
+}
+
+/// Takes the patch of a notice. None if it does not begin with the snapshot in use: then a pull tells.
+///
+/// # Errors
+/// If what it makes is not to be used; a pull may bring something that is.
+pub fn take_patch(
+    notice: &v1::Notice,
+    current: &Snapshot,
+    own: &InstanceId,
+    trust_domain: &TrustDomain,
+) -> Result<Option<Snapshot>, Refusal> {
+    let Some(patch) = notice.patch.as_ref().filter(|patch| patch.base == current.manifest_hash.prefix())
+    else {
+        return Ok(None);
+    };
+    let header = notice.wanted.as_ref().ok_or(Refusal::Header)?;
+    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
+    let manifest_hash = Hash::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?;
+    if offered <= current.version {
+        return Err(Refusal::NotNewer { offered, current: current.version });
+    }
+    let changes = patch.shards.iter().map(|shard| change(shard, current));
+    let snapshot = current.patched(offered, manifest_hash, changes.collect::<Result<Vec<_>, _>>()?)?;
+    belongs(&snapshot, own, trust_domain)?;
+    Ok(Some(snapshot))
+}
+
+type Change = (ShardKey, Position, Option<Arc<[u8]>>);
+
+fn change(shard: &v1::ShardPatch, current: &Snapshot) -> Result<Change, Refusal> {
+    let key: ShardKey = shard.key.parse().map_err(|_| Refusal::Header)?;
+    let position = Position(shard.position);
+    if shard.delta_zstd.is_empty() {
+        return Ok((key, position, None));
+    }
+    let present = current.shard(&key).ok_or_else(|| SnapshotError::Missing(key.clone()))?;
+    let compression = |source| Refusal::Compression { key: shard.key.clone(), source };
+    let length = bounded(&shard.key, shard.length)?;
+    let mut delta = zstd::bulk::Decompressor::with_dictionary(present).map_err(compression)?;
+    let bytes = delta.decompress(&shard.delta_zstd, length).map_err(compression)?;
+    Ok((key, position, Some(bytes.into())))
+}
+
+/// Whether a snapshot is for this instance's service and of its mesh.
+///
+/// # Errors
+/// If it is not.
+pub fn belongs(snapshot: &Snapshot, own: &InstanceId, trust_domain: &TrustDomain) -> Result<(), Refusal> {
+    if snapshot.inbound.service != own.service {
+        return Err(Refusal::Service(snapshot.inbound.service.to_string()));
+    }
+    if snapshot.trust.trust_domain != *trust_domain {
+        return Err(Refusal::TrustDomain(snapshot.trust.trust_domain.clone()));
+    }
+    Ok(())
+}
+
+fn decompress(shard: &v1::Shard) -> Result<Arc<[u8]>, Refusal> {
+    let length = bounded(&shard.key, shard.length)?;
+    zstd::bulk::decompress(&shard.body_zstd, length)
+        .map(Into::into)
+        .map_err(|source| Refusal::Compression { key: shard.key.clone(), source })
+}
+
+/// The announced length, which is all that is decompressed, and is bounded by what a shard may have.
+fn bounded(key: &str, length: u32) -> Result<usize, Refusal> {
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    if length > SHARD_BYTES_MAX {
+        return Err(Refusal::TooLong { key: key.to_owned() });
+    }
+    Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_routing::fixture;
+
+    /// The answer that brings a snapshot to somebody who has none.
+    fn pull(snapshot: &Snapshot) -> v1::PullResponse {
+        let shard = |key: &ShardKey| {
+            let bytes = snapshot.shard(key).unwrap();
+            v1::Shard {
+                key: key.to_string(),
+                body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
+                length: bytes.len().try_into().unwrap(),
+            }
+        };
+        v1::PullResponse {
+            header: Some(header(snapshot)),
+            full: true,
+            manifest: snapshot.manifest_bytes().into(),
+            shards: snapshot.manifest.entries.keys().map(shard).collect(),
+        }
+    }
+
+    /// The notice that brings one snapshot to somebody who has the other.
+    fn patch(old: &Snapshot, new: &Snapshot) -> v1::Notice {
+        let changed = new.manifest.entries.iter().filter(|(key, entry)| old.manifest.entries[key] != **entry);
+        let shard = |key: &ShardKey, position: Position| {
+            let bytes = new.shard(key).unwrap();
+            let mut delta = zstd::bulk::Compressor::with_dictionary(3, old.shard(key).unwrap()).unwrap();
+            v1::ShardPatch {
+                key: key.to_string(),
+                position: position.0,
+                delta_zstd: delta.compress(bytes).unwrap().into(),
+                length: bytes.len().try_into().unwrap(),
+            }
+        };
+        let shards = changed.map(|(key, entry)| shard(key, entry.position)).collect();
+        let patch = v1::Patch { base: old.manifest_hash.prefix(), shards };
+        v1::Notice { wanted: Some(header(new)), patch: Some(patch), ..v1::Notice::default() }
+    }
+
+    fn patched(notice: &v1::Notice, current: &Snapshot) -> Result<Option<Snapshot>, Refusal> {
+        take_patch(notice, current, &web(), &fixture::trust_domain())
+    }
+
+    #[test]
+    fn a_patch_makes_what_a_pull_would() {
+        let (old, new) = (fixture::snapshot(&web()), fixture::changed_snapshot(&web()));
+        let notice = patch(&old, &new);
+        assert_eq!(notice.patch.as_ref().unwrap().shards.len(), 1);
+        assert_eq!(patched(&notice, &old).unwrap().unwrap(), new);
+        // One that begins elsewhere, or none, is not for us.
+        assert!(patched(&notice, &new).unwrap().is_none());
+        assert!(patched(&v1::Notice { patch: None, ..notice }, &old).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_patch_that_does_not_make_the_announced_snapshot_is_refused() {
+        let (old, new) = (fixture::snapshot(&web()), fixture::changed_snapshot(&web()));
+        let whole = patch(&old, &new);
+        let changed = |change: fn(&mut v1::ShardPatch)| {
+            let mut notice = whole.clone();
+            change(&mut notice.patch.as_mut().unwrap().shards[0]);
+            patched(&notice, &old)
+        };
+        let refused = |result: Result<Option<Snapshot>, Refusal>| result.unwrap_err();
+        assert!(matches!(
+            refused(changed(|shard| shard.position -= 1)),
+            Refusal::Snapshot(SnapshotError::ManifestHash)
+        ));
+        assert!(matches!(
+            refused(changed(|shard| shard.delta_zstd = b"nothing".to_vec().into())),
+            Refusal::Compression { .. }
+        ));
+        assert!(matches!(refused(changed(|shard| shard.length = u32::MAX)), Refusal::TooLong { .. }));
+        assert!(matches!(
+            refused(changed(|shard| shard.key = "endpoints/default/none".into())),
+            Refusal::Snapshot(_)
+        ));
+        assert!(matches!(
+            refused(changed(|shard| shard.delta_zstd = b"".to_vec().into())),
+            Refusal::Snapshot(_)
+        ));
+        let mut older = patch(&new, &old);
+        assert!(matches!(refused(patched(&older, &new)), Refusal::NotNewer { .. }));
+        older.wanted = None;
+        assert!(matches!(refused(patched(&older, &new)), Refusal::Header));
+    }
+
+    fn web() -> InstanceId {
+        "default/web/web-1".parse().unwrap()
+    }
+
+    fn taken(pulled: &v1::PullResponse, current: Option<&Snapshot>) -> Result<Option<Snapshot>, Refusal> {
+        take(pulled, current, &web(), &fixture::trust_domain())
+    }
+
+    #[test]
+    fn a_whole_pull_becomes_a_snapshot_and_the_same_again_changes_nothing() {
+        let snapshot = fixture::snapshot(&web());
+        let pulled = pull(&snapshot);
+        let taken_once = taken(&pulled, None).unwrap().unwrap();
+        assert_eq!(taken_once, snapshot);
+        assert!(taken(&pulled, Some(&snapshot)).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_difference_needs_only_what_changed() {
+        let old = fixture::snapshot(&web());
+        let new = fixture::changed_snapshot(&web());
+        let mut pulled = pull(&new);
+        pulled.full = false;
+        pulled.shards.retain(|shard| shard.key.starts_with("inbound/"));
+        assert_eq!(pulled.shards.len(), 1);
+        assert_eq!(taken(&pulled, Some(&old)).unwrap().unwrap(), new);
+        assert!(matches!(taken(&pulled, None), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
+    }
+
+    #[test]
+    fn nothing_older_or_changed_is_taken() {
+        let old = fixture::snapshot(&web());
+        let new = fixture::changed_snapshot(&web());
+        assert!(matches!(taken(&pull(&old), Some(&new)), Err(Refusal::NotNewer { .. })));
+
+        let mut same_version = pull(&new);
+        same_version.header.as_mut().unwrap().manifest_hash = vec![1; 32].into();
+        assert!(matches!(taken(&same_version, Some(&new)), Err(Refusal::NotNewer { .. })));
+
+        let mut corrupt = pull(&new);
+        corrupt.shards[0].body_zstd = zstd::bulk::compress(b"something else", 3).unwrap().into();
+        assert!(matches!(taken(&corrupt, Some(&old)), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
+
+        let mut bomb = pull(&new);
+        bomb.shards[0].body_zstd = zstd::bulk::compress(&vec![0; 1 << 20], 3).unwrap().into();
+        assert!(matches!(taken(&bomb, Some(&old)), Err(Refusal::Compression { .. })));
+        bomb.shards[0].length = u32::MAX;
+        assert!(matches!(taken(&bomb, Some(&old)), Err(Refusal::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_snapshot_of_another_service_or_mesh_is_refused() {
+        let pulled = pull(&fixture::snapshot(&web()));
+        let other = "default/db/db-1".parse().unwrap();
+        assert!(matches!(
+            take(&pulled, None, &other, &fixture::trust_domain()),
+            Err(Refusal::Service(service)) if service == "default/web"
+        ));
+        let elsewhere = "elsewhere.test".parse().unwrap();
+        assert!(matches!(take(&pulled, None, &web(), &elsewhere), Err(Refusal::TrustDomain(_))));
+    }
+}
