@@ -30,7 +30,9 @@ use crate::session::{Duty, Session, StoreError};
 /// that is ahead, and an hour is for caution.
 pub const SEALED_AGE_MIN: Duration = OUTCOME_KEPT.saturating_add(CLOCK_AHEAD_MAX.saturating_mul(2));
 
-/// Taking a table away waits for those who read it, and everybody else then waits behind. So it waits briefly, and often.
+/// Nobody walks the log, or begins to: see [`open_still`]. Not waited for, since a walk may take long.
+const NOBODY_WALKS_SQL: &str = "begin; lock table weft.log_layout in access exclusive mode nowait";
+/// Taking a table away then waits for short transactions only, and everybody else waits behind. So it waits briefly, and often.
 const LOCK_WAIT_SQL: &str = "set lock_timeout = '500ms'";
 const ATTEMPTS_MAX: u32 = 60;
 const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
@@ -287,7 +289,9 @@ async fn take_away(session: &Session, range: &Range) -> Result<(), ArchiveError>
     }
     // Its name is made of a number, by the function that made it.
     let table = format!("weft.\"{}\"", range.table.replace('"', "\"\""));
-    let sql = format!("begin; alter table weft.event detach partition {table}; drop table {table}; commit");
+    let sql = format!(
+        "{NOBODY_WALKS_SQL}; alter table weft.event detach partition {table}; drop table {table}; commit"
+    );
     for _ in 0..ATTEMPTS_MAX {
         match client.batch_execute(&sql).await {
             Ok(()) => return Ok(()),

@@ -91,7 +91,7 @@ impl EventLog {
         let writer = Writer::open(config, delivered.clone(), Arc::clone(&behind)).await?;
         let wake = watch::Sender::new(writer.position());
         let lost = delivered.lost();
-        let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered);
+        let reader = Reader::with_shared(connect.clone(), wake.clone(), delivered, Arc::clone(&behind));
         let (committed, announced) = watch::channel(writer.position());
         let (appender, queue) = Appender::channel();
         let closing = CancellationToken::new();

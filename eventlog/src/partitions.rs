@@ -2,8 +2,12 @@
 //!
 //! Which ranges there are, and what closing one means, is in `migrations/0004_log_growth.sql`; both are done by functions
 //! that run with their owner's rights, so that an appender needs none. Every appending process does this; they wait for
-//! each other and find it done. Nothing else waits for it: ranges are made while a whole one is still free, and until a
-//! range is closed its scopes are looked up in it.
+//! each other and find it done. Appends do not wait for it: ranges are made while a whole one is still free, and until a
+//! range is closed its scopes are looked up in it. What a session must know of them at its start takes two queries.
+//!
+//! [`Behind`] says where appends need not look. Invariant: no command that may be repeated was recorded where it is not looked
+//! for, and no scope has a later event there than `weft.scope_head` says. `a_repeat_is_found_in_whichever_range_…` in
+//! `tests/sql/growth.rs` tries to break it.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
@@ -13,16 +17,18 @@ use tokio_postgres::{Client, Config};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_model::Chain;
-use weft_model::version::Position;
+use weft_model::version::{Epoch, Position};
 
 use crate::session::{Duty, Session, StoreError};
 
 /// Pause after it failed. There is room for a whole range until then.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// What there is.
+/// What there is. A range of a million events each, it stays small: those of three days at the fastest are some thousands.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Room {
+    /// The log's life that it was found in.
+    epoch: Epoch,
     /// The end of the range that the log's end is in.
     pub(crate) range_end: Position,
     /// Commands that were recorded up to here are too old to be repeated.
@@ -48,8 +54,13 @@ struct Range {
 pub(crate) struct Behind(RwLock<Room>);
 
 impl Behind {
+    /// Takes what was found, unless it is of an earlier life of the log: what a server that is not the log's any more says is
+    /// not to be believed.
     pub(crate) fn learn(&self, room: Room) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = room;
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if room.epoch >= known.epoch {
+            *known = room;
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Room> {
@@ -76,41 +87,44 @@ impl Behind {
     }
 }
 
-/// Makes the ranges that are missing. Their ids are refused from 72 hours after they were made, by a clock that may be an
-/// hour ahead when they are recorded; and an hour is for caution.
+/// Makes the ranges that are missing. Commands are refused from 72 hours after their ids were made, by a clock that may be an
+/// hour ahead when they are recorded; and an hour is for caution, such as a database's clock that is set back.
 pub(crate) async fn make(client: &Client) -> Result<Room, StoreError> {
-    const SQL: &str = "select (select min(last_position) from weft.log_partition where last_position > \
+    const SQL: &str = "select (select coalesce(max(epoch), 0) from weft.log_epoch), \
+                       (select min(last_position) from weft.log_partition where last_position > \
                        (select coalesce(max(last_position), 0) from weft.log_batch)), \
-                       audit.position_at(clock_timestamp() - interval '74 hours'), \
-                       (select coalesce(max(position), 0) from weft.scope_head_mark)";
+                       audit.position_at(clock_timestamp() - interval '74 hours')";
     let doing = StoreError::while_doing("make room for events");
     client.execute("select weft.make_partitions()", &[]).await.map_err(&doing)?;
     let row = client.query_one(SQL, &[]).await.map_err(&doing)?;
     let position = |column| Position(row.get::<_, i64>(column).cast_unsigned());
-    let mut room =
-        Room { range_end: position(0), forgotten: position(1), closed: position(2), ranges: Vec::new() };
-    room.find_ranges(client).await?;
+    let mut room = Room {
+        epoch: Epoch(row.get::<_, i64>(0).cast_unsigned()),
+        range_end: position(1),
+        forgotten: position(2),
+        ..Room::default()
+    };
+    room.find_closed(client).await?;
     Ok(room)
 }
 
 impl Room {
-    /// Finds the closed ranges that are not known yet.
-    async fn find_ranges(&mut self, client: &Client) -> Result<(), StoreError> {
-        const RANGES_SQL: &str = "select first_position, last_position from weft.log_partition \
-                                  where last_position > $1 and last_position <= $2 order by 1";
-        const GREATEST_SQL: &str = "select command_id from weft.event where position between $1 and $2 \
-                                    and fingerprint is not null order by command_id desc limit 1";
-        let doing = StoreError::while_doing("look at the log's ranges");
-        let known = self.ranges.last().map_or(self.forgotten, |range| range.last);
-        let (known, closed) = (known.0.cast_signed(), self.closed.0.cast_signed());
-        for row in client.query(RANGES_SQL, &[&known, &closed]).await.map_err(&doing)? {
-            let (first, last): (i64, i64) = (row.get(0), row.get(1));
-            let found = client.query_opt(GREATEST_SQL, &[&first, &last]).await.map_err(&doing)?;
-            // One that is sealed holds no command that may be repeated.
-            let greatest = found.map_or(Uuid::nil(), |row| row.get(0));
-            let before = self.ranges.last().map_or(Uuid::nil(), |range| range.greatest);
-            let last = Position(last.cast_unsigned());
-            self.ranges.push(Range { last, greatest: greatest.max(before) });
+    /// Finds what is closed.
+    async fn find_closed(&mut self, client: &Client) -> Result<(), StoreError> {
+        const SQL: &str = "select position, greatest_command from weft.scope_head_mark \
+                           where position >= (select coalesce(max(position), 0) from weft.scope_head_mark) or position > $1 \
+                           order by position";
+        let rows = client.query(SQL, &[&self.forgotten.0.cast_signed()]).await;
+        self.ranges.clear();
+        let mut before = Uuid::nil();
+        for row in rows.map_err(StoreError::while_doing("look at the log's ranges"))? {
+            self.closed = Position(row.get::<_, i64>(0).cast_unsigned());
+            // Where it is not known, it could be any.
+            let greatest = row.get::<_, Option<Uuid>>(1).unwrap_or(Uuid::max()).max(before);
+            if self.closed > self.forgotten {
+                self.ranges.push(Range { last: self.closed, greatest });
+            }
+            before = greatest;
         }
         Ok(())
     }
@@ -153,8 +167,7 @@ async fn tend(config: &Config) -> Result<Room, StoreError> {
         match closed.get::<_, Option<i64>>(0) {
             Some(position) => {
                 tracing::info!(position, "closed a range of the log");
-                room.closed = Position(position.cast_unsigned());
-                room.find_ranges(&session.client).await?;
+                room.find_closed(&session.client).await?;
             }
             None => return Ok(room),
         }
@@ -175,6 +188,10 @@ mod tests {
             ranges: vec![range(200, 10), range(300, 20), range(400, 20), range(500, 30)],
             ..Room::default()
         });
+        let room = behind.read().clone();
+        behind.learn(Room { epoch: Epoch(1), closed: Position(7), ..room });
+        behind.learn(Room { closed: Position(9), ..Room::default() });
+        assert_eq!(behind.closed(), 7, "what an earlier life had is not believed");
         for (ids, after) in [
             (&[31][..], 500),
             (&[30], 400),

@@ -27,6 +27,7 @@ use crate::event::{RecordedEvent, UnixMicros};
 use crate::hash::EventHash;
 use crate::notify;
 use crate::page::Page;
+use crate::partitions::Behind;
 use crate::request::Appended;
 use crate::rewind::{self, Adoption, Point, Rewind};
 use crate::segment::{Segment, SegmentError};
@@ -108,6 +109,7 @@ struct Shared {
     wake: watch::Sender<Position>,
     /// What tails have delivered; the writer of this process looks at it.
     delivered: Delivered,
+    behind: Arc<Behind>,
     /// Up to where the log is known to be sealed; it may be further by now.
     sealed: AtomicU64,
     /// Listens for hints once somebody tails; ends with the last clone of the reader.
@@ -118,17 +120,29 @@ impl Reader {
     /// A reader of the log in the configured database. Connects when first used.
     #[must_use]
     pub fn new(connect: Config) -> Self {
-        Self::with_shared(connect, watch::Sender::new(Position::ZERO), Delivered::default())
+        Self::with_shared(
+            connect,
+            watch::Sender::new(Position::ZERO),
+            Delivered::default(),
+            Arc::default(),
+        )
     }
 
     /// `wake` is told positions that exist, by whoever learns of them first.
-    pub(crate) fn with_shared(connect: Config, wake: watch::Sender<Position>, delivered: Delivered) -> Self {
+    /// `behind` says where commands need not be looked for.
+    pub(crate) fn with_shared(
+        connect: Config,
+        wake: watch::Sender<Position>,
+        delivered: Delivered,
+        behind: Arc<Behind>,
+    ) -> Self {
         let listener = Mutex::new(JoinSet::new());
         Self {
             shared: Arc::new(Shared {
                 pool: Pool::new(connect),
                 wake,
                 delivered,
+                behind,
                 sealed: AtomicU64::new(0),
                 listener,
             }),
@@ -252,13 +266,15 @@ impl Reader {
         Ok(within.map_or(whole, |event| event.position))
     }
 
-    /// What a command recorded; `None` if it was never accepted, or had no events.
+    /// What a command recorded; `None` if it was never accepted, had no events, or was sealed. The reader of an open log
+    /// looks no further back than [`OUTCOME_KEPT`](crate::OUTCOME_KEPT).
     ///
     /// # Errors
     /// If the store fails or holds what the log never writes.
     pub async fn outcome(&self, command_id: Uuid) -> Result<Option<CommandOutcome>, StoreError> {
+        let after = self.shared.behind.commands_after([&command_id]);
         let ids = [command_id].to_vec();
-        let rows = self.shared.pool.rows(Query::Outcomes, &[&ids, &0_i64], usize::MAX).await?;
+        let rows = self.shared.pool.rows(Query::Outcomes, &[&ids, &after], usize::MAX).await?;
         rows.first().map(decode_outcome).transpose()
     }
 

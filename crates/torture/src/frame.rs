@@ -55,7 +55,7 @@ pub(crate) async fn read(from: &mut (impl AsyncRead + Unpin), first: bool) -> io
 pub(crate) enum Step {
     /// Begins a transaction.
     Begin,
-    /// Inserts events, or what is written down beside them.
+    /// Inserts events, with what is written down beside them.
     Insert,
     /// Moves the projector's checkpoint.
     Project,
@@ -95,7 +95,7 @@ fn of_sql(sql: &str) -> Step {
         Step::Begin
     } else if starts("commit") {
         Step::Commit
-    } else if starts("insert into weft.event ") || starts("insert into weft.log_batch ") {
+    } else if starts("with events as (insert into weft.event ") {
         Step::Insert
     } else if starts("update weft.projection") {
         Step::Project
@@ -122,7 +122,7 @@ mod tests {
     #[tokio::test]
     async fn messages_are_told_apart_wherever_they_are_cut() {
         let mut bytes = [&8_u32.to_be_bytes()[..], b"\0\x03\0\0"].concat();
-        bytes.extend(message(b'P', b"s1\0insert into weft.event (a)\0\0\0"));
+        bytes.extend(message(b'P', b"s1\0with events as (insert into weft.event (a)\0\0\0"));
         bytes.extend(message(b'B', b"\0s1\0\0\0"));
         bytes.extend(message(b'Q', b"COMMIT\0"));
         let mut from = bytes.as_slice();

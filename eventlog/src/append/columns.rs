@@ -180,6 +180,9 @@ impl Rows {
     }
 }
 
+/// How the marks of batches are made now; an earlier form is [`earlier_mark`].
+pub(crate) const MARKS_FORMAT: i16 = 2;
+
 /// What a batch remembers of an event: enough to tell which one was changed. That none was is what the whole hashes beside
 /// it show.
 pub(crate) fn mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
@@ -189,6 +192,17 @@ pub(crate) fn mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BY
         let hashed: [u8; 32] =
             Sha256::new().chain_update(fingerprint).chain_update(events.to_be_bytes()).finalize().into();
         mark ^= first_word(&hashed);
+    }
+    mark.to_be_bytes()
+}
+
+/// What batches of format 1 remember. Quarters of a fingerprint may change places without a change to it; then only the hash
+/// over the batch's commands shows it.
+pub(crate) fn earlier_mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
+    let mut mark = first_word(&hash.0);
+    if let Some((fingerprint, events)) = command {
+        let quarter = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        mark ^= fingerprint.chunks_exact(MARK_BYTES).map(quarter).fold(u64::from(events), |all, part| all ^ part);
     }
     mark.to_be_bytes()
 }

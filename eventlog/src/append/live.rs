@@ -7,7 +7,7 @@
 //!
 //! Within a flight the statements are pipelined but separate: see [`LOCK_SQL`] for why they must be.
 
-use futures_util::future::{Either, join3, join5, select};
+use futures_util::future::{Either, join, join3, join5, select};
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use uuid::Uuid;
 use weft_model::version::{Epoch, Position, Version};
 
 use super::Item;
-use super::columns::Rows;
+use super::columns::{MARKS_FORMAT, Rows};
 use super::decide::{Ground, Outcome};
 use super::heads::ScopeHeads;
 use super::writer::{Failure, Unusable};
@@ -64,20 +64,20 @@ const HEADS_SQL: &str = "select wanted.scope, coalesce(\
      (select head.version from weft.scope_head as head where head.scope = wanted.scope), 0) \
      from unnest($1::text[]) as wanted (scope)";
 
-/// See the function in `migrations/0004_log_growth.sql`.
-const EXPECT_SQL: &str = "select weft.expect_ground($1, $2, $3, $4, $5, $6, $7)";
+/// See the function in `migrations/0007_marks.sql`.
+const EXPECT_SQL: &str = "select weft.expect_ground($1, $2, $3, $4, $5, $6, $7, $8, $9)";
 
-const INSERT_EVENTS_SQL: &str = "insert into weft.event (epoch, recorded_at, position, version, cause, command_id, \
+/// One statement, so that events and what testifies about them are written together or not at all, whatever fails.
+const INSERT_SQL: &str = "with events as (insert into weft.event (epoch, recorded_at, position, version, cause, command_id, \
      fingerprint, command_events, schema, hash, scope, type, actor, reason, payload) \
      select $1, $2, new.position, new.version, new.cause, new.command_id, new.fingerprint, new.command_events, \
      new.schema, new.hash, new.scope, new.type, new.actor, new.reason, new.payload::json \
      from unnest($3::bigint[], $4::bigint[], $5::bigint[], $6::uuid[], $7::bytea[], $8::integer[], $9::smallint[], \
      $10::bytea[], $11::text[], $12::text[], $13::text[], $14::text[], $15::text[]) \
      as new (position, version, cause, command_id, fingerprint, command_events, schema, hash, scope, type, actor, \
-     reason, payload)";
-
-const INSERT_BATCH_SQL: &str = "insert into weft.log_batch (epoch, recorded_at, first_position, last_position, hash, \
-     commands_hash, marks) values ($1, $2, $3, $4, $5, $6, $7)";
+     reason, payload)) \
+     insert into weft.log_batch (epoch, recorded_at, first_position, last_position, hash, commands_hash, marks, \
+     marks_format) values ($1, $2, $16, $17, $18, $19, $20, $21)";
 
 /// What a batch that is sent ahead takes for granted.
 #[derive(Clone, Copy, Debug)]
@@ -88,6 +88,8 @@ pub(super) struct Assumed {
     pub(super) read: Option<(Position, EventHash)>,
     /// The epoch that is open.
     pub(super) epoch: Epoch,
+    /// What the database's clock shows.
+    pub(super) now: UnixMicros,
 }
 
 /// What a batch that is sent ahead adds.
@@ -133,8 +135,7 @@ struct Statements {
     outcomes: Statement,
     heads: Statement,
     expect: Statement,
-    insert_events: Statement,
-    insert_batch: Statement,
+    insert: Statement,
 }
 
 impl Live {
@@ -172,8 +173,7 @@ impl Live {
             outcomes: client.prepare(OUTCOMES_SQL).await.map_err(&doing)?,
             heads: client.prepare(HEADS_SQL).await.map_err(&doing)?,
             expect: client.prepare(EXPECT_SQL).await.map_err(&doing)?,
-            insert_events: client.prepare(INSERT_EVENTS_SQL).await.map_err(&doing)?,
-            insert_batch: client.prepare(INSERT_BATCH_SQL).await.map_err(&doing)?,
+            insert: client.prepare(INSERT_SQL).await.map_err(&doing)?,
         };
         let (statements, behind) = (Arc::new(statements), Arc::clone(behind));
         Ok((Self { session, epoch, allow_unsafe, statements, behind }, tail))
@@ -194,13 +194,15 @@ impl Live {
     ) -> impl Future<Output = Result<Landed, StoreError>> + Send + 'static {
         let (client, statements) = (Arc::clone(&self.session.client), Arc::clone(&self.statements));
         let searched = self.behind.commands_after(decision.recorded.iter().chain(&doubted));
+        let allow_unsafe = self.allow_unsafe;
         async move {
             let Ahead { rows, recorded, tail } = decision;
             let (known, hash) = (signed(assumed.tail.position), assumed.tail.hash.0.as_slice());
             let (read_at, read_hash) = read_params(assumed.read.as_ref());
             let epoch = assumed.epoch.0.cast_signed();
-            let expect: [&(dyn ToSql + Sync); 7] =
-                [&known, &hash, &read_at, &read_hash, &epoch, &recorded, &searched];
+            let now = assumed.now.to_database();
+            let expect: [&(dyn ToSql + Sync); 9] =
+                [&known, &hash, &read_at, &read_hash, &epoch, &recorded, &searched, &now, &allow_unsafe];
             // Polled in this order, hence sent in this order.
             let ground = async {
                 let asked = join3(
@@ -289,7 +291,12 @@ impl Live {
         let sealed = Position(now.get::<_, i64>(6).cast_unsigned());
         // From the event that is known on, rows have no gap; from the beginning of the log they have, once any are sealed.
         let whole = known.position > Position::ZERO || sealed == Position::ZERO;
-        let followed = since_known(&events, known)?.filter(|_| whole && events.len() < CATCH_UP_MAX);
+        let since = since_known(&events, known)?;
+        // What is not sealed stands where it stood, however much others have appended since.
+        if since.is_none() && known.position > sealed {
+            return Err(self.lost(known.position).await);
+        }
+        let followed = since.filter(|_| whole && events.len() < CATCH_UP_MAX);
         let foreign = if let Some((foreign, last)) = followed {
             for row in foreign {
                 let (scope, version): (&str, _) = (row.get(3), Version(row.get::<_, i64>(4).cast_unsigned()));
@@ -300,7 +307,7 @@ impl Live {
             }
             *known = last;
             !foreign.is_empty()
-        } else if events.len() >= CATCH_UP_MAX || known.position <= sealed {
+        } else {
             // Too far behind to follow, so far perhaps that what it knew is sealed.
             heads.forget();
             *known = self.tail().await?;
@@ -308,8 +315,6 @@ impl Live {
             let looked_up = client.query(&statements.heads, &[&all, &closed]).await;
             overlay(&mut current, &looked_up.map_err(StoreError::while_doing("look up scopes"))?);
             true
-        } else {
-            return Err(self.lost(known.position).await);
         };
 
         let ground = Ground {
@@ -386,7 +391,7 @@ async fn write(
     let (first, last) = (signed(rows.first), signed(tail.position));
     let (hash, commands) = (tail.hash.0.as_slice(), rows.commands_hash().0);
     let (commands, marks) = (commands.as_slice(), rows.marks.as_slice());
-    let events: [&(dyn ToSql + Sync); 15] = [
+    let values: [&(dyn ToSql + Sync); 21] = [
         &rows.epoch,
         &recorded_at,
         &rows.position,
@@ -402,18 +407,20 @@ async fn write(
         &rows.actor,
         &rows.reason,
         &rows.payload,
+        &first,
+        &last,
+        &hash,
+        &commands,
+        &marks,
+        &MARKS_FORMAT,
     ];
-    let batch: [&(dyn ToSql + Sync); 7] =
-        [&rows.epoch, &recorded_at, &first, &last, &hash, &commands, &marks];
-    let (inserted, witnessed, committed) = join3(
-        client.execute(&statements.insert_events, &events),
-        client.execute(&statements.insert_batch, &batch),
-        // After a failed insert this rolls back, and says so only by its tag; the inserts' results tell.
+    let (inserted, committed) = join(
+        client.execute(&statements.insert, &values),
+        // After a failed insert this rolls back, and says so only by its tag; the insert's result tells.
         client.batch_execute("commit"),
     )
     .await;
     inserted.map_err(StoreError::while_doing("insert events"))?;
-    witnessed.map_err(StoreError::while_doing("insert the batch"))?;
     committed.map_err(StoreError::while_doing("commit events"))
 }
 

@@ -27,7 +27,7 @@ use crate::epoch::LogTail;
 use crate::event::UnixMicros;
 use crate::log::LogConfig;
 use crate::partitions::Behind;
-use crate::request::Appended;
+use crate::request::{Appended, Malformed};
 use crate::session::StoreError;
 use crate::settings::SettingsError;
 use crate::tail::Delivered;
@@ -179,24 +179,25 @@ impl Writer {
             let Some(version) = self.heads.lookup(&part.scope) else { return Err(items) };
             versions.insert(&part.scope, version);
         }
+        let now = footing.clock.now();
         let ground = Ground {
             epoch: footing.epoch,
             tail: self.ahead,
-            now: footing.clock.now(),
+            now,
             outcomes: BTreeMap::new(),
         };
         let Decision { rows, recorded, answers, tail } =
             decide(ground, &mut versions, items.iter().map(|item| (&item.request, item.fingerprint)));
-        // What would be refused may have been accepted before, and only the log knows.
-        let refused = items
-            .iter()
-            .zip(&answers)
-            .filter(|(_, answer)| matches!(answer, Err(AppendError::Conflict { .. })));
-        let doubted = refused.map(|(item, _)| item.request.command_id).collect();
+        // How old a command is, a clock that was not asked cannot tell.
+        if answers.iter().any(is_of_its_age) {
+            return Err(items);
+        }
+        let doubted = items.iter().zip(&answers).filter(|(_, answer)| is_doubted(answer));
+        let doubted = doubted.map(|(item, _)| item.request.command_id).collect();
         for (scope, version) in &versions {
             self.heads.learn(scope, *version);
         }
-        let assumed = Assumed { tail: self.ahead, read: self.delivered.newest(), epoch: footing.epoch };
+        let assumed = Assumed { tail: self.ahead, read: self.delivered.newest(), epoch: footing.epoch, now };
         let last = (tail.position > self.ahead.position).then_some(tail.position);
         let landing = live.send(assumed, Ahead { rows, recorded, tail }, doubted);
         self.ahead = tail;
@@ -210,8 +211,8 @@ impl Writer {
             footing.clock = Clock { told: landed.now, at: Instant::now() };
         }
         for (item, answer) in flight.items.iter().zip(&mut flight.answers) {
-            if let (Err(AppendError::Conflict { .. }), Some(outcome)) =
-                (&answer, landed.outcomes.get(&item.request.command_id))
+            if is_doubted(answer)
+                && let Some(outcome) = landed.outcomes.get(&item.request.command_id)
             {
                 *answer = outcome.answer(item.fingerprint);
             }
@@ -293,6 +294,20 @@ impl Writer {
         }
         Ok(Written { answers, last })
     }
+}
+
+/// Whether a request that records nothing may have been recorded before, which only the log knows: one that is refused, or only
+/// guards.
+const fn is_doubted(answer: &Result<Appended, AppendError>) -> bool {
+    matches!(answer, Err(AppendError::Conflict { .. }) | Ok(Appended { positions: None, .. }))
+}
+
+/// Whether a request is refused because of when its id was made.
+const fn is_of_its_age(answer: &Result<Appended, AppendError>) -> bool {
+    matches!(
+        answer,
+        Err(AppendError::CommandIdExpired | AppendError::Malformed(Malformed::CommandIdFuture(_)))
+    )
 }
 
 fn reopen_failure(unusable: Unusable) -> Failure {

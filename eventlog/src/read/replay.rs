@@ -9,8 +9,9 @@ use super::{REPLAY_SILENCE_MAX, broken};
 use crate::page::Page;
 use crate::session::{Duty, Session, StoreError, within};
 
-/// While this lasts, no range is taken away from under the walk, so what is not sealed at its start stays where it is.
-const STAND_STILL_SQL: &str = "begin read only; lock table weft.event in access share mode";
+/// While this lasts, no range is taken away from under the walk, so what is not sealed at its start stays where it is. Of the table
+/// it matters only that nobody else locks it for long.
+const STAND_STILL_SQL: &str = "begin read only; lock table weft.log_layout in access share mode";
 
 /// A walk from `after` to `to`.
 pub(super) struct Replay {

@@ -5,7 +5,7 @@ use tokio_postgres::Config;
 use weft_model::version::{Epoch, Position, Version};
 
 use super::{ByScope, Contradiction, Defect};
-use crate::append::{Begun, COMMANDS_FORMAT, MARK_BYTES, encode_command, mark};
+use crate::append::{Begun, COMMANDS_FORMAT, MARK_BYTES, MARKS_FORMAT, earlier_mark, encode_command, mark};
 use crate::epoch::decode_hash;
 use crate::event::UnixMicros;
 use crate::hash::{Encoder, EventHash};
@@ -244,7 +244,15 @@ struct Batch {
     recorded_at: UnixMicros,
     hash: EventHash,
     commands_hash: EventHash,
+    marks_format: i16,
     marks: Vec<u8>,
+}
+
+impl Batch {
+    /// What it must remember of an event.
+    fn mark(&self, hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
+        if self.marks_format == MARKS_FORMAT { mark(hash, command) } else { earlier_mark(hash, command) }
+    }
 }
 
 /// The batches of a part, in order, read as they are needed.
@@ -314,7 +322,7 @@ impl<'a> Witnesses<'a> {
             .saturating_mul(MARK_BYTES);
         let remembered = batch.marks.get(at..at.saturating_add(MARK_BYTES)).ok_or(Contradiction::Mark)?;
         let same = match beside {
-            Some(command) => remembered == mark(&hash, command).as_slice(),
+            Some(command) => remembered == batch.mark(&hash, command).as_slice(),
             // What is sealed keeps no fingerprints, and whether one was combined into the mark is not known any more. The
             // hash at the batch's end tells the rest.
             None => true,
@@ -338,8 +346,8 @@ impl<'a> Witnesses<'a> {
 }
 
 async fn read(session: &Session, after: Position, to: Position) -> Result<Vec<Batch>, StoreError> {
-    const SQL: &str = "select first_position, last_position, epoch, recorded_at, hash, commands_hash, marks \
-         from weft.log_batch where last_position > $1 and first_position <= $2 order by last_position limit $3";
+    const SQL: &str = "select first_position, last_position, epoch, recorded_at, hash, commands_hash, marks, \
+         marks_format from weft.log_batch where last_position > $1 and first_position <= $2 order by last_position limit $3";
     let (after, to) = (after.0.cast_signed(), to.0.cast_signed());
     let rows = session.client.query(SQL, &[&after, &to, &BATCHES_AT_ONCE]).await;
     let rows = rows.map_err(StoreError::while_doing("read batches"))?;
@@ -352,6 +360,7 @@ async fn read(session: &Session, after: Position, to: Position) -> Result<Vec<Ba
             hash: decode_hash(row.get(4))?,
             commands_hash: decode_hash(row.get(5))?,
             marks: row.get(6),
+            marks_format: row.get(7),
         })
     };
     rows.iter().map(batch).collect()

@@ -1,7 +1,7 @@
 //! What one appender promises its callers.
 
 use std::collections::BTreeMap;
-use weft_eventlog::{AppendError, Appended, LogConfig, OpenError, SettingsError};
+use weft_eventlog::{AppendError, AppendRequest, Appended, LogConfig, OpenError, SettingsError};
 use weft_model::version::{Position, Version};
 use weft_testkit::TestDatabase;
 
@@ -100,6 +100,23 @@ async fn a_command_id_stands_for_one_content() {
     let first = log.appender().append(decided.clone()).await.unwrap();
     decided.scopes = vec![part("c", exact(99), 0)];
     assert_eq!(log.appender().append(decided).await.unwrap(), Appended { repeated: true, ..first });
+}
+
+/// However the batch that it is in is written.
+#[tokio::test]
+async fn a_used_id_is_known_even_to_a_request_that_changes_nothing() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    let first = one("s");
+    log.appender().append(first.clone()).await.unwrap();
+    let guard = AppendRequest { scopes: vec![part("s", Any, 0)], ..first };
+    for _ in 0..12 {
+        let error = log.appender().append(guard.clone()).await.unwrap_err();
+        assert!(matches!(error, AppendError::CommandIdReused), "{error:?}");
+        // Alone for a while, the appender sends ahead of the lock.
+        log.appender().append(one("other")).await.unwrap();
+    }
+    log.shutdown().await;
 }
 
 #[tokio::test]

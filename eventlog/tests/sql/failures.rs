@@ -218,6 +218,25 @@ async fn a_log_that_lost_events_takes_no_more() {
     assert_eq!(log.reader().head().await.unwrap().position, Position(2));
 }
 
+/// More than a writer follows, so that it looks as if it were only far behind.
+#[tokio::test]
+async fn a_log_that_lost_events_and_grew_on_takes_no_more() {
+    let database = migrated().await;
+    let log = open(&database).await;
+    for _ in 0..3 {
+        log.appender().append(one("s")).await.unwrap();
+    }
+    let cut = "delete from weft.event where position > 2; delete from weft.log_batch where last_position > 2";
+    tamper(&database, cut).await;
+    let other = open(&database).await;
+    for _ in 0..5 {
+        other.appender().append(request(vec![part("other", Any, 1_000)])).await.unwrap();
+    }
+    other.shutdown().await;
+    let error = log.appender().append(one("s")).await.unwrap_err();
+    assert!(matches!(error, AppendError::Rewound { seen: Position(3), found: Position(5_002) }), "{error:?}");
+}
+
 #[tokio::test]
 async fn a_log_that_lost_everything_says_so() {
     let database = migrated().await;

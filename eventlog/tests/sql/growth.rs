@@ -2,6 +2,7 @@
 
 use futures_util::TryStreamExt;
 use std::time::Duration;
+use tokio::time::sleep;
 use uuid::Uuid;
 use weft_eventlog::{
     AppendError, Appended, ArchiveConfig, ArchiveError, Defect, EventLog, Reader, RecordedEvent,
@@ -154,6 +155,28 @@ fn made_before(id: Uuid, millis: u64) -> Uuid {
     let mut bytes = [0; 10];
     bytes.copy_from_slice(&Uuid::now_v7().as_bytes()[6..]);
     uuid::Builder::from_unix_timestamp_millis(made, &bytes).into_uuid()
+}
+
+#[tokio::test]
+async fn a_verification_is_not_confused_by_an_archive_beside_it() {
+    let database = small_ranges().await;
+    let log = open(&database).await;
+    fill(&log, 1_000).await;
+    let archived = tokio::spawn({
+        let config = everything(&database);
+        async move { archive(&config, |_| ()).await }
+    });
+    let tables = "select count(*) from pg_inherits where inhparent = 'weft.event'::regclass";
+    while !archived.is_finished() {
+        let before = count(&database, tables).await;
+        verify(&log.reader(), |_| ()).await.unwrap();
+        while !archived.is_finished() && count(&database, tables).await == before {
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!(archived.await.unwrap().unwrap().tables, 9);
+    verify(&log.reader(), |_| ()).await.unwrap();
+    log.shutdown().await;
 }
 
 #[tokio::test]

@@ -117,6 +117,21 @@ async fn a_log_of_an_earlier_schema_is_what_it_was_after_the_upgrade() {
 }
 
 #[tokio::test]
+async fn an_append_that_was_prepared_at_another_time_is_refused() {
+    let database = migrated().await;
+    open(&database).await.shutdown().await;
+    let client = database.connect().await;
+    for (late, refused) in [("0 s", false), ("1 s", false), ("5 s", true), ("-5 s", true), ("1 day", true)] {
+        let sql = format!(
+            "select weft.expect_ground(0, '', 0, '', 1, '{{}}', 0, clock_timestamp() - interval '{late}', false)"
+        );
+        let result = client.batch_execute(&sql).await;
+        let code = result.err().and_then(|error| error.code().map(|code| code.code().to_owned()));
+        assert_eq!(code.as_deref(), refused.then_some("WF001"), "{late}");
+    }
+}
+
+#[tokio::test]
 async fn nobody_changes_history_not_even_a_superuser() {
     let database = migrated().await;
     let log = open(&database).await;
