@@ -25,7 +25,9 @@ use weft_model::version::{ExpectedVersion, Position, Version};
 use crate::request::{AppendRequest, Appended, Invalid, Malformed, TooLarge};
 use crate::session::StoreError;
 
-pub(crate) use columns::{Begun, COMMANDS_FORMAT, MARK_BYTES, MARKS_FORMAT, earlier_mark, encode_command, mark};
+pub(crate) use columns::{
+    Begun, COMMANDS_FORMAT, MARK_BYTES, MARKS_FORMAT, earlier_mark, encode_command, mark,
+};
 pub(crate) use decide::CLOCK_AHEAD_MAX;
 pub(crate) use task::AppendTask;
 pub(crate) use writer::{Unusable, Writer};

@@ -246,8 +246,8 @@ impl<'a> Sealer<'a> {
         if !read_back.events().eq(events.iter().copied()) {
             return Err(not_held(None));
         }
-        let time = |event: Option<&EventView<'_>>| event.map(|event| event.recorded_at.to_database());
-        let (began, ended) = (time(events.first()), time(events.last()));
+        let (began, ended) = segment.recorded_at;
+        let (began, ended) = (began.to_database(), ended.to_database());
         let (first, last) = (segment.first.0.cast_signed(), segment.last.0.cast_signed());
         let (previous, end) = (segment.previous_hash.0.as_slice(), segment.last_hash.0.as_slice());
         let raw_bytes =

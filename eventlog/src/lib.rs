@@ -47,6 +47,7 @@ pub use hash::EventHash;
 pub use log::{EventLog, LogConfig, OpenError, SHUTDOWN_MAX};
 pub use migrate::{MigrateError, migrate};
 pub use page::{EventView, Page};
+pub use partitions::lay_out;
 pub use read::{CommandOutcome, Head, PAGE_BYTES_MAX, PAGE_EVENTS_MAX, Reader};
 pub use request::{
     ACTOR_BYTES_MAX, AppendRequest, Appended, EVENTS_PER_REQUEST_MAX, Malformed, PAYLOAD_BYTES_MAX,

@@ -120,12 +120,7 @@ impl Reader {
     /// A reader of the log in the configured database. Connects when first used.
     #[must_use]
     pub fn new(connect: Config) -> Self {
-        Self::with_shared(
-            connect,
-            watch::Sender::new(Position::ZERO),
-            Delivered::default(),
-            Arc::default(),
-        )
+        Self::with_shared(connect, watch::Sender::new(Position::ZERO), Delivered::default(), Arc::default())
     }
 
     /// `wake` is told positions that exist, by whoever learns of them first.

@@ -37,6 +37,8 @@ pub(crate) struct Segment {
     pub(crate) last: Position,
     pub(crate) previous_hash: EventHash,
     pub(crate) last_hash: EventHash,
+    /// When its first and its last event were recorded.
+    pub(crate) recorded_at: (UnixMicros, UnixMicros),
     pub(crate) raw_bytes: usize,
     pub(crate) body_hash: EventHash,
     pub(crate) body: Bytes,
@@ -69,12 +71,16 @@ impl Segment {
         last_hash: EventHash,
     ) -> std::io::Result<Self> {
         let columns = Columns::of(events);
+        let began = columns.first_recorded_at;
+        // None is earlier than the one before it.
+        let took = columns.recorded_at.iter().fold(0_i64, |took, later| took.saturating_add_unsigned(*later));
+        let recorded_at = (UnixMicros(began), UnixMicros(began.saturating_add(took)));
         let raw = columns.encode_to_vec();
         let body = Bytes::from(zstd::bulk::compress(&raw, COMPRESSION)?);
         let first = Position(columns.first_position);
         let last = Position(columns.first_position + u64::from(columns.events) - 1);
         let body_hash = hash_of(&body);
-        Ok(Self { first, last, previous_hash, last_hash, raw_bytes: raw.len(), body_hash, body })
+        Ok(Self { first, last, previous_hash, last_hash, recorded_at, raw_bytes: raw.len(), body_hash, body })
     }
 
     /// Its events.
@@ -87,12 +93,17 @@ impl Segment {
             return Err(SegmentError::Compression);
         }
         let raw = zstd::bulk::decompress(&self.body, self.raw_bytes);
-        let raw = raw.map_err(|_| SegmentError::Compression)?;
+        let raw = raw.ok().filter(|raw| raw.len() == self.raw_bytes).ok_or(SegmentError::Compression)?;
         let columns = Columns::decode(raw.as_slice()).map_err(|_| SegmentError::Columns("columns"))?;
         let page = page(columns)?;
         let first = page.events().next().map(|event| event.position);
         if (first, page.last()) != (Some(self.first), self.last) {
             return Err(SegmentError::Columns("positions"));
+        }
+        let time = |event: Option<EventView<'_>>| event.map(|event| event.recorded_at);
+        let (began, ended) = (time(page.events().next()), time(page.events().next_back()));
+        if (began, ended) != (Some(self.recorded_at.0), Some(self.recorded_at.1)) {
+            return Err(SegmentError::Columns("times"));
         }
         Ok(page)
     }

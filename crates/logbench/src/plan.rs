@@ -52,7 +52,7 @@ pub(crate) struct Plan {
     /// Events of the long log. Above a whole range of positions, so that one can be sealed.
     pub(crate) history: u64,
     /// Positions in a range of it, if not the log's own choice.
-    pub(crate) range: Option<u64>,
+    pub(crate) range: Option<u32>,
     /// Events of the log that is longer still.
     pub(crate) long_history: Option<u64>,
     /// Figures that were asked for; all if none.

@@ -16,6 +16,8 @@ pub(crate) struct Event {
     /// Microseconds since the Unix epoch.
     pub(crate) recorded_at: i64,
     pub(crate) payload: String,
+    /// The first bytes of its chain hash.
+    pub(crate) hash: i64,
 }
 
 /// Everything that writers asked and were told.
@@ -81,9 +83,13 @@ impl Journal {
                     self.wrong.push(format!("{}: {answer:?} after {known:?}", command.id));
                 }
             }
-            // Nobody else writes what a writer calls its own, its first one.
-            (Answer::Conflict { scope, .. }, None)
-                if !other_content && command.parts.first().is_none_or(|own| own.scope != *scope) =>
+            // Nobody else writes what a writer calls its own, its first one; of another the command must have expected
+            // something else than is there.
+            (Answer::Conflict { scope, current }, None)
+                if !other_content
+                    && command.parts.iter().skip(1).any(|part| {
+                        part.scope == *scope && part.expected.is_some_and(|expected| expected != *current)
+                    }) =>
             {
                 self.refused.insert(command.id);
             }
@@ -107,7 +113,7 @@ impl Journal {
     }
 
     /// Holds the log, and what a polling reader got of it, against what was asked and answered.
-    pub(crate) fn judge(&self, log: &[Event], polled: &[u64]) -> Verdict {
+    pub(crate) fn judge(&self, log: &[Event], polled: &[Polled]) -> Verdict {
         let mut verdict = Verdict { wrong_outcomes: self.wrong.len() as u64, ..Verdict::default() };
         let mut versions: BTreeMap<&str, u64> = BTreeMap::new();
         let mut of_command: BTreeMap<Uuid, Vec<&Event>> = BTreeMap::new();
@@ -117,8 +123,7 @@ impl Journal {
             verdict.gaps += u64::from(event.position != position || event.version != *version);
             of_command.entry(event.command).or_default().push(event);
         }
-        let in_order = polled.iter().zip(1..).take_while(|(polled, position)| **polled == *position).count();
-        verdict.skipped = (log.len().max(polled.len()) - in_order) as u64;
+        verdict.skipped = skipped(log, polled);
         for (id, (command, answer)) in &self.asked {
             let recorded = of_command.remove(id).unwrap_or_default();
             let expected: usize = command.parts.iter().map(|part| part.events as usize).sum();
@@ -129,7 +134,7 @@ impl Journal {
                 verdict.doubled += 1;
             } else if !says(command, &recorded) {
                 verdict.lost += 1;
-            } else if self.refused.contains(id) {
+            } else if !follows(command, &recorded) || self.refused.contains(id) {
                 verdict.wrong_outcomes += 1;
             } else if let Some(outcome) = answer {
                 verdict.wrong_outcomes += u64::from(!tells(outcome, command, &recorded));
@@ -139,6 +144,29 @@ impl Journal {
         verdict.doubled += of_command.len() as u64;
         verdict
     }
+}
+
+/// An event as a reader that polls got it: its position, and the first bytes of its chain hash.
+pub(crate) type Polled = (u64, i64);
+
+/// How many events a reader of `position > cursor` did not get in their order, or got and are not there any more.
+pub(crate) fn skipped(log: &[Event], polled: &[Polled]) -> u64 {
+    let same = |(event, polled): &(&Event, &Polled)| (event.position, event.hash) == **polled;
+    let in_order = log.iter().zip(polled).take_while(same).count();
+    (log.len().max(polled.len()) - in_order) as u64
+}
+
+/// Whether what was recorded stands together, and each scope went on from where the command expected it.
+fn follows(command: &Command, recorded: &[&Event]) -> bool {
+    let one = |event: &&Event| (event.epoch, event.recorded_at);
+    let together =
+        recorded.windows(2).all(|two| two[0].position + 1 == two[1].position && one(&two[0]) == one(&two[1]));
+    let first = |scope: &str| recorded.iter().find(|event| event.scope == scope).map(|event| event.version);
+    together
+        && command
+            .parts
+            .iter()
+            .all(|part| part.expected.is_none_or(|expected| first(&part.scope) == Some(expected + 1)))
 }
 
 /// Whether the events are what the command asked for, in its order.
@@ -194,9 +222,15 @@ mod tests {
                 epoch: 1,
                 recorded_at: 7,
                 payload: payload("s", u32::try_from(before).unwrap(), 0),
+                hash: i64::try_from(position).unwrap() * 7,
             });
         }
         events
+    }
+
+    /// As a poller gets them.
+    fn polled(positions: &[u64]) -> Vec<Polled> {
+        positions.iter().map(|position| (*position, i64::try_from(*position).unwrap() * 7)).collect()
     }
 
     /// Command 1 has two events and an answer, command 2 has one and none.
@@ -210,14 +244,14 @@ mod tests {
 
     #[test]
     fn what_agrees_is_sound_whether_the_unanswered_one_was_recorded_or_not() {
-        assert!(journal().judge(&log(&[1, 1, 2]), &[1, 2, 3]).is_sound());
-        assert!(journal().judge(&log(&[1, 1]), &[1, 2]).is_sound());
+        assert!(journal().judge(&log(&[1, 1, 2]), &polled(&[1, 2, 3])).is_sound());
+        assert!(journal().judge(&log(&[1, 1]), &polled(&[1, 2])).is_sound());
         assert_eq!(journal().acknowledged(), 1);
     }
 
     #[test]
     fn each_planted_fault_is_found() {
-        let verdict = |log: &[Event], polled: &[u64]| journal().judge(log, polled);
+        let verdict = |log: &[Event], got: &[u64]| journal().judge(log, &polled(got));
         assert_eq!(verdict(&[], &[]), Verdict { lost: 1, ..Verdict::default() });
         assert_eq!(verdict(&log(&[1]), &[1]), Verdict { lost: 1, ..Verdict::default() });
         assert_eq!(verdict(&log(&[1, 1, 1]), &[1, 2, 3]), Verdict { doubled: 1, ..Verdict::default() });
@@ -226,10 +260,13 @@ mod tests {
             verdict(&log(&[2, 1, 1]), &[1, 2, 3]),
             Verdict { wrong_outcomes: 1, ..Verdict::default() }
         );
-        for polled in [&[1, 3][..], &[1, 3, 2], &[1, 2], &[1, 2, 3, 3]] {
-            let skipped = verdict(&log(&[1, 1, 2]), polled).skipped;
-            assert!(skipped > 0, "{polled:?}");
+        for got in [&[1, 3][..], &[1, 3, 2], &[1, 2], &[1, 2, 3, 3]] {
+            let skipped = verdict(&log(&[1, 1, 2]), got).skipped;
+            assert!(skipped > 0, "{got:?}");
         }
+        let mut replaced = log(&[1, 1, 2]);
+        replaced[2].hash = 0;
+        assert_eq!(verdict(&replaced, &[1, 2, 3]), Verdict { skipped: 1, ..Verdict::default() });
         let mut gap = log(&[1, 1, 2]);
         gap[2].position = 4;
         assert!(verdict(&gap, &[1, 2, 4]).gaps > 0);
@@ -248,13 +285,59 @@ mod tests {
         assert_eq!(verdict(&later, &[1, 2]), Verdict { wrong_outcomes: 1, ..Verdict::default() });
     }
 
+    /// The one event that command 2 asks for, at a version of its scope that it did or did not expect.
+    #[test]
+    fn what_was_recorded_must_be_what_was_expected() {
+        let judged = |expected| {
+            let mut journal = Journal::default();
+            journal.ask(&Command {
+                parts: vec![Part { scope: "s".into(), expected, events: 1 }],
+                ..command(2, 1)
+            });
+            journal.ask(&command(1, 2));
+            journal.judge(&log(&[1, 1, 2]), &polled(&[1, 2, 3]))
+        };
+        assert!(judged(None).is_sound() && judged(Some(2)).is_sound());
+        for wrong in [0, 1, 3] {
+            assert_eq!(judged(Some(wrong)), Verdict { wrong_outcomes: 1, ..Verdict::default() });
+        }
+    }
+
+    #[test]
+    fn a_command_stands_together_even_if_nobody_was_told() {
+        let mut journal = Journal::default();
+        journal.ask(&command(1, 2));
+        journal.ask(&command(2, 1));
+        let apart = Verdict { wrong_outcomes: 1, ..Verdict::default() };
+        assert_eq!(journal.judge(&log(&[1, 2, 1]), &polled(&[1, 2, 3])), apart);
+    }
+
+    #[test]
+    fn a_conflict_must_be_one() {
+        let shared = |expected| vec![own(), Part { scope: "shared".into(), expected, events: 1 }];
+        fn own() -> Part {
+            Part { scope: "s".into(), expected: None, events: 1 }
+        }
+        let told = |expected, scope: &str| {
+            let command = Command { parts: shared(expected), ..command(3, 1) };
+            let mut journal = Journal::default();
+            journal.ask(&command);
+            journal.answer(&command, &Answer::Conflict { scope: scope.into(), current: 2 });
+            journal.complaints().count()
+        };
+        assert_eq!(told(Some(1), "shared"), 0);
+        assert_eq!((told(Some(2), "shared"), told(None, "shared"), told(Some(1), "s")), (1, 1, 1));
+    }
+
     #[test]
     fn what_was_refused_must_not_be_there() {
         let mut journal = journal();
-        journal.answer(&command(2, 1), &Answer::Conflict { scope: "shared".into(), current: 2 });
-        assert!(journal.judge(&log(&[1, 1]), &[1, 2]).is_sound());
+        let mut refused = command(2, 1);
+        refused.parts.push(Part { scope: "shared".into(), expected: Some(1), events: 0 });
+        journal.answer(&refused, &Answer::Conflict { scope: "shared".into(), current: 2 });
+        assert!(journal.judge(&log(&[1, 1]), &polled(&[1, 2])).is_sound());
         let told_otherwise = Verdict { wrong_outcomes: 1, ..Verdict::default() };
-        assert_eq!(journal.judge(&log(&[1, 1, 2]), &[1, 2, 3]), told_otherwise);
+        assert_eq!(journal.judge(&log(&[1, 1, 2]), &polled(&[1, 2, 3])), told_otherwise);
     }
 
     #[test]

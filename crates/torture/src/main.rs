@@ -42,7 +42,7 @@ struct Args {
     /// Repeat the decisions of an earlier run [default: random, and printed]
     #[arg(long)]
     seed: Option<u64>,
-    /// The long form: about half an hour instead of a minute or two
+    /// The long form: a quarter of an hour instead of a minute or two
     #[arg(long)]
     long: bool,
     /// Only these phases

@@ -6,15 +6,18 @@ mod kills;
 mod wal;
 
 use anyhow::Context;
+use futures_util::TryStreamExt as _;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
-use weft_eventlog::Reader;
+use weft_eventlog::{ArchiveConfig, Reader, archive};
+use weft_model::Position;
 
 use crate::child::Worker;
-use crate::journal::{Journal, Verdict};
+use crate::journal::{Event, Journal, Polled, Verdict};
 use crate::proxy::Proxy;
 use crate::server::Postgres;
 use crate::watch::{Poller, head, read_all};
@@ -24,6 +27,9 @@ pub(crate) use controller::controller;
 pub(crate) use edits::edits;
 pub(crate) use kills::{ambiguous, kills, server_kills, writers};
 pub(crate) use wal::wal_full;
+
+/// Events in a range of the log for each event of the largest command: some hundred commands fill one.
+const COMMANDS_PER_RANGE: u32 = 125;
 
 /// Longest wait for writers to get on with it after a fault.
 const PROGRESS_MAX: Duration = Duration::from_secs(90);
@@ -76,7 +82,7 @@ impl Scene {
         seed: u64,
         habits: Habits,
     ) -> anyhow::Result<Self> {
-        server.make_log(database).await?;
+        server.make_log(database, COMMANDS_PER_RANGE * habits.events_max).await?;
         let mut scene = Self {
             database: database.to_owned(),
             proxies: Vec::new(),
@@ -114,11 +120,15 @@ impl Scene {
         Ok(())
     }
 
-    /// Lets everybody finish, and judges.
-    async fn close(self, server: &Postgres, findings: &mut Findings) -> anyhow::Result<()> {
+    /// Lets everybody finish, and judges. Only so many processes may have died as were killed.
+    async fn close(self, server: &Postgres, killed: u64, findings: &mut Findings) -> anyhow::Result<()> {
         let ended = timeout(PROGRESS_MAX, self.writers.end()).await;
         let journal = ended.context("writers do not finish")??;
         let polled = self.poller.end().await;
+        let deaths: u64 = self.workers.iter().map(|worker| worker.deaths()).sum();
+        if deaths != killed {
+            findings.complain(format!("{deaths} processes died, but {killed} were killed"));
+        }
         judge(server, &self.database, &journal, &polled, findings).await
     }
 }
@@ -127,7 +137,7 @@ async fn judge(
     server: &Postgres,
     database: &str,
     journal: &Journal,
-    polled: &[u64],
+    polled: &[Polled],
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     let url = server.url(database)?;
@@ -137,8 +147,41 @@ async fn judge(
     findings.repeats += journal.repeats();
     findings.events += head(&url).await?;
     findings.complaints.extend(journal.complaints().map(str::to_owned));
+    verify(&url, findings).await?;
+    seal(&url, &log, findings).await?;
+    verify(&url, findings).await
+}
+
+async fn verify(url: &str, findings: &mut Findings) -> anyhow::Result<()> {
     if let Err(error) = weft_eventlog::verify(&Reader::new(url.parse()?), |_| ()).await {
         findings.complain(weft_model::Chain(&error).to_string());
+    }
+    Ok(())
+}
+
+/// Seals every full range, once nobody repeats anything any more; what is read then must be what was there.
+async fn seal(url: &str, log: &[Event], findings: &mut Findings) -> anyhow::Result<()> {
+    let config = ArchiveConfig { connect: url.parse()?, older_than: Duration::ZERO, forget_outcomes: true };
+    let sealed = archive(&config, |_| ()).await?;
+    *findings.done.entry("sealed events".to_owned()).or_default() += sealed.events;
+    let mut expected = log.iter();
+    let mut pages = pin!(Reader::new(url.parse()?).replay(Position::ZERO, Position(log.len() as u64)));
+    while let Some(page) = pages.try_next().await? {
+        for event in page.events() {
+            let same = expected.next().is_some_and(|expected| {
+                (expected.position, &*expected.scope, expected.version, expected.command)
+                    == (event.position.0, event.scope, event.version.0, event.command_id)
+                    && (expected.epoch, expected.recorded_at, &*expected.payload)
+                        == (event.epoch.0, event.recorded_at.0, event.payload)
+            });
+            if !same {
+                findings.complain(format!("event {} is read otherwise once it is sealed", event.position));
+                return Ok(());
+            }
+        }
+    }
+    if let Some(missing) = expected.next() {
+        findings.complain(format!("event {} is not read once it is sealed", missing.position));
     }
     Ok(())
 }

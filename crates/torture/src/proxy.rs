@@ -80,6 +80,18 @@ struct Order {
     skip: u32,
 }
 
+/// A fault, and the process that it happens to.
+#[derive(Clone, Copy, Debug)]
+struct Happening {
+    fault: Fault,
+    process: i32,
+}
+
+impl Happening {
+    /// To a connection, whosever it is.
+    const CUT: Self = Self { fault: Fault::Cut, process: 0 };
+}
+
 /// Cuts at random, for as long as some are left.
 #[derive(Debug)]
 struct Storm {
@@ -189,10 +201,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// Whether something is to happen here, and what.
-    fn take(&self, point: Point, place: &Place) -> Option<Fault> {
-        let expected = self.process.load(Ordering::SeqCst) > 0;
-        if !expected || place.life != self.life.load(Ordering::SeqCst) {
+    /// Whether something is to happen here, and what; to which process.
+    fn take(&self, point: Point, place: &Place) -> Option<Happening> {
+        let process = self.process.load(Ordering::SeqCst);
+        if process <= 0 || place.life != self.life.load(Ordering::SeqCst) {
             return None;
         }
         let mut order = lock(&self.order);
@@ -201,7 +213,7 @@ impl Shared {
             armed.skip -= 1;
             return None;
         }
-        order.take().map(|order| order.fault)
+        order.take().map(|order| Happening { fault: order.fault, process })
     }
 
     fn is_armed(&self, point: Point) -> bool {
@@ -218,10 +230,10 @@ impl Shared {
         strikes
     }
 
-    fn happens(&self, fault: Fault) {
+    fn happens(&self, Happening { fault, process }: Happening) {
         match fault {
             Fault::Kill => {
-                let process = nix::unistd::Pid::from_raw(self.process.load(Ordering::SeqCst));
+                let process = nix::unistd::Pid::from_raw(process);
                 // It may be gone already.
                 let _ = nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL);
             }
@@ -260,9 +272,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 struct Place {
     /// Of the process whose connection it is.
     life: u64,
-    /// Statements that insert events: sent, and answered.
+    /// What the server answers by being ready for the next: sent, and answered.
     sent: AtomicU64,
-    inserted: watch::Sender<u64>,
+    answered: watch::Sender<u64>,
+    /// Whether the connection ever inserted events: of others no commit is of interest.
+    writes: std::sync::atomic::AtomicBool,
     /// Whether the transaction whose answers come now has inserted.
     appends: std::sync::atomic::AtomicBool,
 }
@@ -287,7 +301,13 @@ async fn requests(
 ) -> io::Result<()> {
     let mut statements = Statements::default();
     let (mut first, mut inserts, mut projects) = (true, false, false);
+    // Which of what was sent is the insert of this transaction.
+    let mut insert = 0;
     while let Some(message) = read(&mut from, first).await? {
+        // The beginning of a connection is answered so, a simple query, and the end of an extended one.
+        if first || matches!(message.kind, b'Q' | b'S') {
+            place.sent.fetch_add(1, Ordering::SeqCst);
+        }
         first = false;
         match statements.step(&message) {
             Step::Begin => {
@@ -300,12 +320,13 @@ async fn requests(
             }
             Step::Insert => {
                 inserts = true;
-                place.sent.fetch_add(1, Ordering::SeqCst);
+                place.writes.store(true, Ordering::SeqCst);
+                insert = place.sent.load(Ordering::SeqCst) + 1;
             }
             Step::Project => projects = true,
             Step::Commit => {
                 shared.hold_up().await;
-                if let Some(fault) = before_commit(shared, place, inserts, projects).await {
+                if let Some(fault) = before_commit(shared, place, inserts.then_some(insert), projects).await {
                     shared.happens(fault);
                     return Ok(());
                 }
@@ -322,29 +343,36 @@ async fn requests(
     Ok(())
 }
 
-async fn before_commit(shared: &Shared, place: &Place, inserts: bool, projects: bool) -> Option<Fault> {
-    if projects && let Some(fault) = shared.take(Point::Projecting, place) {
-        return Some(fault);
+/// `insert` is which of what was sent inserts; none if nothing does.
+async fn before_commit(
+    shared: &Shared,
+    place: &Place,
+    insert: Option<u64>,
+    projects: bool,
+) -> Option<Happening> {
+    if projects && let Some(happening) = shared.take(Point::Projecting, place) {
+        return Some(happening);
     }
-    if !inserts {
+    let insert = insert?;
+    if let Some(happening) = shared.take(Point::BeforeCommit, place) {
+        return Some(happening);
+    }
+    if !shared.is_armed(Point::AfterInsert) {
+        return shared.take(Point::AfterInsert, place);
+    }
+    // The server answers, unless it is away; and it may have refused.
+    let mut answered = place.answered.subscribe();
+    let _ = timeout(Duration::from_secs(5), answered.wait_for(|done| *done >= insert)).await;
+    if !place.appends.load(Ordering::SeqCst) {
         return None;
-    }
-    if let Some(fault) = shared.take(Point::BeforeCommit, place) {
-        return Some(fault);
-    }
-    if shared.is_armed(Point::AfterInsert) {
-        let sent = place.sent.load(Ordering::SeqCst);
-        // The server answers, unless it is away.
-        let _ =
-            timeout(Duration::from_secs(5), place.inserted.subscribe().wait_for(|done| *done >= sent)).await;
     }
     shared.take(Point::AfterInsert, place)
 }
 
-fn during_commit(shared: &Shared, place: &Place) -> Option<Fault> {
+fn during_commit(shared: &Shared, place: &Place) -> Option<Happening> {
     shared
         .take(Point::DuringCommit, place)
-        .or_else(|| shared.strikes(Point::DuringCommit).then_some(Fault::Cut))
+        .or_else(|| shared.strikes(Point::DuringCommit).then_some(Happening::CUT))
 }
 
 async fn answers(
@@ -358,7 +386,7 @@ async fn answers(
         let committed = note(&message, place);
         if committed {
             let fault = shared.take(Point::AfterCommit, place);
-            let fault = fault.or_else(|| shared.strikes(Point::AfterCommit).then_some(Fault::Cut));
+            let fault = fault.or_else(|| shared.strikes(Point::AfterCommit).then_some(Happening::CUT));
             if let Some(fault) = fault {
                 shared.happens(fault);
                 return Ok(());
@@ -366,6 +394,9 @@ async fn answers(
             once_replied = shared.take(Point::BeforeReply, place);
         }
         to.write_all(message.bytes()).await?;
+        if message.kind == b'Z' {
+            place.answered.send_modify(|answered| *answered += 1);
+        }
         // The answer is whole once the server is ready for the next statement.
         if message.kind == b'Z'
             && let Some(fault) = once_replied.take()
@@ -384,9 +415,8 @@ fn note(message: &Message, place: &Place) -> bool {
         "BEGIN" => place.appends.store(false, Ordering::SeqCst),
         "COMMIT" => return place.appends.swap(false, Ordering::SeqCst),
         "ROLLBACK" => place.appends.store(false, Ordering::SeqCst),
-        tag if tag.starts_with("INSERT") && place.sent.load(Ordering::SeqCst) > 0 => {
+        tag if tag.starts_with("INSERT") && place.writes.load(Ordering::SeqCst) => {
             place.appends.store(true, Ordering::SeqCst);
-            place.inserted.send_modify(|done| *done += 1);
         }
         _ => {}
     }

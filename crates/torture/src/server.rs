@@ -71,12 +71,14 @@ impl Postgres {
         Ok(self.url(database)?.replacen(&format!(":{}/", self.port()?), &format!(":{port}/"), 1))
     }
 
-    /// Makes a database with an empty event log.
-    pub(crate) async fn make_log(&self, database: &str) -> anyhow::Result<()> {
+    /// Makes a database with an empty event log in ranges of so many positions: few, so that what is done to the log is done
+    /// while ranges are made, filled and closed.
+    pub(crate) async fn make_log(&self, database: &str, range: u32) -> anyhow::Result<()> {
         let session = Session::open(&self.url("postgres")?).await?;
         session.client.batch_execute(&format!("create database {database} template template0")).await?;
-        weft_eventlog::migrate(&self.url(database)?.parse()?).await?;
-        Ok(())
+        let connect = self.url(database)?.parse()?;
+        weft_eventlog::migrate(&connect).await?;
+        Ok(weft_eventlog::lay_out(&connect, range).await?)
     }
 
     /// Sends a signal to the first process.

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::journal::Event;
+use crate::journal::{Event, Polled};
 use crate::server::Session;
 
 /// Events that are asked for at once.
@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Every event.
 pub(crate) async fn read_all(url: &str) -> anyhow::Result<Vec<Event>> {
     const SQL: &str = "select position, scope, version, command_id, epoch, \
-                       (extract(epoch from recorded_at) * 1000000)::bigint, payload::text \
+                       (extract(epoch from recorded_at) * 1000000)::bigint, payload::text, hash \
                        from weft.event where position > $1 order by position limit $2";
     let session = Session::open(url).await?;
     let (mut events, mut after) = (Vec::new(), 0_i64);
@@ -37,9 +37,15 @@ pub(crate) async fn read_all(url: &str) -> anyhow::Result<Vec<Event>> {
                 epoch: row.get::<_, i64>(4).cast_unsigned(),
                 recorded_at: row.get(5),
                 payload: row.get(6),
+                hash: first_bytes(row.get(7)),
             });
         }
     }
+}
+
+/// The first eight bytes of a hash.
+pub(crate) fn first_bytes(hash: &[u8]) -> i64 {
+    hash.iter().take(8).fold(0, |number, byte| number << 8 | i64::from(*byte))
 }
 
 /// The last position.
@@ -55,7 +61,7 @@ pub(crate) struct Poller {
     /// Where the server is now.
     url: watch::Sender<String>,
     ending: Arc<AtomicBool>,
-    polling: JoinSet<Vec<u64>>,
+    polling: JoinSet<Vec<Polled>>,
 }
 
 impl Poller {
@@ -73,14 +79,14 @@ impl Poller {
     }
 
     /// What it got, once there is no more.
-    pub(crate) async fn end(mut self) -> Vec<u64> {
+    pub(crate) async fn end(mut self) -> Vec<Polled> {
         self.ending.store(true, Ordering::SeqCst);
         self.polling.join_next().await.and_then(Result::ok).unwrap_or_default()
     }
 }
 
-async fn poll(url: watch::Receiver<String>, ending: Arc<AtomicBool>) -> Vec<u64> {
-    const SQL: &str = "select position from weft.event where position > $1 order by position limit $2";
+async fn poll(url: watch::Receiver<String>, ending: Arc<AtomicBool>) -> Vec<Polled> {
+    const SQL: &str = "select position, hash from weft.event where position > $1 order by position limit $2";
     let (mut got, mut cursor) = (Vec::new(), 0_i64);
     loop {
         let now = url.borrow().clone();
@@ -97,7 +103,7 @@ async fn poll(url: watch::Receiver<String>, ending: Arc<AtomicBool>) -> Vec<u64>
                 }
                 for row in rows {
                     cursor = row.get(0);
-                    got.push(cursor.cast_unsigned());
+                    got.push((cursor.cast_unsigned(), first_bytes(row.get(1))));
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::task::JoinSet;
@@ -47,6 +48,7 @@ impl Writers {
                 rng: StdRng::seed_from_u64(seed.wrapping_add(name as u64)),
                 scope: format!("own/{name}"),
                 version: 0,
+                shared: BTreeMap::new(),
                 habits,
             };
             self.tasks.spawn(writer.run());
@@ -80,6 +82,8 @@ struct Writer {
     scope: String,
     /// Of its own scope, which nobody else writes: what it was told last.
     version: u64,
+    /// Of those that others write, too.
+    shared: BTreeMap<String, u64>,
     habits: Habits,
 }
 
@@ -88,8 +92,13 @@ impl Writer {
         while !self.ending.load(Ordering::SeqCst) {
             let command = self.invent();
             let answer = self.insist(&command).await?;
+            if let Answer::Conflict { scope, current } = &answer {
+                self.shared.insert(scope.clone(), *current);
+            }
             if let Answer::Recorded { outcome, .. } = &answer {
                 self.version = outcome.versions.first().copied().unwrap_or(self.version);
+                let shared = command.parts.iter().zip(&outcome.versions).skip(1);
+                self.shared.extend(shared.map(|(part, version)| (part.scope.clone(), *version)));
                 if self.rng.random_bool(self.habits.repeats) {
                     let content = u32::from(self.rng.random_bool(0.3));
                     self.insist(&Command { content, ..command }).await?;
@@ -99,14 +108,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Something that expects its own scope as it was told it is; sometimes with a scope that others write as well,
-    /// sometimes expecting of that one what may not be.
+    /// Something that expects its own scope as it was told it is; sometimes with a scope that others write as well, often
+    /// expecting that one, too, to be as it was told last, which somebody else may have changed.
     fn invent(&mut self) -> Command {
         let events = self.rng.random_range(1..=self.habits.events_max);
         let mut parts = vec![Part { scope: self.scope.clone(), expected: Some(self.version), events }];
         if self.rng.random_bool(0.2) {
             let scope = format!("shared/{}", self.rng.random_range(0..SHARED_SCOPES));
-            let expected = self.rng.random_bool(0.3).then(|| self.rng.random_range(0..50));
+            let known = self.shared.get(&scope).copied().unwrap_or_default();
+            let expected = self.rng.random_bool(0.6).then_some(known);
             parts.push(Part { scope, expected, events: 1 });
         }
         Command { id: Uuid::now_v7(), content: 0, parts }

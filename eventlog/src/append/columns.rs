@@ -202,7 +202,8 @@ pub(crate) fn earlier_mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8;
     let mut mark = first_word(&hash.0);
     if let Some((fingerprint, events)) = command {
         let quarter = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        mark ^= fingerprint.chunks_exact(MARK_BYTES).map(quarter).fold(u64::from(events), |all, part| all ^ part);
+        mark ^=
+            fingerprint.chunks_exact(MARK_BYTES).map(quarter).fold(u64::from(events), |all, part| all ^ part);
     }
     mark.to_be_bytes()
 }

@@ -180,12 +180,7 @@ impl Writer {
             versions.insert(&part.scope, version);
         }
         let now = footing.clock.now();
-        let ground = Ground {
-            epoch: footing.epoch,
-            tail: self.ahead,
-            now,
-            outcomes: BTreeMap::new(),
-        };
+        let ground = Ground { epoch: footing.epoch, tail: self.ahead, now, outcomes: BTreeMap::new() };
         let Decision { rows, recorded, answers, tail } =
             decide(ground, &mut versions, items.iter().map(|item| (&item.request, item.fingerprint)));
         // How old a command is, a clock that was not asked cannot tell.

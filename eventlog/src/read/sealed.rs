@@ -7,6 +7,7 @@ use tokio_postgres::types::ToSql;
 use weft_model::version::Position;
 
 use crate::epoch::decode_hash;
+use crate::event::UnixMicros;
 use crate::segment::Segment;
 use crate::session::{Session, StoreError, within};
 
@@ -14,11 +15,11 @@ use super::{REPLAY_SILENCE_MAX, rows};
 
 /// The segment that holds position `$1`. Columns of [`decode`].
 pub(super) const SEGMENT_SQL: &str = "select first_position, last_position, previous_hash, last_hash, raw_bytes, body_hash, \
-     body from weft.log_segment where first_position <= $1 and last_position >= $1";
+     body, first_recorded_at, last_recorded_at from weft.log_segment where first_position <= $1 and last_position >= $1";
 
 /// Segments that hold events with `$1 < position <= $2`. Columns of [`decode`].
 const SEGMENTS_SQL: &str = "select first_position, last_position, previous_hash, last_hash, raw_bytes, body_hash, \
-     body from weft.log_segment where last_position > $1 and first_position <= $2 order by first_position";
+     body, first_recorded_at, last_recorded_at from weft.log_segment where last_position > $1 and first_position <= $2 order by first_position";
 
 /// Up to where the log is sealed; zero if it is not.
 const SEALED_SQL: &str = "select coalesce(max(last_position), 0) from weft.log_segment";
@@ -52,7 +53,12 @@ pub(crate) async fn sealed_to(session: &Session) -> Result<Position, StoreError>
 
 pub(super) fn decode(row: &Row) -> Result<Segment, StoreError> {
     let raw_bytes = usize::try_from(row.get::<_, i32>(4));
+    let time = |column, name| {
+        let undecodable = StoreError::Undecodable { table: "weft.log_segment", column: name };
+        row.try_get(column).map(UnixMicros::from_database).map_err(|_| undecodable)
+    };
     Ok(Segment {
+        recorded_at: (time(7, "first_recorded_at")?, time(8, "last_recorded_at")?),
         first: Position(rows::counter(row, 0)?),
         last: Position(rows::counter(row, 1)?),
         previous_hash: decode_hash(row.get(2))?,

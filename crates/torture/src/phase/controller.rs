@@ -21,12 +21,20 @@ use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_client::MeshClient;
 
 use super::{Findings, PROGRESS_MAX};
+use crate::journal::skipped;
 use crate::proxy::{Fault, Point, Proxy};
 use crate::server::Postgres;
 use crate::watch::{Poller, read_all};
 
 /// Where it is killed.
-const POINTS: [Point; 4] = [Point::Projecting, Point::BeforeCommit, Point::AfterCommit, Point::BeforeReply];
+const POINTS: [Point; 6] = [
+    Point::Projecting,
+    Point::BeforeLock,
+    Point::AfterInsert,
+    Point::BeforeCommit,
+    Point::AfterCommit,
+    Point::BeforeReply,
+];
 /// Clients at once, each with a service of its own.
 const CLIENTS: u64 = 8;
 const FIRED_MAX: Duration = Duration::from_secs(60);
@@ -41,7 +49,7 @@ pub(crate) async fn controller(
     count: u64,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
-    server.make_log("controller").await?;
+    server.make_log("controller", 200).await?;
     let direct = server.url("controller")?;
     let proxy = Proxy::before(server.port()?).await?;
     let state = tempfile::tempdir()?;
@@ -98,8 +106,7 @@ pub(crate) async fn controller(
     projected(&direct, findings).await?;
     let _ = running.kill().await;
     let polled = poller.end().await;
-    let in_order = polled.iter().zip(1..).take_while(|(polled, position)| **polled == *position).count();
-    findings.verdict.skipped += (log.len().max(polled.len()) - in_order) as u64;
+    findings.verdict.skipped += skipped(&log, &polled);
     findings.acknowledged += told.len() as u64;
     findings.events += log.len() as u64;
     if let Err(error) = weft_eventlog::verify(&Reader::new(direct.parse()?), |_| ()).await {

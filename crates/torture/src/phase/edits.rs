@@ -4,12 +4,14 @@
 //! found any more.
 
 use anyhow::Context;
+use futures_util::TryStreamExt as _;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
+use std::time::Duration;
 use weft_eventlog::{
-    AppendRequest, EventLog, LogConfig, NewEvent, Reader, RecordedEvent, ScopeAppend, UnixMicros,
-    VerifyError, verify,
+    AppendRequest, ArchiveConfig, EventLog, LogConfig, NewEvent, Reader, RecordedEvent, ScopeAppend,
+    UnixMicros, VerifyError, archive, verify,
 };
 use weft_model::version::{Epoch, ExpectedVersion, Position, Version};
 
@@ -19,7 +21,11 @@ use crate::server::{Postgres, Session};
 const DATABASE: &str = "edits";
 /// Commands in the log, of one to three events each.
 const COMMANDS: usize = 120;
-const TABLES: [&str; 3] = ["event", "log_batch", "log_epoch"];
+const TABLES: [&str; 4] = ["event", "log_batch", "log_epoch", "log_segment"];
+/// Positions in a range: some are sealed.
+const RANGE: u32 = 32;
+/// What is only written down about a segment, and nothing follows from.
+const SEGMENT_NOTES: [&str; 1] = ["sealed_at"];
 
 /// An edit: what it is called, the statements, and the positions at the first of which it must be found.
 struct Edit {
@@ -36,9 +42,11 @@ pub(crate) async fn edits(
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
-    server.make_log(DATABASE).await?;
+    server.make_log(DATABASE, RANGE).await?;
     let url = server.url(DATABASE)?;
     fill(&url, &mut rng).await?;
+    // The first third of it; how many events that is is up to the ranges.
+    let sealed = seal_some(&url).await?;
     let session = Session::open(&url).await?;
     for table in TABLES {
         let sql = format!(
@@ -47,13 +55,19 @@ pub(crate) async fn edits(
         session.client.batch_execute(&sql).await?;
     }
     // It would refuse some of what an intruder, who can drop it too, is free to do.
-    session.client.batch_execute("drop index weft.event_1_scope_version_idx").await?;
+    drop_unique(&session).await?;
     let reader = Reader::new(url.parse()?);
-    let log = reader.read(Position::ZERO, 4_096).await?;
+    let log: Vec<Vec<RecordedEvent>> =
+        reader.stream(Position::ZERO, Position(u64::MAX)).try_collect().await?;
+    let log = log.concat();
     let author = Author {
         columns: columns(&session, "event").await?,
         batch_columns: columns(&session, "log_batch").await?,
+        segment_columns: columns(&session, "log_segment").await?,
         batches: batches(&session).await?,
+        segments: segments(&session).await?,
+        forks: forks(&session).await?,
+        sealed,
         log,
     };
     let mut made = 0;
@@ -165,24 +179,28 @@ async fn columns(session: &Session, table: &str) -> anyhow::Result<Vec<(String, 
 
 async fn batches(session: &Session) -> anyhow::Result<Vec<(u64, u64)>> {
     const SQL: &str = "select first_position, last_position from weft.log_batch order by 2";
-    let rows = session.client.query(SQL, &[]).await?;
-    let position = |row: &tokio_postgres::Row, at| row.get::<_, i64>(at).cast_unsigned();
-    Ok(rows.iter().map(|row| (position(row, 0), position(row, 1))).collect())
+    pairs(session, SQL).await
 }
 
 /// Invents edits.
 struct Author {
     columns: Vec<(String, String)>,
     batch_columns: Vec<(String, String)>,
+    segment_columns: Vec<(String, String)>,
     batches: Vec<(u64, u64)>,
+    segments: Vec<(u64, u64)>,
+    /// Every epoch and the position after which it was opened.
+    forks: Vec<(u64, u64)>,
+    /// The last event that is sealed, hence no row.
+    sealed: u64,
     log: Vec<RecordedEvent>,
 }
 
 impl Author {
     fn invent(&self, rng: &mut StdRng) -> Edit {
         let head = self.log.len() as u64;
-        let at = rng.random_range(1..=head);
-        match rng.random_range(0..9) {
+        let at = rng.random_range(self.sealed + 1..=head);
+        match rng.random_range(0..11) {
             0 | 1 => self.update(rng, at),
             2 => Edit {
                 kind: "delete".into(),
@@ -198,6 +216,8 @@ impl Author {
             5 => self.swap(rng, at),
             6 => self.forge(rng, at, false),
             7 => self.forge(rng, at, true),
+            8 => self.segment(rng),
+            9 => self.epoch(rng),
             _ => self.witness(rng),
         }
     }
@@ -229,7 +249,7 @@ impl Author {
     }
 
     fn swap(&self, rng: &mut StdRng, at: u64) -> Edit {
-        let other = rng.random_range(1..=self.log.len() as u64);
+        let other = rng.random_range(self.sealed + 1..=self.log.len() as u64);
         let (low, high) = (at.min(other), at.max(other));
         let others: Vec<&str> = self
             .columns
@@ -295,8 +315,14 @@ impl Author {
             // Found where the next one begins, or where its first event has none.
             return Edit { kind: "delete batch".into(), sql, found: first..=last + 1 };
         }
-        let Some((column, kind)) = self.batch_columns.choose(rng) else { return self.insert(1) };
+        // Of what is sealed no fingerprint is known, so nothing that rests on them is looked at.
+        let of_rows = |column: &str| ["marks", "marks_format", "commands_hash"].contains(&column);
+        let columns = self.batch_columns.iter().filter(|(column, _)| first > self.sealed || !of_rows(column));
+        let Some((column, kind)) = columns.collect::<Vec<_>>().choose(rng).copied() else {
+            return self.insert(self.log.len() as u64);
+        };
         let value = match column.as_str() {
+            "marks_format" => "3 - marks_format".to_owned(),
             "marks" => "set_byte(marks, 0, 255 - get_byte(marks, 0))".to_owned(),
             "first_position" => "first_position + 1, marks = substring(marks from 9)".to_owned(),
             "last_position" => {
@@ -312,10 +338,96 @@ impl Author {
     }
 }
 
+impl Author {
+    /// What is sealed.
+    fn segment(&self, rng: &mut StdRng) -> Edit {
+        let Some((first, last)) = self.segments.choose(rng).copied() else { return self.insert(1) };
+        // Which of its events is meant cannot be told where all of them are one.
+        let found = first..=last + 1;
+        if rng.random_bool(0.2) {
+            let sql = format!("delete from weft.log_segment where first_position = {first}");
+            return Edit { kind: "delete segment".into(), sql, found };
+        }
+        let columns = self.segment_columns.iter().filter(|(name, _)| !SEGMENT_NOTES.contains(&name.as_str()));
+        let Some((column, kind)) = columns.collect::<Vec<_>>().choose(rng).copied() else {
+            return self.insert(self.log.len() as u64);
+        };
+        let value = match column.as_str() {
+            // As the table demands, and beyond what any other has.
+            "first_position" => "first_position + 1".to_owned(),
+            "last_position" => "last_position + 1000000".to_owned(),
+            _ => value(rng, column, kind),
+        };
+        let sql = format!("update weft.log_segment set {column} = {value} where first_position = {first}");
+        Edit { kind: format!("update segment {column}"), sql, found }
+    }
+
+    /// What each epoch found when it was opened.
+    fn epoch(&self, rng: &mut StdRng) -> Edit {
+        let Some((epoch, fork)) = self.forks.choose(rng).copied() else { return self.insert(1) };
+        let (kind, change) = match rng.random_range(0..4) {
+            0 => ("delete", "delete from weft.log_epoch".to_owned()),
+            1 => ("update fork_hash", "update weft.log_epoch set fork_hash = sha256('forged')".to_owned()),
+            2 => (
+                "update fork_position",
+                "update weft.log_epoch set fork_position = fork_position + 1".to_owned(),
+            ),
+            _ => ("update epoch", "update weft.log_epoch set epoch = epoch + 1000".to_owned()),
+        };
+        let sql = format!("{change} where epoch = {epoch}");
+        Edit { kind: format!("{kind} of an epoch"), sql, found: fork..=fork + 1 }
+    }
+}
+
+/// Seals every full range but the last ones: about a third of the log.
+async fn seal_some(url: &str) -> anyhow::Result<u64> {
+    let session = Session::open(url).await?;
+    let head: i64 = session.client.query_one("select max(position) from weft.event", &[]).await?.get(0);
+    // Ranges are sealed in order, as long as each is wholly as old as is asked for.
+    let age = "select greatest(extract(epoch from clock_timestamp() - recorded_at), 0)::float8 from weft.event where position = $1";
+    let age: f64 = session.client.query_one(age, &[&(head / 3)]).await?.get(0);
+    let older_than = Duration::from_secs_f64(age);
+    let config = ArchiveConfig { connect: url.parse()?, older_than, forget_outcomes: true };
+    let sealed = archive(&config, |_| ()).await?.sealed.0;
+    anyhow::ensure!(sealed > 0 && sealed < head.cast_unsigned(), "sealed up to {sealed} of {head}");
+    Ok(sealed)
+}
+
+async fn drop_unique(session: &Session) -> anyhow::Result<()> {
+    const SQL: &str = "select format('drop index weft.%I', indexname) from pg_indexes where schemaname = 'weft' \
+                       and indexdef like 'CREATE UNIQUE INDEX % (scope, version)'";
+    for row in session.client.query(SQL, &[]).await? {
+        session.client.batch_execute(row.get(0)).await?;
+    }
+    Ok(())
+}
+
+async fn pairs(session: &Session, sql: &str) -> anyhow::Result<Vec<(u64, u64)>> {
+    let rows = session.client.query(sql, &[]).await?;
+    let number = |row: &tokio_postgres::Row, at| row.get::<_, i64>(at).cast_unsigned();
+    Ok(rows.iter().map(|row| (number(row, 0), number(row, 1))).collect())
+}
+
+async fn segments(session: &Session) -> anyhow::Result<Vec<(u64, u64)>> {
+    pairs(session, "select first_position, last_position from weft.log_segment order by 1").await
+}
+
+/// Those in which something was recorded: of the others nothing in the log tells.
+async fn forks(session: &Session) -> anyhow::Result<Vec<(u64, u64)>> {
+    pairs(
+        session,
+        "select epoch, fork_position from weft.log_epoch where epoch in (select epoch from weft.log_batch) order by 1",
+    )
+    .await
+}
+
 /// Another value for a column.
 fn value(rng: &mut StdRng, column: &str, kind: &str) -> String {
     match (column, kind) {
-        ("position", _) => format!("position + {}", 100_000 + rng.random_range(0..1_000)),
+        // Beyond the end, where there is room.
+        ("position", _) => {
+            format!("(select max(position) from weft.event) + {}", rng.random_range(1..10))
+        }
         ("cause", _) => "case when position > 2 then 2 end".into(),
         ("reason", _) => ["'forged'", "null", "''"].choose(rng).map_or("null", |value| value).to_string(),
         // Both or none, as the table demands. The second one has the same bytes at other places.

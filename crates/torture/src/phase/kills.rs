@@ -34,24 +34,25 @@ pub(crate) async fn kills(
     {
         let scene = Scene::set(server, database, processes, writers_each, seed, BRISK).await?;
         scene.progress(16).await?;
+        let mut killed = 0;
         for n in 0..count {
             let point = Point::APPEND[usize::try_from(n).unwrap_or_default() % Point::APPEND.len()];
-            kill_one(&scene, point, rng.random_range(0..SKIPS_MAX), findings).await?;
+            killed += u64::from(kill_one(&scene, point, rng.random_range(0..SKIPS_MAX), findings).await?);
         }
         scene.progress(16).await?;
-        scene.close(server, findings).await?;
+        scene.close(server, killed, findings).await?;
     }
     Ok(())
 }
 
-/// Kills the first process once it has come to the point so many times more.
-async fn kill_one(scene: &Scene, point: Point, skips: u32, findings: &mut Findings) -> anyhow::Result<()> {
+/// Kills the first process once it has come to the point so many times more. False if it did not come there.
+async fn kill_one(scene: &Scene, point: Point, skips: u32, findings: &mut Findings) -> anyhow::Result<bool> {
     let (proxy, worker) = (&scene.proxies[0], &scene.workers[0]);
     let deaths = worker.deaths();
     proxy.arm(point, Fault::Kill, skips);
     if !proxy.fired(FIRED_MAX).await {
         findings.complain(format!("nobody came to {}", point.name()));
-        return Ok(());
+        return Ok(false);
     }
     findings.count(point.name());
     let died = async {
@@ -59,7 +60,8 @@ async fn kill_one(scene: &Scene, point: Point, skips: u32, findings: &mut Findin
             sleep(Duration::from_millis(1)).await;
         }
     };
-    timeout(PROGRESS_MAX, died).await.context("a killed process does not die")
+    timeout(PROGRESS_MAX, died).await.context("a killed process does not die")?;
+    Ok(true)
 }
 
 /// Commits are cut on either side of them; the process lives on and finds out.
@@ -86,7 +88,7 @@ pub(crate) async fn ambiguous(
     }
     findings.done.insert("ambiguous".into(), cuts());
     scene.progress(16).await?;
-    scene.close(server, findings).await
+    scene.close(server, 0, findings).await
 }
 
 /// The server's processes are killed, one of them or the first, or it shuts down at once.
@@ -103,11 +105,11 @@ pub(crate) async fn server_kills(
         sleep(Duration::from_millis(rng.random_range(0..100))).await;
         match n % 4 {
             0 | 1 => {
-                if server.kill_backend("server_kills").await.unwrap_or(false) {
-                    findings.count("backend");
-                } else {
-                    findings.count("nobody to kill");
+                // Right after another fault nobody may be connected yet.
+                while !server.kill_backend("server_kills").await.unwrap_or(false) {
+                    scene.progress(1).await?;
                 }
+                findings.count("backend");
                 server.answers().await?;
             }
             kind => {
@@ -121,7 +123,7 @@ pub(crate) async fn server_kills(
         }
         scene.progress(4).await?;
     }
-    scene.close(server, findings).await
+    scene.close(server, 0, findings).await
 }
 
 /// Sixty-four writers in four processes, each transaction held up at random, until the log has so many events.
@@ -151,5 +153,5 @@ pub(crate) async fn writers(
     }
     findings.done.insert("writers".into(), 64);
     findings.done.insert("processes".into(), 4);
-    scene.close(server, findings).await
+    scene.close(server, 0, findings).await
 }

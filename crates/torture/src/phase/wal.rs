@@ -96,7 +96,7 @@ pub(crate) async fn wal_full(seed: u64, cycles: u64, findings: &mut Findings) ->
         occupy(&reserve, RESERVE_MIB.min(volume.free_mib()?.saturating_sub(LEFT_MIB)))?;
         findings.count("full");
     }
-    scene.close(&server, findings).await
+    scene.close(&server, 0, findings).await
 }
 
 /// Takes so much of the volume, or what is left of it: the server takes some meanwhile.

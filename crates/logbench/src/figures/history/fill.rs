@@ -7,6 +7,8 @@ use anyhow::Context as _;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use weft_eventlog::lay_out;
+
 use crate::fleet::{Fleet, Lane};
 use crate::say;
 use crate::server::Database;
@@ -39,11 +41,11 @@ pub(super) async fn fill(
     database: &Database,
     fleet: &mut Fleet,
     wanted: u64,
-    range: Option<u64>,
+    range: Option<u32>,
 ) -> anyhow::Result<Filled> {
     database.migrate().await?;
     if let Some(range) = range {
-        database.run(&with_ranges_of(range)).await?;
+        lay_out(&database.config, range).await.context("the log cannot be laid out")?;
     }
     say(&format!("filling a log with {wanted} events"));
     let log = database.open_log().await?;
@@ -108,19 +110,4 @@ async fn write(
         say(&format!("{} events", before + count));
     }
     Ok(())
-}
-
-/// Replaces the ranges that an empty log has; how large they are is not for anybody to choose, but for us.
-fn with_ranges_of(positions: u64) -> String {
-    format!(
-        "do $$ declare made text; begin \
-           for made in select table_name from weft.log_partition loop \
-             execute format('drop table weft.%I', made); \
-           end loop; \
-         end $$; \
-         alter table weft.log_partition disable trigger append_only; \
-         delete from weft.log_partition; \
-         alter table weft.log_partition enable always trigger append_only; \
-         update weft.log_layout set partition_events = {positions}"
-    )
 }
