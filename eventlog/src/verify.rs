@@ -180,7 +180,8 @@ pub async fn verify(
 ) -> Result<VerifyReport, VerifyError> {
     // Held to the end: what is rows now stays rows, whatever an archive seals meanwhile.
     let _still = open_still(reader.config()).await?;
-    // All of one moment: an epoch that opens or an event that comes in between would not fit the rest.
+    // All of one moment: an epoch that opens or an event that comes in between would not fit the rest. Rows up to there do
+    // not change.
     let evidence = reader.evidence().await?;
     let epochs = Arc::new(Epochs::new(&evidence.forks));
     let mut whole = Whole::default();

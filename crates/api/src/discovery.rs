@@ -2,8 +2,8 @@
 //!
 //! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped. A notice
 //! is sent when the caller's own snapshot changed, else only as a heartbeat. It brings what changed since the caller was
-//! last told, if that is little; a caller that does not have that snapshot after all finds it does not fit, and pulls. Nothing is handed out that a projector has
-//! not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
+//! last told, if that is little; a caller that does not have that snapshot after all finds that it does not fit, and pulls. Nothing
+//! is handed out that a projector has not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
 //!
 //! A caller that has more than the whole log is told that the log lost its end, and gets nothing older (I4); a caller that is
 //! only ahead of *this* controller is asked to come again. What a caller says of itself proves nothing; the witness that it

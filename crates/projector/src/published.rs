@@ -306,12 +306,14 @@ impl Published {
     /// How to get to a class's newest manifest from an earlier one. None if that is not remembered, or takes much.
     #[must_use]
     pub fn patch(&self, class: &PublishedClass, base: Hash) -> Option<Arc<Patch>> {
+        // Looked for first: what is remembered here is bounded by it, whatever callers claim to have.
+        let former = class.manifest_with(base)?;
         let mut patches = class.patches.lock().unwrap_or_else(PoisonError::into_inner);
-        patches.entry(base).or_insert_with(|| self.make_patch(class, base).map(Arc::new)).clone()
+        patches.entry(base).or_insert_with(|| self.make_patch(class, base, former).map(Arc::new)).clone()
     }
 
-    fn make_patch(&self, class: &PublishedClass, base: Hash) -> Option<Patch> {
-        let (former, newest) = (class.manifest_with(base)?, &class.manifest);
+    fn make_patch(&self, class: &PublishedClass, base: Hash, former: &Manifest) -> Option<Patch> {
+        let newest = &class.manifest;
         if !former.entries.keys().eq(newest.entries.keys()) {
             return None;
         }

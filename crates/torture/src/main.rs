@@ -182,6 +182,10 @@ async fn torture(args: &Args) -> anyhow::Result<bool> {
         if !args.only.is_empty() && !args.only.contains(&phase) {
             continue;
         }
+        if args.only.is_empty() && phase == Phase::Wal && !nix::unistd::geteuid().is_root() {
+            say("Wal is left out: it mounts a small volume, which takes root");
+            continue;
+        }
         say(&format!("{phase:?}: {}", args.count(phase)));
         let phase_began = Instant::now();
         let findings =

@@ -118,6 +118,9 @@ pub(super) struct Read<'a> {
     pub(super) foreign: bool,
 }
 
+/// The scopes of a batch and their versions, as far as they are known.
+type Current<'a> = BTreeMap<&'a str, Option<Version>>;
+
 /// See the module's documentation.
 pub(super) struct Live {
     session: Session,
@@ -254,7 +257,7 @@ impl Live {
     ) -> Result<Read<'a>, Failure> {
         let (client, statements) = (&self.session.client, &self.statements);
         let parts = batch.iter().flat_map(|item| &item.request.scopes);
-        let mut current: BTreeMap<&str, Option<Version>> =
+        let mut current: Current<'_> =
             parts.map(|part| (part.scope.as_str(), heads.lookup(&part.scope))).collect();
         let unknown: Vec<&str> =
             current.iter().filter(|(_, version)| version.is_none()).map(|(scope, _)| *scope).collect();
@@ -289,33 +292,7 @@ impl Live {
         }
         overlay(&mut current, &looked_up);
         let sealed = Position(now.get::<_, i64>(6).cast_unsigned());
-        // From the event that is known on, rows have no gap; from the beginning of the log they have, once any are sealed.
-        let whole = known.position > Position::ZERO || sealed == Position::ZERO;
-        let since = since_known(&events, known)?;
-        // What is not sealed stands where it stood, however much others have appended since.
-        if since.is_none() && known.position > sealed {
-            return Err(self.lost(known.position).await);
-        }
-        let followed = since.filter(|_| whole && events.len() < CATCH_UP_MAX);
-        let foreign = if let Some((foreign, last)) = followed {
-            for row in foreign {
-                let (scope, version): (&str, _) = (row.get(3), Version(row.get::<_, i64>(4).cast_unsigned()));
-                heads.learn(scope, version);
-                if let Some(current) = current.get_mut(scope) {
-                    *current = Some(version);
-                }
-            }
-            *known = last;
-            !foreign.is_empty()
-        } else {
-            // Too far behind to follow, so far perhaps that what it knew is sealed.
-            heads.forget();
-            *known = self.tail().await?;
-            let all: Vec<&str> = current.keys().copied().collect();
-            let looked_up = client.query(&statements.heads, &[&all, &closed]).await;
-            overlay(&mut current, &looked_up.map_err(StoreError::while_doing("look up scopes"))?);
-            true
-        };
+        let foreign = self.catch_up(&events, sealed, known, heads, &mut current).await?;
 
         let ground = Ground {
             epoch: Epoch(now.get::<_, i64>(1).cast_unsigned()),
@@ -325,6 +302,44 @@ impl Live {
         };
         let versions = current.into_iter().map(|(scope, version)| (scope, version.unwrap_or_default()));
         Ok(Read { ground, heads: versions.collect(), foreign })
+    }
+
+    /// Brings what is known to the log's end: `known`, the cached heads, and the versions of the batch's scopes. Says whether
+    /// another process appended.
+    async fn catch_up(
+        &self,
+        events: &[Row],
+        sealed: Position,
+        known: &mut LogTail,
+        heads: &mut ScopeHeads,
+        current: &mut Current<'_>,
+    ) -> Result<bool, Failure> {
+        // From the event that is known on, rows have no gap; from the beginning of the log they have, once any are sealed.
+        let whole = known.position > Position::ZERO || sealed == Position::ZERO;
+        let since = since_known(events, known)?;
+        // What is not sealed stands where it stood, however much others have appended since.
+        if since.is_none() && known.position > sealed {
+            return Err(self.lost(known.position).await);
+        }
+        if let Some((foreign, last)) = since.filter(|_| whole && events.len() < CATCH_UP_MAX) {
+            for row in foreign {
+                let (scope, version): (&str, _) = (row.get(3), Version(row.get::<_, i64>(4).cast_unsigned()));
+                heads.learn(scope, version);
+                if let Some(current) = current.get_mut(scope) {
+                    *current = Some(version);
+                }
+            }
+            *known = last;
+            return Ok(!foreign.is_empty());
+        }
+        // Too far behind to follow, so far perhaps that what it knew is sealed.
+        heads.forget();
+        *known = self.tail().await?;
+        let all: Vec<&str> = current.keys().copied().collect();
+        let closed = self.behind.closed();
+        let looked_up = self.session.client.query(&self.statements.heads, &[&all, &closed]).await;
+        overlay(current, &looked_up.map_err(StoreError::while_doing("look up scopes"))?);
+        Ok(true)
     }
 
     /// The settings may have been changed under the session.
@@ -447,7 +462,7 @@ fn hash_at(now: &Row) -> Result<Option<EventHash>, StoreError> {
     now.get::<_, Option<&[u8]>>(2).map(decode_hash).transpose()
 }
 
-fn overlay(current: &mut BTreeMap<&str, Option<Version>>, rows: &[Row]) {
+fn overlay(current: &mut Current<'_>, rows: &[Row]) {
     for row in rows {
         if let Some(version) = current.get_mut(row.get::<_, &str>(0)) {
             *version = Some(Version(row.get::<_, i64>(1).cast_unsigned()));

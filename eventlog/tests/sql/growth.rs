@@ -10,11 +10,14 @@ use weft_eventlog::{
     SegmentError, UnixMicros, VerifyError, archive, lay_out, verify,
 };
 use weft_model::version::{Position, Version};
-use weft_testkit::TestDatabase;
+use weft_testkit::{TestDatabase, wait_until};
 
 use crate::support::{
     Any, Empty, assert_gapless, config, exact, migrated, one, open, part, read_all, request, tamper,
 };
+
+/// Far longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A log whose ranges hold a hundred events.
 async fn small_ranges() -> TestDatabase {
@@ -40,6 +43,12 @@ fn everything(database: &TestDatabase) -> ArchiveConfig {
 
 async fn count(database: &TestDatabase, sql: &str) -> i64 {
     database.connect().await.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+/// Waits until the ranges up to there are closed.
+async fn closed(database: &TestDatabase, position: i64) {
+    let mark = "select coalesce(max(position), 0) from weft.scope_head_mark";
+    wait_until("ranges to be closed", LIMIT, async || count(database, mark).await >= position).await;
 }
 
 async fn replayed(reader: &Reader, after: u64, to: u64) -> Vec<u64> {
@@ -83,9 +92,11 @@ async fn ranges_are_made_ahead_and_closed_behind() {
     fill(&log, 350).await;
     assert_gapless(&read_all(&log.reader()).await);
     // The task that looks after them works beside the appends.
-    while count(&database, "select coalesce(max(position), 0) from weft.scope_head_mark").await < 300
-        || count(&database, "select max(last_position) from weft.log_partition").await < 500
-    {}
+    closed(&database, 300).await;
+    wait_until("ranges to be made ahead", LIMIT, async || {
+        count(&database, "select max(last_position) from weft.log_partition").await >= 500
+    })
+    .await;
     let stale = count(
         &database,
         "select count(*) from weft.scope_head as head where head.version is distinct from \
@@ -99,7 +110,7 @@ async fn ranges_are_made_ahead_and_closed_behind() {
     let quiet = "s/quiet";
     log.appender().append(request(vec![part(quiet, Any, 5)])).await.unwrap();
     fill(&log, 600).await;
-    while count(&database, "select coalesce(max(position), 0) from weft.scope_head_mark").await < 500 {}
+    closed(&database, 500).await;
     log.shutdown().await;
     let log = open(&database).await;
     let stale = log.appender().append(request(vec![part(quiet, exact(4), 1)])).await;
@@ -130,7 +141,7 @@ async fn a_repeat_is_found_in_whichever_range_its_command_was_recorded() {
     for request in [late, early] {
         asked.push((log.appender().append(request.clone()).await.unwrap(), request));
     }
-    while count(&database, "select coalesce(max(position), 0) from weft.scope_head_mark").await < 500 {}
+    closed(&database, 500).await;
     log.shutdown().await;
     let log = open(&database).await;
     // Under the lock at first, ahead of it once this appender has been alone for a while.
