@@ -133,7 +133,7 @@ fn applied(snapshot: &Snapshot) -> Value {
         "manifest_hash": snapshot.manifest_hash.to_string(),
         "trust_domain": snapshot.trust.trust_domain,
         "shards": shards.collect::<Vec<_>>(),
-        "endpoints": snapshot.endpoints.values().map(endpoints).collect::<Vec<_>>(),
+        "endpoints": snapshot.endpoints.values().map(|shard| endpoints(shard)).collect::<Vec<_>>(),
         "inbound": inbound(&snapshot.inbound),
     })
 }

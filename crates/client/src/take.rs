@@ -91,15 +91,17 @@ pub fn take(
             return Err(Refusal::NotNewer { offered, current: current.version });
         }
     }
-    let mut shards: BTreeMap<Hash, Arc<[u8]>> = match current {
-        Some(current) if !pulled.full => current.shards.clone(),
-        Some(_) | None => BTreeMap::new(),
-    };
+    let mut shards: BTreeMap<Hash, Arc<[u8]>> = BTreeMap::new();
     for shard in &pulled.shards {
         let bytes = decompress(shard)?;
         shards.insert(Hash::of(&bytes), bytes);
     }
-    let snapshot = Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?;
+    let snapshot = match current {
+        Some(current) if !pulled.full => {
+            current.assemble_next(offered, manifest_hash, &pulled.manifest, &shards)?
+        }
+        Some(_) | None => Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?,
+    };
     belongs(&snapshot, own, trust_domain)?;
     Ok(Some(snapshot))
 }

@@ -20,11 +20,11 @@ pub struct Snapshot {
     /// The manifest.
     pub manifest: Manifest,
     /// The services that may be connected to.
-    pub endpoints: BTreeMap<ServiceName, EndpointsShard>,
+    pub endpoints: BTreeMap<ServiceName, Arc<EndpointsShard>>,
     /// Who may connect here.
-    pub inbound: InboundShard,
+    pub inbound: Arc<InboundShard>,
     /// Whom to believe.
-    pub trust: TrustShard,
+    pub trust: Arc<TrustShard>,
     /// Every shard's canonical bytes, to build the next snapshot from and to keep on disk.
     pub shards: BTreeMap<Hash, Arc<[u8]>>,
 }
@@ -78,6 +78,31 @@ impl Snapshot {
         manifest_bytes: &[u8],
         shards: &BTreeMap<Hash, Arc<[u8]>>,
     ) -> Result<Self, SnapshotError> {
+        Self::build(None, version, manifest_hash, manifest_bytes, shards)
+    }
+
+    /// The same, of what this snapshot lacks: shards that it holds already are neither looked for nor decoded again, so that a
+    /// change costs what it changes.
+    ///
+    /// # Errors
+    /// As [`assemble`](Self::assemble).
+    pub fn assemble_next(
+        &self,
+        version: ConfigVersion,
+        manifest_hash: Hash,
+        manifest_bytes: &[u8],
+        shards: &BTreeMap<Hash, Arc<[u8]>>,
+    ) -> Result<Self, SnapshotError> {
+        Self::build(Some(self), version, manifest_hash, manifest_bytes, shards)
+    }
+
+    fn build(
+        previous: Option<&Self>,
+        version: ConfigVersion,
+        manifest_hash: Hash,
+        manifest_bytes: &[u8],
+        shards: &BTreeMap<Hash, Arc<[u8]>>,
+    ) -> Result<Self, SnapshotError> {
         if Hash::of(manifest_bytes) != manifest_hash {
             return Err(SnapshotError::ManifestHash);
         }
@@ -90,29 +115,24 @@ impl Snapshot {
         let mut trust = None;
         let mut kept = BTreeMap::new();
         for (key, entry) in &manifest.entries {
-            let bytes = shards
-                .get(&entry.hash)
-                .filter(|bytes| Hash::of(bytes) == entry.hash)
-                .ok_or_else(|| SnapshotError::Missing(key.clone()))?;
-            let malformed = |source| SnapshotError::Shard { key: key.clone(), source };
-            let misplaced = || SnapshotError::Misplaced(key.clone());
-            match key {
-                ShardKey::Endpoints(service) => {
-                    let shard = EndpointsShard::decode(bytes).map_err(malformed)?;
-                    if shard.service != *service {
-                        return Err(misplaced());
-                    }
+            let held = previous.and_then(|previous| previous.held(key, entry.hash));
+            let (bytes, shard) = match held {
+                Some(held) => held,
+                None => decode(key, entry.hash, shards)?,
+            };
+            match (key, shard) {
+                (ShardKey::Endpoints(service), Decoded::Endpoints(shard)) if shard.service == *service => {
                     endpoints.insert(service.clone(), shard);
                 }
-                ShardKey::Inbound(service) => {
-                    let shard = InboundShard::decode(bytes).map_err(malformed)?;
-                    if shard.service != *service || inbound.replace(shard).is_some() {
-                        return Err(misplaced());
-                    }
+                (ShardKey::Inbound(service), Decoded::Inbound(shard))
+                    if shard.service == *service && inbound.is_none() =>
+                {
+                    inbound = Some(shard);
                 }
-                ShardKey::Trust => trust = Some(TrustShard::decode(bytes).map_err(malformed)?),
+                (ShardKey::Trust, Decoded::Trust(shard)) => trust = Some(shard),
+                _ => return Err(SnapshotError::Misplaced(key.clone())),
             }
-            kept.insert(entry.hash, Arc::clone(bytes));
+            kept.insert(entry.hash, bytes);
         }
         Ok(Self {
             version,
@@ -136,7 +156,7 @@ impl Snapshot {
         manifest_hash: Hash,
         changes: impl IntoIterator<Item = (ShardKey, Position, Option<Arc<[u8]>>)>,
     ) -> Result<Self, SnapshotError> {
-        let (mut manifest, mut shards) = (self.manifest.clone(), self.shards.clone());
+        let (mut manifest, mut shards) = (self.manifest.clone(), BTreeMap::new());
         for (key, position, bytes) in changes {
             let Some(entry) = manifest.entries.get_mut(&key) else { return Err(SnapshotError::Missing(key)) };
             entry.position = position;
@@ -145,7 +165,19 @@ impl Snapshot {
                 shards.insert(entry.hash, bytes);
             }
         }
-        Self::assemble(version, manifest_hash, &manifest.encode().0, &shards)
+        self.assemble_next(version, manifest_hash, &manifest.encode().0, &shards)
+    }
+
+    /// A shard of this hash that is here under this key, with its bytes.
+    fn held(&self, key: &ShardKey, hash: Hash) -> Option<(Arc<[u8]>, Decoded)> {
+        let bytes = self.manifest.entries.get(key).filter(|entry| entry.hash == hash)?;
+        let bytes = Arc::clone(self.shards.get(&bytes.hash)?);
+        let decoded = match key {
+            ShardKey::Endpoints(service) => Decoded::Endpoints(Arc::clone(self.endpoints.get(service)?)),
+            ShardKey::Inbound(_) => Decoded::Inbound(Arc::clone(&self.inbound)),
+            ShardKey::Trust => Decoded::Trust(Arc::clone(&self.trust)),
+        };
+        Some((bytes, decoded))
     }
 
     /// A shard's canonical bytes.
@@ -159,4 +191,27 @@ impl Snapshot {
     pub fn manifest_bytes(&self) -> Vec<u8> {
         self.manifest.encode().0
     }
+}
+
+enum Decoded {
+    Endpoints(Arc<EndpointsShard>),
+    Inbound(Arc<InboundShard>),
+    Trust(Arc<TrustShard>),
+}
+
+/// Finds and decodes a shard.
+fn decode(
+    key: &ShardKey,
+    hash: Hash,
+    shards: &BTreeMap<Hash, Arc<[u8]>>,
+) -> Result<(Arc<[u8]>, Decoded), SnapshotError> {
+    let bytes = shards.get(&hash).filter(|bytes| Hash::of(bytes) == hash);
+    let bytes = bytes.ok_or_else(|| SnapshotError::Missing(key.clone()))?;
+    let decoded = match key {
+        ShardKey::Endpoints(_) => EndpointsShard::decode(bytes).map(Arc::new).map(Decoded::Endpoints),
+        ShardKey::Inbound(_) => InboundShard::decode(bytes).map(Arc::new).map(Decoded::Inbound),
+        ShardKey::Trust => TrustShard::decode(bytes).map(Arc::new).map(Decoded::Trust),
+    };
+    let malformed = |source| SnapshotError::Shard { key: key.clone(), source };
+    Ok((Arc::clone(bytes), decoded.map_err(malformed)?))
 }

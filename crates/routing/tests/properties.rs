@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::FileFailurePersistence;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use weft_model::health::{Health, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
@@ -158,6 +159,35 @@ proptest! {
             prop_assert_eq!(snapshot.manifest_bytes(), class.bytes.to_vec());
             for (service, shard) in &snapshot.endpoints {
                 check_endpoints(projection.state(), service, shard)?;
+            }
+        }
+    }
+
+    /// I3: a snapshot that is made from the one before and what it lacks is the one that is made from everything.
+    #[test]
+    fn the_next_snapshot_needs_only_what_the_last_one_lacks(commands in commands(), cut in any::<prop::sample::Index>()) {
+        let history = history(&commands);
+        let (before, after) = history.split_at(cut.index(history.len() + 1));
+        let mut projection = Projection::default();
+        projection.apply(before).unwrap();
+        let earlier = projection.clone();
+        projection.apply(after).unwrap();
+        let shards = |projection: &Projection| -> BTreeMap<weft_routing::Hash, Arc<[u8]>> {
+            projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect()
+        };
+        let all = shards(&projection);
+        for instance in projection.sidecars() {
+            let (Some(old), Some(new)) = (earlier.wanted(instance), projection.wanted(instance)) else { continue };
+            let class = old.manifest;
+            let old = Snapshot::assemble(old.version, class.hash, &class.bytes, &shards(&earlier)).unwrap();
+            let lacks = all.iter().filter(|(hash, _)| !old.shards.contains_key(*hash));
+            let lacks: BTreeMap<_, _> = lacks.map(|(hash, bytes)| (*hash, bytes.clone())).collect();
+            let (version, hash, bytes) = (new.version, new.manifest.hash, &new.manifest.bytes);
+            let next = old.assemble_next(version, hash, bytes, &lacks).unwrap();
+            prop_assert_eq!(&next, &Snapshot::assemble(version, hash, bytes, &all).unwrap());
+            if let Some(lacking) = next.shards.keys().find(|hash| lacks.contains_key(*hash)) {
+                let fewer = lacks.into_iter().filter(|(hash, _)| hash != lacking).collect();
+                prop_assert!(old.assemble_next(version, hash, bytes, &fewer).is_err());
             }
         }
     }
