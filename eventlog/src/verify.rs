@@ -187,6 +187,12 @@ pub async fn verify(
     let mut whole = Whole::default();
     epochs.check(Position::ZERO, EventHash::GENESIS).map_err(|defect| damaged(Position::ZERO, defect))?;
 
+    if let Some(part) = left_over(reader.config(), evidence.sealed).await?
+        && let (_, Some((position, defect))) =
+            check(reader.config().clone(), part, Arc::clone(&epochs)).await?
+    {
+        return Err(damaged(position, defect));
+    }
     let parts = cut(reader.config(), &evidence).await?;
     let at_once = available_parallelism().map_or(1, NonZero::get).min(PARTS_AT_ONCE_MAX);
     let checks = stream::iter(parts).map(|part| check(reader.config().clone(), part, Arc::clone(&epochs)));
@@ -230,6 +236,18 @@ fn check(config: Config, part: Part, epochs: Arc<Epochs>) -> impl Future<Output 
             Some(Err(_)) | None => Err(VerifyError::Store(StoreError::Unanswered)),
         }
     }
+}
+
+/// Rows of what is sealed, which an archive that was interrupted has not taken away yet: readers may still get them. They are no
+/// part of the whole, but what they say must be true as well.
+async fn left_over(config: &Config, sealed: Position) -> Result<Option<Part>, StoreError> {
+    const SQL: &str = "select min(position), max(position) from weft.event where position <= $1";
+    let session = open_still(config).await?;
+    let row = session.client.query_one(SQL, &[&signed(sealed)]).await;
+    let row = row.map_err(StoreError::while_doing("look for rows of what is sealed"))?;
+    let position = |at| row.get::<_, Option<i64>>(at).map(|position| Position(position.cast_unsigned()));
+    let ends = position(0).zip(position(1));
+    Ok(ends.map(|(first, to)| Part { after: Position(first.0.saturating_sub(1)), to, sealed: false }))
 }
 
 /// Cuts the log into parts that end with segments, and where it is not sealed, with batches.

@@ -318,14 +318,22 @@ async fn an_archive_that_died_between_its_two_steps_is_finished_by_the_next() {
     let reading = database.connect().await;
     reading.batch_execute("begin; lock table weft.event in access share mode").await.unwrap();
     let database_config = everything(&database);
-    let sealed = async { while count(&database, "select count(*) from weft.log_segment").await < 2 {} };
+    let segments = "select count(*) from weft.log_segment";
+    let sealed = wait_until("segments", LIMIT, async || count(&database, segments).await == 2);
     tokio::select! {
         result = archive(&database_config, |_| ()) => panic!("{result:?}"),
         () = sealed => {}
     }
     assert_eq!(count(&database, "select count(*) from weft.event").await, 250);
     assert_reads_as(&database, &before).await;
+    // What is left is still read, so it is still verified.
+    let change = |to: &str| format!("update weft.event set actor = {to} where position = 42");
     reading.batch_execute("commit").await.unwrap();
+    tamper(&database, &change("actor || 'x'")).await;
+    let found = verify(&log.reader(), |_| ()).await.unwrap_err();
+    assert!(matches!(found, VerifyError::Damaged { position: Position(42), .. }), "{found:?}");
+    tamper(&database, &change("rtrim(actor, 'x')")).await;
+    verify(&log.reader(), |_| ()).await.unwrap();
     let report = archive(&database_config, |_| ()).await.unwrap();
     assert_eq!((report.sealed, report.events, report.tables), (Position(200), 0, 2));
     assert_reads_as(&database, &before).await;
