@@ -389,3 +389,6 @@ impl Published {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
