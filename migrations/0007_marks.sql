@@ -39,7 +39,7 @@ begin
 end
 $$;
 
--- As the function of the same name, which controllers of the version before call; and ends the transaction also if the appender's idea of
+-- As the function of the same name that was there; and ends the transaction also if the appender's idea of
 -- the database's clock is wrong: its machine may have slept, or the clock was set.
 create function weft.expect_ground(
     wanted_tail bigint, wanted_hash bytea, read_position bigint, read_hash bytea, wanted_epoch bigint, ids uuid[], ids_after bigint,
@@ -79,3 +79,10 @@ end
 $$;
 comment on function weft.expect_ground(bigint, bytea, bigint, bytea, bigint, uuid[], bigint, timestamptz, boolean) is
     'Ends an append''s transaction with WF001 unless the log and the clock are as the appender expects. Returns the database clock.';
+
+-- What controllers of the version before call: they say nothing about the clock, and allow nothing unsafe.
+create or replace function weft.expect_ground(
+    wanted_tail bigint, wanted_hash bytea, read_position bigint, read_hash bytea, wanted_epoch bigint, ids uuid[], ids_after bigint
+) returns timestamptz language sql as $$
+    select weft.expect_ground(wanted_tail, wanted_hash, read_position, read_hash, wanted_epoch, ids, ids_after, clock_timestamp(), false)
+$$;

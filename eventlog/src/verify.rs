@@ -27,7 +27,7 @@ use crate::hash::EventHash;
 use crate::read::replay::open_still;
 use crate::read::{Evidence, Head, Reader};
 use crate::segment::SegmentError;
-use crate::session::StoreError;
+use crate::session::{Session, StoreError};
 use join::Whole;
 use part::{Epochs, Part, Passed};
 
@@ -179,7 +179,7 @@ pub async fn verify(
     mut progress: impl FnMut(VerifyProgress) + Send,
 ) -> Result<VerifyReport, VerifyError> {
     // Held to the end: what is rows now stays rows, whatever an archive seals meanwhile.
-    let _still = open_still(reader.config()).await?;
+    let still = open_still(reader.config()).await?;
     // All of one moment: an epoch that opens or an event that comes in between would not fit the rest. Rows up to there do
     // not change.
     let evidence = reader.evidence().await?;
@@ -187,13 +187,13 @@ pub async fn verify(
     let mut whole = Whole::default();
     epochs.check(Position::ZERO, EventHash::GENESIS).map_err(|defect| damaged(Position::ZERO, defect))?;
 
-    if let Some(part) = left_over(reader.config(), evidence.sealed).await?
+    if let Some(part) = left_over(&still, evidence.sealed).await?
         && let (_, Some((position, defect))) =
             check(reader.config().clone(), part, Arc::clone(&epochs)).await?
     {
         return Err(damaged(position, defect));
     }
-    let parts = cut(reader.config(), &evidence).await?;
+    let parts = cut(&still, &evidence).await?;
     let at_once = available_parallelism().map_or(1, NonZero::get).min(PARTS_AT_ONCE_MAX);
     let checks = stream::iter(parts).map(|part| check(reader.config().clone(), part, Arc::clone(&epochs)));
     let mut checks = pin!(checks.buffered(at_once));
@@ -240,9 +240,8 @@ fn check(config: Config, part: Part, epochs: Arc<Epochs>) -> impl Future<Output 
 
 /// Rows of what is sealed, which an archive that was interrupted has not taken away yet: readers may still get them. They are no
 /// part of the whole, but what they say must be true as well.
-async fn left_over(config: &Config, sealed: Position) -> Result<Option<Part>, StoreError> {
+async fn left_over(session: &Session, sealed: Position) -> Result<Option<Part>, StoreError> {
     const SQL: &str = "select min(position), max(position) from weft.event where position <= $1";
-    let session = open_still(config).await?;
     let row = session.client.query_one(SQL, &[&signed(sealed)]).await;
     let row = row.map_err(StoreError::while_doing("look for rows of what is sealed"))?;
     let position = |at| row.get::<_, Option<i64>>(at).map(|position| Position(position.cast_unsigned()));
@@ -251,14 +250,13 @@ async fn left_over(config: &Config, sealed: Position) -> Result<Option<Part>, St
 }
 
 /// Cuts the log into parts that end with segments, and where it is not sealed, with batches.
-async fn cut(config: &Config, evidence: &Evidence) -> Result<Vec<Part>, StoreError> {
+async fn cut(session: &Session, evidence: &Evidence) -> Result<Vec<Part>, StoreError> {
     const SEALED_SQL: &str = "select end_of.last_position from generate_series($1::bigint, $2::bigint - 1, $1::bigint) as at \
          cross join lateral (select last_position from weft.log_segment where last_position >= at \
          order by last_position limit 1) as end_of order by 1";
     const ROWS_SQL: &str = "select end_of.last_position from generate_series($2::bigint + $1::bigint, $3::bigint - 1, $1::bigint) as at \
          cross join lateral (select last_position from weft.log_batch where last_position >= at \
          order by last_position limit 1) as end_of order by 1";
-    let session = open_still(config).await?;
     let doing = StoreError::while_doing("cut the log into parts");
     let (step, sealed, head) =
         (PART_EVENTS.cast_signed(), signed(evidence.sealed), signed(evidence.head.position));

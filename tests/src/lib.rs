@@ -16,6 +16,7 @@ pub mod footprint;
 pub mod http;
 pub mod mesh;
 pub mod payload;
+pub mod postgres;
 pub mod programs;
 pub mod records;
 pub mod report;

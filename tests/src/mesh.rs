@@ -13,6 +13,15 @@ use crate::records::Records;
 use crate::sql::Database;
 use crate::weft::Weft;
 
+/// Lets `web` query `db`: the policy of the sample with one more source.
+pub const WEB_MAY_QUERY: &str = "kind: SecurityPolicy
+scope: default/db
+default: deny
+rules:
+  - { name: api-may-query, action: allow, from: { services: [default/api] }, ports: [5432] }
+  - { name: web-may-query, action: allow, from: { services: [default/web] }, ports: [5432] }
+";
+
 /// A mesh that this process runs, by the library behind `weft up`, and the command line that talks to it.
 #[derive(Debug)]
 pub struct Mesh {

@@ -142,8 +142,6 @@ struct Subscription {
     next_heartbeat: Instant,
     /// What the caller was last told to run; at first, what it says it runs.
     told: Option<(ConfigVersion, Hash)>,
-    /// Nothing was sent yet.
-    fresh: bool,
     _connected: Connected,
 }
 
@@ -163,8 +161,8 @@ impl Subscription {
             self.feed.mark_unchanged();
             let seen = self.look();
             let now = Instant::now();
-            if self.fresh || now >= self.next_heartbeat {
-                (self.fresh, self.told) = (false, seen.wanted);
+            if now >= self.next_heartbeat {
+                self.told = seen.wanted;
                 self.next_heartbeat = now + HEARTBEAT;
                 let witness = seen.point.and_then(|point| self.witnesses.sign(point));
                 return Some(self.notice(&seen, witness.unwrap_or_default()));
@@ -237,9 +235,9 @@ impl discovery_server::Discovery for Discovery {
             instance: instance.clone(),
             drain: self.context.drain.clone(),
             ends: caller.ends((self.context.clock)()),
-            next_heartbeat: Instant::now() + HEARTBEAT,
+            // The first notice comes at once.
+            next_heartbeat: Instant::now(),
             told: have,
-            fresh: true,
             _connected: self.context.acks.connect(instance, have),
         };
         let notices = stream::unfold(subscription, |mut subscription| async move {

@@ -70,6 +70,13 @@ pub fn header(snapshot: &Snapshot) -> v1::SnapshotHeader {
     }
 }
 
+/// The snapshot that a controller names.
+fn named(header: Option<&v1::SnapshotHeader>) -> Result<(ConfigVersion, Hash), Refusal> {
+    let header = header.ok_or(Refusal::Header)?;
+    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
+    Ok((offered, Hash::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?))
+}
+
 /// Puts together what was pulled and what is there. None if it is the snapshot in use.
 ///
 /// # Errors
@@ -80,9 +87,7 @@ pub fn take(
     own: &InstanceId,
     trust_domain: &TrustDomain,
 ) -> Result<Option<Snapshot>, Refusal> {
-    let header = pulled.header.as_ref().ok_or(Refusal::Header)?;
-    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
-    let manifest_hash = Hash::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?;
+    let (offered, manifest_hash) = named(pulled.header.as_ref())?;
     if let Some(current) = current {
         if offered == current.version && manifest_hash == current.manifest_hash {
             return Ok(None);
@@ -120,9 +125,7 @@ pub fn take_patch(
     else {
         return Ok(None);
     };
-    let header = notice.wanted.as_ref().ok_or(Refusal::Header)?;
-    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
-    let manifest_hash = Hash::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?;
+    let (offered, manifest_hash) = named(notice.wanted.as_ref())?;
     if offered <= current.version {
         return Err(Refusal::NotNewer { offered, current: current.version });
     }

@@ -1,6 +1,6 @@
 //! Snapshots for unit tests, folded from events as the projector does. Only with the feature `fixture`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use weft_model::ca::RootAdded;
 use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::security::{Action, SecurityPolicy, SecurityPolicySet};
@@ -33,7 +33,9 @@ pub fn changed_snapshot(instance: &InstanceId) -> Snapshot {
     snapshot_after(&events, instance)
 }
 
-fn events(instance: &InstanceId) -> Vec<(Scope, Event)> {
+/// A trusted root, the service of `instance`, and itself.
+#[must_use]
+pub fn events(instance: &InstanceId) -> Vec<(Scope, Event)> {
     let root = RootAdded {
         trust_domain: trust_domain(),
         certificate_pem: "not parsed in unit tests".into(),
@@ -54,23 +56,29 @@ fn events(instance: &InstanceId) -> Vec<(Scope, Event)> {
     ]
 }
 
-fn snapshot_after(events: &[(Scope, Event)], instance: &InstanceId) -> Snapshot {
-    let facts: Vec<_> = events
-        .iter()
-        .zip(1..)
-        .map(|((scope, event), position)| Fact {
+/// Events as a log of them holds them.
+#[must_use]
+pub fn facts(events: &[(Scope, Event)]) -> Vec<Fact> {
+    let mut versions: BTreeMap<&Scope, u64> = BTreeMap::new();
+    let facts = events.iter().zip(1..).map(|((scope, event), position)| {
+        let version = versions.entry(scope).or_default();
+        *version += 1;
+        Fact {
             epoch: Epoch(1),
             position: Position(position),
-            // Every scope has one event here.
-            version: Version(1),
+            version: Version(*version),
             at: Timestamp(0),
             actor: "test".into(),
             scope: scope.clone(),
             event: event.clone(),
-        })
-        .collect();
+        }
+    });
+    facts.collect()
+}
+
+fn snapshot_after(events: &[(Scope, Event)], instance: &InstanceId) -> Snapshot {
     let mut projection = Projection::default();
-    projection.apply(&facts).unwrap();
+    projection.apply(&facts(events)).unwrap();
     let wanted = projection.wanted(instance).unwrap();
     let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
     Snapshot::assemble(wanted.version, wanted.manifest.hash, &wanted.manifest.bytes, &shards).unwrap()

@@ -186,12 +186,12 @@ pub(crate) const MARKS_FORMAT: i16 = 2;
 /// What a batch remembers of an event: enough to tell which one was changed. That none was is what the whole hashes beside
 /// it show.
 pub(crate) fn mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
-    let mut mark = first_word(&hash.0);
+    let mut mark = word(&hash.0);
     if let Some((fingerprint, events)) = command {
         // Hashed, so that nobody finds another fingerprint that leaves the mark as it is.
         let hashed: [u8; 32] =
             Sha256::new().chain_update(fingerprint).chain_update(events.to_be_bytes()).finalize().into();
-        mark ^= first_word(&hashed);
+        mark ^= word(&hashed);
     }
     mark.to_be_bytes()
 }
@@ -199,17 +199,17 @@ pub(crate) fn mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BY
 /// What batches of format 1 remember. Quarters of a fingerprint may change places without a change to it; then only the hash
 /// over the batch's commands shows it.
 pub(crate) fn earlier_mark(hash: &EventHash, command: Option<Begun<'_>>) -> [u8; MARK_BYTES] {
-    let mut mark = first_word(&hash.0);
+    let mut mark = word(&hash.0);
     if let Some((fingerprint, events)) = command {
-        let quarter = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        mark ^=
-            fingerprint.chunks_exact(MARK_BYTES).map(quarter).fold(u64::from(events), |all, part| all ^ part);
+        let quarters = fingerprint.chunks_exact(MARK_BYTES).map(word);
+        mark ^= quarters.fold(u64::from(events), |all, quarter| all ^ quarter);
     }
     mark.to_be_bytes()
 }
 
-fn first_word(hash: &[u8; 32]) -> u64 {
-    hash[..MARK_BYTES].iter().fold(0, |word, byte| word << 8 | u64::from(*byte))
+/// The first eight bytes.
+fn word(bytes: &[u8]) -> u64 {
+    bytes.iter().take(MARK_BYTES).fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 /// One command's part of what `weft.log_batch.commands_hash` is computed from.

@@ -129,6 +129,11 @@ async fn an_append_that_was_prepared_at_another_time_is_refused() {
         let code = result.err().and_then(|error| error.code().map(|code| code.code().to_owned()));
         assert_eq!(code.as_deref(), refused.then_some("WF001"), "{late}");
     }
+    // As a controller of the version before asks.
+    for (tail, accepted) in [(0, true), (1, false)] {
+        let sql = format!("select weft.expect_ground({tail}, '', 0, '', 1, '{{}}', 0)");
+        assert_eq!(client.batch_execute(&sql).await.is_ok(), accepted, "{tail}");
+    }
 }
 
 #[tokio::test]

@@ -3,16 +3,8 @@
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use weft_tests::mesh::WEB_MAY_QUERY;
 use weft_tests::up::Folder;
-
-/// Lets `web` query `db`: the policy of the sample with one more source.
-const WEB_MAY_QUERY: &str = "kind: SecurityPolicy
-scope: default/db
-default: deny
-rules:
-  - { name: api-may-query, action: allow, from: { services: [default/api] }, ports: [5432] }
-  - { name: web-may-query, action: allow, from: { services: [default/web] }, ports: [5432] }
-";
 
 #[tokio::test]
 async fn every_question_has_an_answer_for_programs_and_the_past_stays() -> anyhow::Result<()> {

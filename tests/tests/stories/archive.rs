@@ -2,23 +2,12 @@
 
 use anyhow::{Context, ensure};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::Duration;
-use tokio::task::JoinSet;
 use weft_eventlog::{ArchiveConfig, archive};
-use weft_pgserver::{Binaries, Cluster, ClusterConfig, Server};
-use weft_tests::mesh::Mesh;
-use weft_tests::programs;
+use weft_pgserver::ClusterConfig;
+use weft_tests::mesh::{Mesh, WEB_MAY_QUERY};
 use weft_tests::weft::Weft;
-
-/// Lets `web` query `db`, which the sample does not.
-const WEB_MAY_QUERY: &str = "kind: SecurityPolicy
-scope: default/db
-default: deny
-rules:
-  - { name: api-may-query, action: allow, from: { services: [default/api] }, ports: [5432] }
-  - { name: web-may-query, action: allow, from: { services: [default/web] }, ports: [5432] }
-";
+use weft_tests::{postgres, programs};
 
 /// Puts the rows of a log that nobody appends to into ranges of sixteen positions, as if it had always had such: a range of a
 /// million takes more than a story.
@@ -40,7 +29,7 @@ const SMALL_RANGES_SQL: &str = "begin;
 async fn sealed_history_answers_as_before_and_the_mesh_goes_on() -> anyhow::Result<()> {
     let dir = tempfile::Builder::new().prefix("weft-story-").tempdir()?;
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711))?;
-    let server = start_server(dir.path()).await?;
+    let server = postgres::start(ClusterConfig::new(dir.path().join("pg"))).await?;
     let (programs, home) = (programs::built()?, dir.path().join("home"));
     let mut mesh = Mesh::open(&home, &programs, Some(server.url("postgres"))).await?;
     mesh.start().await?;
@@ -51,7 +40,7 @@ async fn sealed_history_answers_as_before_and_the_mesh_goes_on() -> anyhow::Resu
     let owner = mesh.local.home().secret("controller.url");
     mesh.stop().await?;
 
-    run(&server, SMALL_RANGES_SQL).await?;
+    postgres::connect(&server, "weft").await?.client.batch_execute(SMALL_RANGES_SQL).await?;
     let connect = server.url("weft").parse()?;
     // No command of a mesh that is stopped is repeated.
     let config = ArchiveConfig { connect, older_than: Duration::ZERO, forget_outcomes: true };
@@ -96,25 +85,4 @@ async fn sealed_history_answers_as_before_and_the_mesh_goes_on() -> anyhow::Resu
 async fn head(weft: &Weft) -> anyhow::Result<u64> {
     let rows = weft.json(&["sql", "select head from status.log"]).await?;
     rows[0]["head"].as_u64().with_context(|| format!("no head in {rows}"))
-}
-
-/// Runs statements as the server's superuser.
-async fn run(server: &Server, sql: &str) -> anyhow::Result<()> {
-    let (client, connection) = tokio_postgres::connect(&server.url("weft"), tokio_postgres::NoTls).await?;
-    let mut driver = JoinSet::new();
-    driver.spawn(async move {
-        // Its errors reach the client's calls as well.
-        let _ = connection.await;
-    });
-    Ok(client.batch_execute(sql).await?)
-}
-
-async fn start_server(dir: &Path) -> anyhow::Result<Server> {
-    let config = ClusterConfig::new(dir.join("pg"));
-    let start = move || {
-        let mut say = |line: &str| eprintln!("{line}");
-        let binaries = Binaries::find_or_install(&mut say)?;
-        anyhow::Ok(Cluster::open(binaries, config, &mut say)?.start(&mut say)?)
-    };
-    tokio::task::spawn_blocking(start).await?
 }

@@ -9,11 +9,11 @@ use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::task::JoinSet;
-use weft_pgserver::{Binaries, Cluster, ClusterConfig, Server};
+use weft_pgserver::{ClusterConfig, Server};
 use weft_tests::blob::{self, Blob};
 use weft_tests::mesh::Mesh;
-use weft_tests::programs;
 use weft_tests::wait::until;
+use weft_tests::{postgres, programs};
 
 /// How long the controller may take to have everything in order again.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
@@ -105,24 +105,13 @@ async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
 
 /// What an expression over the controller's connections says.
 async fn ask(server: &Server, expression: &str) -> anyhow::Result<i64> {
-    let (client, connection) =
-        tokio_postgres::connect(&server.url("postgres"), tokio_postgres::NoTls).await?;
-    let mut driver = JoinSet::new();
-    driver.spawn(async move {
-        // Its errors reach the client's calls as well.
-        let _ = connection.await;
-    });
+    let session = postgres::connect(server, "postgres").await?;
     let own = "from pg_stat_activity where datname = 'weft' and usename = 'weft_controller'";
-    Ok(client.query_one(&format!("select {expression} {own}"), &[]).await?.get(0))
+    Ok(session.client.query_one(&format!("select {expression} {own}"), &[]).await?.get(0))
 }
 
 /// A server of our own, on a port that stays the same.
 async fn start_server(dir: &Path, port: u16) -> anyhow::Result<Server> {
     let config = ClusterConfig { port: Some(port), ..ClusterConfig::new(dir.join("pg")) };
-    let start = move || {
-        let mut say = |line: &str| eprintln!("{line}");
-        let binaries = Binaries::find_or_install(&mut say)?;
-        anyhow::Ok(Cluster::open(binaries, config, &mut say)?.start(&mut say)?)
-    };
-    tokio::task::spawn_blocking(start).await?
+    postgres::start(config).await
 }

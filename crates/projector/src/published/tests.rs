@@ -1,11 +1,8 @@
 use super::*;
-use std::collections::BTreeSet;
-use weft_model::ca::RootAdded;
 use weft_model::health::{Health, HealthReported};
-use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::service::{ServiceDeclared, ServicePort};
-use weft_model::{Epoch, Event, Fact, Port, Timestamp, Version};
-use weft_routing::Snapshot;
+use weft_model::{Epoch, Event, Fact, Port, Version};
+use weft_routing::{Snapshot, fixture};
 
 fn instance() -> InstanceId {
     "default/web/web-1".parse().unwrap()
@@ -13,42 +10,14 @@ fn instance() -> InstanceId {
 
 /// A mesh of one instance, which is observed so many times.
 fn facts(reports: u64) -> Vec<Fact> {
-    let root = RootAdded {
-        trust_domain: "weft.test".parse().unwrap(),
-        certificate_pem: "not parsed here".into(),
-        sha256: "00".into(),
-    };
-    let port = ServicePort { name: "http".parse().unwrap(), port: Port::new(8080).unwrap() };
-    let declared = ServiceDeclared { ports: vec![port], address: None };
-    let registered = InstanceRegistered {
-        address: [127, 0, 0, 1].into(),
-        port: Port::new(15_001).unwrap(),
-        upstreams: Upstreams::Only(BTreeSet::from([instance().service])),
-        metadata: BTreeMap::default(),
-    };
     let report = |revision: u64| {
         let health = if revision.is_multiple_of(2) { Health::Unhealthy } else { Health::Healthy };
         let report = HealthReported { health, revision, detail: String::new() };
-        (Scope::Health(instance()), revision, Event::Health(report.into()))
+        (Scope::Health(instance()), Event::Health(report.into()))
     };
-    [
-        (Scope::Ca, 1, Event::Ca(root.into())),
-        (Scope::Service(instance().service), 1, Event::Service(declared.into())),
-        (Scope::Membership(instance()), 1, Event::Membership(registered.into())),
-    ]
-    .into_iter()
-    .chain((1..=reports).map(report))
-    .zip(1..)
-    .map(|((scope, version, event), position)| Fact {
-        epoch: Epoch(1),
-        position: Position(position),
-        version: Version(version),
-        at: Timestamp(0),
-        actor: "test".into(),
-        scope,
-        event,
-    })
-    .collect()
+    let mut events = fixture::events(&instance());
+    events.extend((1..=reports).map(report));
+    fixture::facts(&events)
 }
 
 /// Published event by event, with what the sidecar was to run after each.

@@ -20,7 +20,7 @@ use weft_projector::Store;
 use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_client::MeshClient;
 
-use super::{Findings, PROGRESS_MAX};
+use super::{Findings, PROGRESS_MAX, verify};
 use crate::journal::skipped;
 use crate::proxy::{Fault, Point, Proxy};
 use crate::server::Postgres;
@@ -109,10 +109,7 @@ pub(crate) async fn controller(
     findings.verdict.skipped += skipped(&log, &polled);
     findings.acknowledged += told.len() as u64;
     findings.events += log.len() as u64;
-    if let Err(error) = weft_eventlog::verify(&Reader::new(direct.parse()?), |_| ()).await {
-        findings.complain(weft_model::Chain(&error).to_string());
-    }
-    Ok(())
+    verify(&direct, findings).await
 }
 
 /// Waits until the rows cover the log, and compares them with a fold of it.
