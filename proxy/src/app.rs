@@ -1,7 +1,6 @@
 //! The sidecar as a whole: what is bound first, what is started in which order, and how it stops. Read [`Proxy::run`].
 
 use crate::admin;
-use crate::backoff::Backoff;
 use crate::clock;
 use crate::config::Config;
 use crate::discovery::join::{self, JoinError};
@@ -32,6 +31,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
+use weft_client::Backoff;
 use weft_client::take::{self, Refusal};
 use weft_identity::credential::Credential;
 use weft_identity::tls::TlsIdentity;

@@ -20,7 +20,6 @@ pub mod config;
 pub mod metrics;
 
 mod admin;
-mod backoff;
 mod balance;
 mod clock;
 mod connections;

@@ -24,6 +24,8 @@ const FLUSH_MAX: usize = 1_000;
 const REFRESH_EVERY: u32 = 50;
 /// How far apart acknowledgements should come: ten thousand a second take a fraction of a core.
 const ACK_EVERY: Duration = Duration::from_micros(100);
+/// Streams that one sidecar may have open: one, and for a moment one more for each time it broke off without a word.
+const STREAMS_PER_SIDECAR_MAX: usize = 8;
 /// Longest reason for a refused snapshot that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 500;
 
@@ -81,21 +83,24 @@ impl Acks {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A sidecar opened a stream and says what it runs.
+    /// A sidecar opened a stream and says what it runs. None if it has enough of them open.
     #[must_use]
     pub fn connect(
         self: &Arc<Self>,
         instance: &InstanceId,
         have: Option<(ConfigVersion, Hash)>,
-    ) -> Connected {
+    ) -> Option<Connected> {
         let mut state = self.lock();
         let sidecar = state.sidecar(instance);
+        if sidecar.streams == STREAMS_PER_SIDECAR_MAX {
+            return None;
+        }
         sidecar.streams += 1;
         sidecar.ack.connected = true;
         sidecar.ack.applied = have;
         self.streams.fetch_add(1, Ordering::Relaxed);
         metrics::gauge!("weft_api_subscribers").increment(1.0);
-        Connected { acks: Arc::clone(self), instance: instance.clone() }
+        Some(Connected { acks: Arc::clone(self), instance: instance.clone() })
     }
 
     /// Over how long acknowledgements of one publication should come, so that they do not keep this controller from the next

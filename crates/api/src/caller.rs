@@ -4,9 +4,11 @@
 //! a request says about its sender is believed. Who may call what is the table in [`permits`], and only there.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::time::Instant;
 use tonic::{Extensions, Request, Status};
 use weft_identity::certificate::PeerIdentity;
+use weft_identity::introduction::{AS, Binding};
 use weft_identity::spiffe::{Role, SpiffeId, Subject};
 use weft_model::{InstanceId, Timestamp};
 
@@ -16,13 +18,69 @@ use crate::status::ApiError;
 /// What somebody is told whose leaf ended while it was connected.
 pub(crate) const LEAF_ENDED: &str = "the client certificate ended; connect again with a renewed one";
 
-/// The other end of a connection, as the listener found it.
+/// Who may be introduced on one connection: more sidecars than a machine has.
+const INTRODUCED_MAX: usize = 1_024;
+
+/// The other end of a connection, as the listener found it; or, of those who were introduced there, whose call it is.
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Where it is.
     pub address: SocketAddr,
     /// What its verified leaf says; none if it presented none.
-    pub identity: Option<PeerIdentity>,
+    pub identity: Option<Arc<PeerIdentity>>,
+    /// What tells the connection from others.
+    pub binding: Binding,
+    /// Who else is on the connection.
+    pub introduced: Introduced,
+}
+
+/// Who was introduced on a connection, in this order. Clones are of the same connection.
+#[derive(Clone, Debug, Default)]
+pub struct Introduced(Arc<Mutex<Vec<Arc<PeerIdentity>>>>);
+
+impl Introduced {
+    /// Adds somebody whose proof was checked, and gives the number for [`AS`].
+    ///
+    /// # Errors
+    /// There are enough.
+    pub(crate) fn add(&self, identity: PeerIdentity) -> Result<u32, ApiError> {
+        let mut introduced = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever has a newer leaf takes the place of its older one.
+        let place = introduced.iter().position(|known| known.id == identity.id);
+        let place = place.unwrap_or(introduced.len());
+        if place == INTRODUCED_MAX {
+            let message = format!("{INTRODUCED_MAX} are introduced on this connection; open another one");
+            return Err(ApiError::Denied(message));
+        }
+        match introduced.get_mut(place) {
+            Some(known) => *known = Arc::new(identity),
+            None => introduced.push(Arc::new(identity)),
+        }
+        Ok(u32::try_from(place).unwrap_or(u32::MAX))
+    }
+
+    fn get(&self, number: u32) -> Option<Arc<PeerIdentity>> {
+        let introduced = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        introduced.get(usize::try_from(number).ok()?).cloned()
+    }
+}
+
+/// Puts whoever a call says that it is of in the place of the connection's own peer.
+///
+/// # Errors
+/// Nobody of that number was introduced.
+pub(crate) fn speak_as(mut request: Request<()>) -> Result<Request<()>, Status> {
+    let Some(number) = request.metadata().get(AS) else { return Ok(request) };
+    let number = number.to_str().ok().and_then(|number| number.parse().ok());
+    let peer = request.extensions().get::<Peer>();
+    let identity = peer.zip(number).and_then(|(peer, number)| peer.introduced.get(number));
+    let Some((peer, identity)) = peer.zip(identity) else {
+        metrics::counter!("weft_api_refused_total", "reason" => "not_introduced").increment(1);
+        return Err(ApiError::Unauthenticated(format!("{AS} names nobody who was introduced here")).into());
+    };
+    let peer = Peer { identity: Some(identity), ..peer.clone() };
+    request.extensions_mut().insert(peer);
+    Ok(request)
 }
 
 impl Peer {
@@ -113,7 +171,7 @@ impl Caller {
     /// If it showed no leaf, or one that has ended since the connection was made.
     pub fn of(extensions: &Extensions, now: Timestamp) -> Result<Self, ApiError> {
         let identity = extensions.get::<Peer>().and_then(|peer| peer.identity.as_ref());
-        let Some(PeerIdentity { id, not_after, .. }) = identity else {
+        let Some(PeerIdentity { id, not_after, .. }) = identity.map(|identity| &**identity) else {
             metrics::counter!("weft_api_refused_total", "reason" => "unauthenticated").increment(1);
             let message =
                 "this call needs a client certificate; join the mesh, or use an operator credential";
@@ -174,13 +232,63 @@ pub(crate) fn any_member(clock: Clock) -> impl Fn(Request<()>) -> Result<Request
 mod tests {
     use super::*;
 
+    fn peer(address: &str) -> Peer {
+        let (binding, introduced) = (Binding::default(), Introduced::default());
+        Peer { address: address.parse().unwrap(), identity: None, binding, introduced }
+    }
+
+    fn identity(instance: usize, serial: &str) -> PeerIdentity {
+        let id = format!("spiffe://weft.test/ns/default/svc/api/inst/api-{instance}").parse().unwrap();
+        PeerIdentity {
+            id,
+            serial: serial.to_owned(),
+            not_before: Timestamp(0),
+            not_after: Timestamp(i64::MAX),
+            public_key_sha256: weft_identity::fingerprint::Fingerprint::of_public_key(serial.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn a_call_is_of_whoever_was_introduced_by_that_number_and_else_of_nobody() {
+        let peer = peer("192.0.2.7:1");
+        assert_eq!(peer.introduced.add(identity(1, "1")).unwrap(), 0);
+        assert_eq!(peer.introduced.add(identity(2, "1")).unwrap(), 1);
+        // With a newer leaf.
+        assert_eq!(peer.introduced.add(identity(1, "2")).unwrap(), 0);
+        let caller = |number: Option<&'static str>| {
+            let mut request = Request::new(());
+            request.extensions_mut().insert(peer.clone());
+            if let Some(number) = number {
+                request.metadata_mut().insert(AS, number.parse().unwrap());
+            }
+            let request = speak_as(request).map_err(|status| status.code())?;
+            Ok(request.extensions().get::<Peer>().unwrap().identity.clone())
+        };
+        assert_eq!(caller(None), Ok(None));
+        assert_eq!(*caller(Some("0")).unwrap().unwrap(), identity(1, "2"));
+        assert_eq!(*caller(Some("1")).unwrap().unwrap(), identity(2, "1"));
+        for nobody in ["2", "-1", "", "one", "4294967296"] {
+            assert_eq!(caller(Some(nobody)), Err(tonic::Code::Unauthenticated), "{nobody}");
+        }
+    }
+
+    #[test]
+    fn introductions_are_bounded() {
+        let introduced = Introduced::default();
+        for instance in 0..INTRODUCED_MAX {
+            introduced.add(identity(instance, "1")).unwrap();
+        }
+        assert!(matches!(introduced.add(identity(INTRODUCED_MAX, "1")), Err(ApiError::Denied(_))));
+        introduced.add(identity(0, "2")).unwrap();
+    }
+
     fn operator(role: Role) -> Subject {
         Subject::Operator { role, name: "ann".parse().unwrap() }
     }
 
     #[test]
     fn a_network_is_an_address_or_half_of_one() {
-        let network = |address: &str| Peer { address: address.parse().unwrap(), identity: None }.network();
+        let network = |address: &str| peer(address).network();
         assert_eq!(network("192.0.2.7:1"), network("192.0.2.7:2"));
         assert_eq!(network("[::ffff:192.0.2.7]:1"), network("192.0.2.7:2"));
         assert_ne!(network("192.0.2.7:1"), network("192.0.2.8:1"));

@@ -44,6 +44,8 @@ const FULL_PULLS_MAX: usize = 64;
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Advice to a full pull that found no place.
 const FULL_PULL_RETRY_MS: u64 = 100;
+/// Advice to a sidecar whose earlier streams have not ended yet: a dead connection is noticed within twenty seconds.
+const STREAMS_RETRY_MS: u64 = 5_000;
 
 /// See the module's documentation.
 pub struct Discovery {
@@ -226,6 +228,9 @@ impl discovery_server::Discovery for Discovery {
         let have = convert::header("have", have)?;
         self.context.witnesses.check(&witness, &format!("sidecar {instance}")).await?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
+        let connected = self.context.acks.connect(instance, have);
+        let retry_after_ms = STREAMS_RETRY_MS;
+        let connected = connected.ok_or(ApiError::Overloaded { retry_after_ms })?;
         let view = self.context.view.clone();
         let subscription = Subscription {
             feed: view.publications(),
@@ -238,7 +243,7 @@ impl discovery_server::Discovery for Discovery {
             // The first notice comes at once.
             next_heartbeat: Instant::now(),
             told: have,
-            _connected: self.context.acks.connect(instance, have),
+            _connected: connected,
         };
         let notices = stream::unfold(subscription, |mut subscription| async move {
             let notice = subscription.next().await?;

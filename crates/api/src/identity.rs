@@ -154,6 +154,22 @@ impl Identity {
         Ok(self.answer(leaf))
     }
 
+    fn introduce(&self, request: &Request<pb::IntroduceRequest>) -> Result<pb::IntroduceResponse, ApiError> {
+        let now = (self.context.clock)();
+        Caller::of(request.extensions(), now)?;
+        let peer = request.extensions().get::<Peer>();
+        let peer = peer.ok_or_else(|| ApiError::Internal("a request without a peer".into()))?;
+        let pb::IntroduceRequest { leaf, proof } = request.get_ref();
+        let leaf = CertificateDer::from(&leaf[..]);
+        let recognized = self.context.authority.recognize_introduced(&leaf, proof, &peer.binding, now);
+        let identity = recognized.map_err(|error| {
+            metrics::counter!("weft_api_refused_total", "reason" => "introduction").increment(1);
+            tracing::warn!(address = %peer.address, error = %Chain(&error), "an introduction was not taken");
+            ApiError::Unauthenticated(format!("the introduction is not taken: {}", Chain(&error)))
+        })?;
+        Ok(pb::IntroduceResponse { number: peer.introduced.add(identity)? })
+    }
+
     fn issue(&self, instance: &InstanceId, key: &PublicKey) -> Result<IssuedLeaf, ApiError> {
         let subject = Subject::Instance(instance.clone());
         let now = (self.context.clock)();
@@ -216,5 +232,12 @@ impl identity_server::Identity for Identity {
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::LeafResponse>, Status> {
         Ok(Response::new(Self::renew(self, request).await?))
+    }
+
+    async fn introduce(
+        &self,
+        request: Request<pb::IntroduceRequest>,
+    ) -> Result<Response<pb::IntroduceResponse>, Status> {
+        Ok(Response::new(Self::introduce(self, &request)?))
     }
 }

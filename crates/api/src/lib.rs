@@ -30,7 +30,8 @@ pub mod witness;
 
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::service::{InterceptorLayer, Routes};
+use tonic::{Request, Status};
 use weft_eventlog::{Appender, Reader};
 use weft_identity::ca::CertificateAuthority;
 use weft_model::Timestamp;
@@ -76,7 +77,16 @@ pub struct Context {
     pub drain: CancellationToken,
 }
 
-/// All services, health and reflection included.
+/// An interceptor.
+type Intercept = fn(Request<()>) -> Result<Request<()>, Status>;
+
+/// What every request passes before [`routes`]: whose call it is, of several on one connection.
+#[must_use]
+pub fn layer() -> InterceptorLayer<Intercept> {
+    InterceptorLayer::new(caller::speak_as)
+}
+
+/// All services, health and reflection included. For a server with the [`layer`].
 ///
 /// # Errors
 /// If the embedded protobuf descriptors do not decode, which is a fault of this program.

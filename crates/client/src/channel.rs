@@ -30,26 +30,34 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// protocols must be [`ALPN`].
 #[must_use]
 pub fn channel(controllers: Vec<ControllerAddress>, tls: Arc<ClientConfig>) -> Channel {
-    let connector = Arc::new(Connector { controllers, tls: tls.into(), last_good: AtomicUsize::new(0) });
-    // The authority is never looked up: the connector knows where the controllers are.
+    let connector = Arc::new(Connector::new(controllers, tls));
+    endpoint().connect_with_connector_lazy(service_fn(move |_| {
+        let connector = Arc::clone(&connector);
+        async move { connector.connect().await.map(TokioIo::new) }
+    }))
+}
+
+/// How a connection is kept. The authority is never looked up: the connector knows where the controllers are.
+pub(crate) fn endpoint() -> Endpoint {
     Endpoint::from_static("http://controller.weft")
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
-        .connect_with_connector_lazy(service_fn(move |_| {
-            let connector = Arc::clone(&connector);
-            async move { connector.connect().await.map(TokioIo::new) }
-        }))
 }
 
-struct Connector {
+pub(crate) struct Connector {
     controllers: Vec<ControllerAddress>,
     tls: TlsConnector,
     last_good: AtomicUsize,
 }
 
 impl Connector {
-    async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
+    pub(crate) fn new(controllers: Vec<ControllerAddress>, tls: Arc<ClientConfig>) -> Self {
+        Self { controllers, tls: tls.into(), last_good: AtomicUsize::new(0) }
+    }
+
+    /// A connection to the first controller that answers.
+    pub(crate) async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
         let first = self.last_good.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         for step in 0..self.controllers.len() {

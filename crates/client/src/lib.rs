@@ -5,17 +5,23 @@
 //! nobody answers; commands carry an id ([`command`]), so a repeat after a lost answer gets the first outcome and
 //! changes nothing twice.
 //!
+//! [`Backoff`] says when a sidecar that lost its controller tries again. [`Relay`] is one connection for many sidecars.
+//!
 //! [`take`] turns what a controller sends to a sidecar into a snapshot, or refuses it.
 //!
 //! Who the caller is and whom it believes are in the TLS configuration, made by `weft-identity`.
 
 mod address;
+mod backoff;
 mod channel;
 mod error;
+mod relay;
 mod retry;
 pub mod take;
 
 pub use address::{AddressError, ControllerAddress};
+pub use backoff::Backoff;
 pub use channel::{ALPN, channel};
 pub use error::CallError;
+pub use relay::{Introduced, Relay, SpeakAs};
 pub use retry::{command, retry};

@@ -26,7 +26,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
-use weft_api::caller::Peer;
+use weft_api::caller::{Introduced, Peer};
+use weft_identity::introduction::binding;
 use weft_identity::tls::{HandshakeFault, peer_identity};
 
 use places::{Place, Places};
@@ -137,11 +138,13 @@ async fn handshake(
         }
         Err(_) => return refused("timeout"),
     };
+    let session = stream.get_ref().1;
     // The verifier let it pass, so what is there reads back.
-    let Ok(identity) = peer_identity(stream.get_ref().1.peer_certificates()) else {
+    let Ok(identity) = peer_identity(session.peer_certificates()) else {
         return refused("peer_untrusted");
     };
-    let peer = Peer { address, identity };
+    let Ok(binding) = binding(session) else { return refused("protocol") };
+    let peer = Peer { address, identity: identity.map(Arc::new), binding, introduced: Introduced::default() };
     let mut ends = None;
     if peer.identity.is_none() {
         if !place.be_stranger(peer.network()) {

@@ -43,8 +43,8 @@ const DATABASE_RETRY: Duration = Duration::from_millis(250);
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long all the rest may take after that.
 const STOP_MAX: Duration = Duration::from_secs(8);
-/// Calls and streams of one connection: a sidecar needs two, an operator's tool a few.
-const STREAMS_PER_CONNECTION_MAX: u32 = 64;
+/// Calls and streams of one connection: two for each sidecar that is introduced on it. An operator's tool needs a few.
+const STREAMS_PER_CONNECTION_MAX: u32 = 2_048;
 /// A connection ends, gracefully, while its leaf is still good: leaves live an hour and are renewed from half of it, so
 /// calls always come on a connection whose leaf has not ended.
 const CONNECTION_AGE_MAX: Duration = Duration::from_secs(600);
@@ -183,6 +183,7 @@ impl Controller {
             .http2_keepalive_interval(Some(KEEPALIVE.0))
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .layer(weft_api::layer())
             .add_routes(routes)
             .serve_with_incoming_shutdown(connections, drain.clone().cancelled_owned());
         let mut server = JoinSet::new();

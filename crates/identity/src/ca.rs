@@ -108,6 +108,9 @@ pub enum RecognizeError {
     /// The signing request is for another key, so its sender need not be the leaf's holder.
     #[error("the certificate signing request is not for the certificate's key")]
     KeyMismatch,
+    /// The proof is not by the leaf's key, or for another connection.
+    #[error("the proof was not made with the certificate's key for this connection")]
+    Proof,
     /// It is not valid yet, or ended longer than [`EXPIRED_GRACE`] ago.
     #[error("the certificate was valid until {}, too long ago to be renewed; join again with a new token", date(*not_after))]
     TooLate {
@@ -236,9 +239,7 @@ impl CertificateAuthority {
         now: Timestamp,
     ) -> Result<PeerIdentity, RecognizeError> {
         let identity = PeerIdentity::from_certificate(leaf).map_err(RecognizeError::Leaf)?;
-        let mut roots = RootCertStore::empty();
-        roots.add(self.root.clone()).map_err(RecognizeError::Untrusted)?;
-        verify::chain_when_issued(leaf, &identity, &roots).map_err(RecognizeError::Untrusted)?;
+        verify::chain_when_issued(leaf, &identity, &self.roots()?).map_err(RecognizeError::Untrusted)?;
         if identity.public_key_sha256 != key.fingerprint() {
             return Err(RecognizeError::KeyMismatch);
         }
@@ -247,6 +248,12 @@ impl CertificateAuthority {
             return Err(RecognizeError::TooLate { not_after: identity.not_after });
         }
         Ok(identity)
+    }
+
+    pub(crate) fn roots(&self) -> Result<RootCertStore, RecognizeError> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.root.clone()).map_err(RecognizeError::Untrusted)?;
+        Ok(roots)
     }
 
     /// Makes a key and a leaf for it in one step: for a controller's own identity, and for operators on its machine.

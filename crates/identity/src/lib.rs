@@ -1,7 +1,7 @@
 //! Who is who in the mesh, and how that is proved.
 //!
 //! Used by the controller ([`ca`], [`public_key`], [`token`]), by sidecars and operators ([`key`], [`credential`],
-//! [`token`]), and by both for [`tls`]. The life of an identity, in the order of the modules:
+//! [`token`]), and by both for [`tls`] and [`introduction`]. The life of an identity, in the order of the modules:
 //!
 //! 1. An operator creates a [`token::JoinToken`] and hands it to a new instance.
 //! 2. The instance makes a [`key::LeafKey`], connects with [`tls::join_config`], which accepts only the controller that
@@ -24,6 +24,7 @@ pub mod ca;
 pub mod certificate;
 pub mod credential;
 pub mod fingerprint;
+pub mod introduction;
 pub mod key;
 pub mod public_key;
 pub mod spiffe;

@@ -15,7 +15,7 @@
 
 mod expected;
 mod fault;
-mod provider;
+pub(crate) mod provider;
 pub(crate) mod verify;
 
 pub use expected::ExpectedPeer;

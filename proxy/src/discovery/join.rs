@@ -8,7 +8,6 @@
 
 use super::own::Own;
 use super::{Sessions, answer};
-use crate::backoff::Backoff;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
@@ -22,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::sleep;
 use tonic::Code;
-use weft_client::{ALPN, CallError, command};
+use weft_client::{ALPN, Backoff, CallError, command};
 use weft_identity::credential::{Credential, CredentialError};
 use weft_identity::fingerprint::Fingerprint;
 use weft_identity::key::{KeyError, LeafKey};

@@ -7,5 +7,6 @@ mod commands;
 mod discovery;
 mod joins;
 mod projection;
+mod relays;
 mod rewind;
 mod support;

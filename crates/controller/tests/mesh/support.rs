@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tonic::transport::Channel;
 use weft_api::Clock;
-use weft_client::{ALPN, CallError, ControllerAddress, command};
+use weft_client::{ALPN, CallError, ControllerAddress, Relay, command};
 use weft_controller::{Config, Controller, clock};
 use weft_eventlog::Reader;
 use weft_identity::ca::CertificateAuthority;
@@ -95,6 +95,13 @@ impl TestMesh {
 
     pub(crate) fn credential(&self, subject: &Subject) -> Credential {
         self.authority().issue_credential(subject, clock::now(), Duration::from_secs(3600)).unwrap()
+    }
+
+    /// A relay's connection, with the leaf of an instance.
+    pub(crate) async fn relay(&self, instance: &str) -> Relay {
+        let credential = self.credential(&Subject::Instance(instance.parse().unwrap()));
+        let tls = TlsIdentity::new(credential).client_config(ExpectedPeer::Controller, ALPN);
+        Relay::connect(vec![address(&self.controller)], tls).await.unwrap()
     }
 
     pub(crate) fn channel(&self, credential: Credential) -> Channel {

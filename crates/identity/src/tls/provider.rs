@@ -6,7 +6,7 @@ use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use std::sync::{Arc, LazyLock};
 
 /// What a peer may sign the handshake with: the kinds of keys that leaves may have.
-pub(super) const SIGNATURE_SCHEMES: [SignatureScheme; 3] = [
+pub(crate) const SIGNATURE_SCHEMES: [SignatureScheme; 3] = [
     SignatureScheme::ECDSA_NISTP256_SHA256,
     SignatureScheme::ECDSA_NISTP384_SHA384,
     SignatureScheme::ED25519,

@@ -12,24 +12,32 @@ const LONGEST: Duration = Duration::from_secs(5);
 
 /// The next wait is random between the shortest and three times the last one.
 #[derive(Debug)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     last: Duration,
 }
 
+impl Default for Backoff {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Backoff {
-    pub(crate) const fn new() -> Self {
+    /// The next failure is the first one.
+    #[must_use]
+    pub const fn new() -> Self {
         Self { last: SHORTEST }
     }
 
     /// How long to wait now.
-    pub(crate) fn next(&mut self, rng: &mut impl Rng) -> Duration {
+    pub fn next(&mut self, rng: &mut impl Rng) -> Duration {
         let highest = (self.last * 3).min(LONGEST);
         self.last = rng.random_range(SHORTEST..=highest);
         self.last
     }
 
     /// It worked: the next failure starts anew.
-    pub(crate) const fn reset(&mut self) {
+    pub const fn reset(&mut self) {
         self.last = SHORTEST;
     }
 }
