@@ -180,6 +180,13 @@ impl Identity for Api {
         self.leaf(&instance, &request.csr)
     }
 
+    async fn introduce(
+        &self,
+        _: Request<v1::IntroduceRequest>,
+    ) -> Result<Response<v1::IntroduceResponse>, Status> {
+        Err(Status::unimplemented("a sidecar has a connection of its own"))
+    }
+
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::LeafResponse>, Status> {
         if self.state().refuse_renewals {
             return Err(Status::permission_denied("not now"));
