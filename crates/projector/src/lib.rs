@@ -35,6 +35,6 @@ pub use fault::Fault;
 pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
 pub use projector::Projector;
 pub use published::{Patch, Published, PublishedClass, PublishedShard, ShardPatch};
-pub use store::{Ack, Commit, LeaderStatus, Lease, SidecarStatus, Store, StoreError};
+pub use store::{Ack, Commit, LeaderStatus, Lease, LeaseSession, SidecarStatus, Store, StoreError};
 pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
 pub use view::{Role, View};

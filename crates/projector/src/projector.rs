@@ -10,6 +10,10 @@
 //! - It had committed but not published: then what it publishes late is covered by a checkpoint that exists. The new
 //!   leader goes on from that checkpoint, so it is a prefix of what the new leader publishes, not a fork of it.
 //!
+//! **When it changes hands.** Its holder renews it twice a second. It is free when its holder gave it back, when its time is over
+//! (a leader that is paused or cut off), or when the database session that it was taken with has ended (a leader that
+//! was killed): `store/lease.rs`. All of this is liveness; safety is the term's.
+//!
 //! **What is published.** Both leader and follower publish a batch only when the checkpoint covers it: the leader when
 //! its own transaction is done, a follower when it reads so. A batch that failed to be written stays pending. Because
 //! the fold is a function of the log (I2), the pending batches of two controllers hold the same content, and it does
@@ -39,20 +43,21 @@ use crate::decode::Decoder;
 use crate::fault::Fault;
 use crate::published::Delta;
 use crate::rows::RowChanges;
-use crate::store::{Commit, Lease, Store, StoreError};
+use crate::store::{Commit, Lease, LeaseSession, Store, StoreError};
 use crate::view::{Pending, Role, View};
 
-/// How long a lease lasts: a leader that dies is replaced after at most so long, and a stall of a second or two (a
-/// checkpoint of the database, a collection of garbage in a hypervisor) changes nothing.
-pub const LEASE_TTL: Duration = Duration::from_secs(5);
-/// The lease is prolonged three times before it would end, and as often tried for by others.
-const LEASE_EVERY: Duration = Duration::from_millis(1_600);
+/// How long a lease lasts: a leader that is paused or cut off is replaced after at most so long. One that stalls for longer (a
+/// checkpoint of the database, a machine that swaps) loses it, which costs a comparison of all rows and nothing else.
+pub const LEASE_TTL: Duration = Duration::from_secs(2);
+/// The lease is prolonged three times before it would end.
+const RENEW_EVERY: Duration = Duration::from_millis(500);
+/// How often others look whether it is free: when it was given back, or its holder was killed, nobody leads for so long. It is one
+/// short query.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often a follower with something to publish looks whether it is covered.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
 /// Pause after the log could not be read.
 const READ_RETRY: Duration = Duration::from_millis(200);
-/// How long giving the lease back may take at shutdown.
-const RELEASE_MAX: Duration = Duration::from_secs(2);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -64,6 +69,8 @@ pub struct Projector {
     id: Uuid,
     pending: Pending,
     leading: Option<Leading>,
+    /// For the lease; none before it was first needed, and after it failed.
+    session: Option<LeaseSession>,
     decoder: Decoder,
     /// Used again for every page.
     facts: Vec<Fact>,
@@ -79,8 +86,15 @@ struct Leading {
     term: i64,
     /// Where this leader left the checkpoint.
     checkpoint: Position,
-    /// When the lease ends unless it is renewed, reckoned from before it was asked for.
-    until: Instant,
+    /// When the lease was asked for, the last time.
+    renewed: Instant,
+}
+
+impl Leading {
+    /// When the lease ends unless it is renewed.
+    fn until(&self) -> Instant {
+        self.renewed + LEASE_TTL
+    }
 }
 
 impl Projector {
@@ -95,6 +109,7 @@ impl Projector {
             id,
             pending: Pending::default(),
             leading: None,
+            session: None,
             decoder: Decoder::default(),
             facts: Vec::new(),
             folded: None,
@@ -123,7 +138,7 @@ impl Projector {
     async fn follow(&mut self) -> Result<std::convert::Infallible, Fault> {
         let folded = self.catch_up().await?;
         let mut tail = self.reader.tail(folded);
-        let mut lease = interval(LEASE_EVERY);
+        let mut lease = interval(LOOK_EVERY);
         lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut look = interval(CHECKPOINT_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -181,7 +196,7 @@ impl Projector {
     async fn write(&mut self) {
         let Some(leading) = self.leading else { return };
         let Some(delta) = self.pending.merged() else { return };
-        if Instant::now() >= leading.until {
+        if Instant::now() >= leading.until() {
             // Not needed for safety, the term is; but somebody else is likely to be at it.
             tracing::warn!(term = leading.term, "the projector's lease ran out");
             return self.follow_others();
@@ -248,6 +263,7 @@ impl Projector {
     /// Prolongs the lease, or tries to get it. That the database cannot be asked changes nothing yet.
     async fn keep_lease(&mut self) -> Result<(), Fault> {
         let result = match self.leading {
+            Some(leading) if leading.renewed.elapsed() < RENEW_EVERY => Ok(()),
             Some(leading) => self.renew(leading).await.map_err(LeaseError::Store),
             None => self.try_to_lead().await,
         };
@@ -256,15 +272,17 @@ impl Projector {
             Err(LeaseError::Fault(fault)) => Err(fault),
             Err(LeaseError::Store(error)) => {
                 tracing::warn!(error = %Chain(&error), "the projector's lease cannot be looked after");
+                self.session = None;
                 Ok(())
             }
         }
     }
 
     async fn renew(&mut self, leading: Leading) -> Result<(), StoreError> {
-        let until = Instant::now() + LEASE_TTL;
-        if self.store.renew(self.id, leading.term, LEASE_TTL).await? {
-            self.leading = Some(Leading { until, ..leading });
+        let renewed = Instant::now();
+        let id = self.id;
+        if self.session().await?.renew(id, leading.term, LEASE_TTL).await? {
+            self.leading = Some(Leading { renewed, ..leading });
         } else {
             tracing::warn!(term = leading.term, "another controller took the projector's lease");
             self.follow_others();
@@ -272,7 +290,19 @@ impl Projector {
         Ok(())
     }
 
+    async fn session(&mut self) -> Result<&mut LeaseSession, StoreError> {
+        let session = match self.session.take() {
+            Some(session) => session,
+            None => self.store.lease_session().await?,
+        };
+        Ok(self.session.insert(session))
+    }
+
     async fn try_to_lead(&mut self) -> Result<(), LeaseError> {
+        let id = self.id;
+        if !self.session().await?.is_free(id).await? {
+            return Ok(());
+        }
         if let Some(point) = self.store.checkpoint_point().await?
             && !self.may_follow(&point).await?
         {
@@ -294,12 +324,11 @@ impl Projector {
                 "LOG_REWOUND: the log lost events and began a new epoch; its rows are brought back to it"
             );
         }
-        let until = Instant::now() + LEASE_TTL;
-        let Some(lease) = self.store.acquire(&self.name, self.id, LEASE_TTL).await? else {
-            self.look_at_checkpoint().await;
+        let (asked, name) = (Instant::now(), self.name.clone());
+        let Some(lease) = self.session().await?.acquire(&name, id, LEASE_TTL).await? else {
             return Ok(());
         };
-        self.begin_to_lead(lease, until).await
+        self.begin_to_lead(lease, asked).await
     }
 
     /// Whether the checkpoint is one of this log, or of a history that was given up. One of a log that lost its end is
@@ -325,7 +354,7 @@ impl Projector {
     }
 
     /// Brings the rows to the fold, and leads from there.
-    async fn begin_to_lead(&mut self, lease: Lease, until: Instant) -> Result<(), LeaseError> {
+    async fn begin_to_lead(&mut self, lease: Lease, renewed: Instant) -> Result<(), LeaseError> {
         let (checkpoint, stored) = match self.store.rows().await {
             Ok(read) => read,
             Err(StoreError::Row { table, key }) => {
@@ -341,7 +370,7 @@ impl Projector {
             tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
         }
         let delta = Delta { version, hash: self.hash(), rows: changes, ..Delta::default() };
-        self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, until });
+        self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, renewed });
         self.view.set_role(Role::Leader { term: lease.term });
         metrics::gauge!("weft_projector_leads").set(1.0);
         tracing::info!(term = lease.term, from = %checkpoint, to = %version, rows = delta.rows.len(), "leading the projection");
@@ -353,11 +382,11 @@ impl Projector {
 
     async fn step_down(&mut self) {
         let Some(leading) = self.leading else { return };
-        let released = self.store.release(self.id, leading.term);
-        match tokio::time::timeout(RELEASE_MAX, released).await {
-            Ok(Ok(())) => tracing::info!(term = leading.term, "gave the projector's lease back"),
-            Ok(Err(error)) => tracing::warn!(error = %Chain(&error), "the projector's lease ends by itself"),
-            Err(_) => tracing::warn!("the projector's lease ends by itself: the database does not answer"),
+        let id = self.id;
+        let released = async { self.session().await?.release(id, leading.term).await };
+        match released.await {
+            Ok(()) => tracing::info!(term = leading.term, "gave the projector's lease back"),
+            Err(error) => tracing::warn!(error = %Chain(&error), "the projector's lease ends by itself"),
         }
         self.follow_others();
     }

@@ -6,31 +6,34 @@
 
 mod acks;
 mod checkpoint;
+mod lease;
 mod read;
 mod write;
 
 pub use acks::{Ack, SidecarStatus};
 pub(crate) use checkpoint::StoredCheckpoint;
+pub use lease::{Lease, LeaseSession};
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgPool, Row};
 use std::time::Duration;
-use uuid::Uuid;
 use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, Epoch, Position};
 
 use crate::rows::RowChanges;
 
-/// Name of the checkpoint's row and of the lease's.
+/// Name of the checkpoint's row.
 const PROJECTION: &str = "mesh";
-const LEASE: &str = "projector";
 
 /// Connections that projector, acknowledgements and status queries share: each of them is short and one at a time.
 const CONNECTIONS_MAX: u32 = 4;
 /// How long an operation waits for one of them.
 const ACQUIRE_MAX: Duration = Duration::from_secs(5);
-/// A statement that takes longer than a lease lasts is given up by the server, so that a stuck writer ends.
+/// A statement that takes longer is given up by the server, so that a stuck writer ends.
 const STATEMENT_MS_MAX: &str = "5000";
+/// A writer that was paused within its transaction is cut off by the server after so long, about as long as a lease lasts: it
+/// holds the checkpoint's row locked, and the next leader waits for that.
+const IDLE_MS_MAX: &str = "2000";
 
 /// The projection's tables cannot be used now. Repeating is safe.
 #[derive(Debug, thiserror::Error)]
@@ -64,15 +67,6 @@ fn failed(doing: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
     move |source| StoreError::Database { doing, source }
 }
 
-/// A lease that was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lease {
-    /// Its term; the next one has a higher.
-    pub term: i64,
-    /// The checkpoint that its holder goes on from.
-    pub checkpoint: ConfigVersion,
-}
-
 /// Whether a transaction of the projector took place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Commit {
@@ -97,6 +91,7 @@ pub struct LeaderStatus {
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: PgPool,
+    options: PgConnectOptions,
 }
 
 impl Store {
@@ -119,76 +114,19 @@ impl Store {
 
     fn acting_as(role: &str, url: &str) -> Result<Self, StoreError> {
         let options: PgConnectOptions = url.parse().map_err(StoreError::Url)?;
-        let settings = [("statement_timeout", STATEMENT_MS_MAX), ("role", role)];
+        let settings = [
+            ("statement_timeout", STATEMENT_MS_MAX),
+            ("idle_in_transaction_session_timeout", IDLE_MS_MAX),
+            ("role", role),
+        ];
         let options = options.application_name("weft-projector").options(settings);
         let pool = PgPoolOptions::new().max_connections(CONNECTIONS_MAX).acquire_timeout(ACQUIRE_MAX);
-        Ok(Self { pool: pool.connect_lazy_with(options) })
+        Ok(Self { pool: pool.connect_lazy_with(options.clone()), options })
     }
 
     /// Ends the connections.
     pub async fn close(&self) {
         self.pool.close().await;
-    }
-
-    /// Takes the lease if it is free, past its time, or already this holder's. None if somebody else has it.
-    ///
-    /// From then on, no writer of an earlier term succeeds.
-    ///
-    /// # Errors
-    /// If the database fails.
-    pub async fn acquire(
-        &self,
-        holder: &str,
-        holder_id: Uuid,
-        ttl: Duration,
-    ) -> Result<Option<Lease>, StoreError> {
-        const TAKE: &str = "insert into weft.lease as lease (name, term, holder, holder_id, expires_at) \
-             values ($1, 1, $2, $3, clock_timestamp() + make_interval(secs => $4)) \
-             on conflict (name) do update set term = lease.term + 1, holder = excluded.holder, \
-             holder_id = excluded.holder_id, expires_at = excluded.expires_at \
-             where lease.expires_at < clock_timestamp() or lease.holder_id = excluded.holder_id \
-             returning term";
-        const CHECKPOINT: &str = "insert into weft.projection as projection (name, term, epoch, position, updated_at) \
-             values ($1, $2, 0, 0, clock_timestamp()) \
-             on conflict (name) do update set term = excluded.term where projection.term < excluded.term \
-             returning epoch, position";
-        let failed = failed("take the projector's lease");
-        let mut transaction = self.pool.begin().await.map_err(&failed)?;
-        let taken = sqlx::query(TAKE).bind(LEASE).bind(holder).bind(holder_id).bind(ttl.as_secs_f64());
-        let Some(row) = taken.fetch_optional(&mut *transaction).await.map_err(&failed)? else {
-            return Ok(None);
-        };
-        let term: i64 = row.get(0);
-        let checkpoint = sqlx::query(CHECKPOINT).bind(PROJECTION).bind(term);
-        // No row: the checkpoint has a later term than the lease, so the lease's table was reset. Not ours to guess.
-        let Some(row) = checkpoint.fetch_optional(&mut *transaction).await.map_err(&failed)? else {
-            return Ok(None);
-        };
-        transaction.commit().await.map_err(&failed)?;
-        Ok(Some(Lease { term, checkpoint: version(row.get(0), row.get(1)) }))
-    }
-
-    /// Prolongs the lease. False if it is not this term's any more.
-    ///
-    /// # Errors
-    /// If the database fails; whether the lease was prolonged may be unknown.
-    pub async fn renew(&self, holder_id: Uuid, term: i64, ttl: Duration) -> Result<bool, StoreError> {
-        const SQL: &str = "update weft.lease set expires_at = clock_timestamp() + make_interval(secs => $4) \
-                           where name = $1 and holder_id = $2 and term = $3";
-        let renewed = sqlx::query(SQL).bind(LEASE).bind(holder_id).bind(term).bind(ttl.as_secs_f64());
-        let done = renewed.execute(&self.pool).await.map_err(failed("renew the projector's lease"))?;
-        Ok(done.rows_affected() == 1)
-    }
-
-    /// Gives the lease back, so that another controller need not wait until it ends.
-    ///
-    /// # Errors
-    /// If the database fails; the lease then ends by itself.
-    pub async fn release(&self, holder_id: Uuid, term: i64) -> Result<(), StoreError> {
-        const SQL: &str = "update weft.lease set expires_at = '-infinity' \
-                           where name = $1 and holder_id = $2 and term = $3";
-        let released = sqlx::query(SQL).bind(LEASE).bind(holder_id).bind(term).execute(&self.pool).await;
-        released.map(|_| ()).map_err(failed("release the projector's lease"))
     }
 
     /// How far the log is projected.
@@ -227,7 +165,7 @@ impl Store {
                            lease.term, coalesce(projection.epoch, 0), coalesce(projection.position, 0) \
                            from weft.lease as lease left join weft.projection as projection on projection.name = $2 \
                            where lease.name = $1";
-        let row = sqlx::query(SQL).bind(LEASE).bind(PROJECTION).fetch_optional(&self.pool).await;
+        let row = sqlx::query(SQL).bind(lease::NAME).bind(PROJECTION).fetch_optional(&self.pool).await;
         let row = row.map_err(failed("read the projector's lease"))?;
         Ok(row
             .map(|row| LeaderStatus {
@@ -275,7 +213,11 @@ impl Store {
     /// # Errors
     /// If the database fails, or a row is not one that a projector writes.
     pub async fn rows(&self) -> Result<(ConfigVersion, RowChanges), StoreError> {
-        let mut transaction = self.pool.begin().await.map_err(failed("read the projection"))?;
+        let failed = failed("read the projection");
+        let mut transaction = self.pool.begin().await.map_err(&failed)?;
+        // It locks nothing that anybody waits for, and taking in a large table may take long.
+        let patient = sqlx::query("set local idle_in_transaction_session_timeout = 0");
+        patient.execute(&mut *transaction).await.map_err(&failed)?;
         read::all(&mut transaction).await
     }
 }

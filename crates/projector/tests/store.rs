@@ -7,7 +7,7 @@ use uuid::Uuid;
 use weft_eventlog::migrate;
 use weft_model::{ConfigVersion, Epoch, Position};
 use weft_projector::rows::RowChanges;
-use weft_projector::{Ack, Commit, Store};
+use weft_projector::{Ack, Commit, Lease, LeaseSession, Store};
 use weft_testkit::TestDatabase;
 
 const TTL: Duration = Duration::from_secs(3_600);
@@ -27,6 +27,31 @@ async fn commit(store: &Store, term: i64, old: u64, new: u64) -> Commit {
     store.commit(term, Position(old), (at(new), None), &RowChanges::default()).await.unwrap()
 }
 
+/// Somebody who wants the lease.
+struct Wanting {
+    store: Store,
+    session: LeaseSession,
+    id: Uuid,
+}
+
+impl Wanting {
+    async fn new(store: &Store) -> Self {
+        Self { store: store.clone(), session: store.lease_session().await.unwrap(), id: Uuid::new_v4() }
+    }
+
+    async fn is_free(&mut self) -> bool {
+        self.session.is_free(self.id).await.unwrap()
+    }
+
+    async fn acquire(&mut self) -> Option<Lease> {
+        self.session.acquire("somebody", self.id, TTL).await.unwrap()
+    }
+
+    async fn renew(&mut self, term: i64) -> bool {
+        self.session.renew(self.id, term, TTL).await.unwrap()
+    }
+}
+
 /// Lets the lease run out without waiting for it.
 async fn expire(database: &TestDatabase) {
     let sql = "update weft.lease set expires_at = clock_timestamp() - interval '1 second'";
@@ -36,44 +61,90 @@ async fn expire(database: &TestDatabase) {
 #[tokio::test]
 async fn a_lease_is_held_by_one_and_taken_when_it_ends() {
     let (database, a, b) = stores().await;
-    let (id_a, id_b) = (Uuid::new_v4(), Uuid::new_v4());
-    let lease = a.acquire("a", id_a, TTL).await.unwrap().unwrap();
+    let (mut a, mut b) = (Wanting::new(&a).await, Wanting::new(&b).await);
+    assert!(b.is_free().await);
+    let lease = a.acquire().await.unwrap();
     assert_eq!((lease.term, lease.checkpoint), (1, ConfigVersion::default()));
-    assert_eq!(b.acquire("b", id_b, TTL).await.unwrap(), None);
-    assert!(a.renew(id_a, 1, TTL).await.unwrap());
-    assert!(!b.renew(id_b, 1, TTL).await.unwrap());
+    assert!(!b.is_free().await);
+    assert_eq!(b.acquire().await, None);
+    assert!(a.renew(1).await);
+    assert!(!b.renew(1).await);
 
     expire(&database).await;
-    assert_eq!(b.acquire("b", id_b, TTL).await.unwrap().unwrap().term, 2);
-    assert!(!a.renew(id_a, 1, TTL).await.unwrap(), "the old holder learns that it lost");
-    a.release(id_a, 1).await.unwrap();
-    assert_eq!(b.leader().await.unwrap().holder, "b", "what a former holder gives back is not the new one's");
-    b.release(id_b, 2).await.unwrap();
-    assert_eq!(a.acquire("a", id_a, TTL).await.unwrap().unwrap().term, 3);
+    assert!(b.is_free().await);
+    assert_eq!(b.acquire().await.unwrap().term, 2);
+    assert!(!a.renew(1).await, "the old holder learns that it lost");
+    a.session.release(a.id, 1).await.unwrap();
+    assert!(!a.is_free().await, "what a former holder gives back is not the new one's");
+    b.session.release(b.id, 2).await.unwrap();
+    assert!(a.is_free().await);
+    assert_eq!(a.acquire().await.unwrap().term, 3);
     // A holder that is not sure what it wrote takes its own lease anew.
-    assert_eq!(a.acquire("a", id_a, TTL).await.unwrap().unwrap().term, 4);
+    assert!(a.is_free().await);
+    assert_eq!(a.acquire().await.unwrap().term, 4);
+}
+
+#[tokio::test]
+async fn a_lease_is_free_as_soon_as_its_session_has_ended() {
+    let (database, a, b) = stores().await;
+    let mut b = Wanting::new(&b).await;
+    let client = database.connect().await;
+    let ended = async |b: &mut Wanting| {
+        weft_testkit::wait_until("the lease", TTL, async || b.is_free().await).await;
+    };
+    let mut first = Wanting::new(&a).await;
+    first.acquire().await.unwrap();
+    // As the system does it when the holder is killed.
+    drop(first);
+    ended(&mut b).await;
+    assert_eq!(b.acquire().await.unwrap().term, 2);
+
+    // The holder lives on, renews with another session, and keeps it.
+    let mut a = Wanting::new(&a).await;
+    b.session.release(b.id, 2).await.unwrap();
+    a.acquire().await.unwrap();
+    let killed = "select pg_terminate_backend(session_pid) from weft.lease";
+    client.execute(killed, &[]).await.unwrap();
+    ended(&mut b).await;
+    a.session.renew(a.id, 3, TTL).await.unwrap_err();
+    a.session = a.store.lease_session().await.unwrap();
+    assert!(a.renew(3).await);
+    assert!(!b.is_free().await);
+    assert_eq!(b.acquire().await, None);
+
+    // Of a version that writes no session nothing can be told.
+    client.execute("update weft.lease set term = 4", &[]).await.unwrap();
+    drop(a);
+    let sessions = "select count(*) from pg_stat_activity where application_name = 'weft-lease' \
+                    and datname = current_database()";
+    weft_testkit::wait_until("its session to end", TTL, async || {
+        client.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+    assert!(!b.is_free().await);
 }
 
 #[tokio::test]
 async fn of_many_that_want_a_free_lease_one_gets_it() {
     let (_database, a, b) = stores().await;
     let mut wanting = tokio::task::JoinSet::new();
-    for n in 0..32 {
-        let store = if n % 2 == 0 { a.clone() } else { b.clone() };
-        wanting.spawn(async move { store.acquire("x", Uuid::new_v4(), TTL).await.unwrap() });
+    for n in 0..16 {
+        let mut wants = Wanting::new(if n % 2 == 0 { &a } else { &b }).await;
+        wanting.spawn(async move { (wants.acquire().await, wants) });
     }
-    let won = wanting.join_all().await.into_iter().flatten().count();
-    assert_eq!(won, 1);
+    // Kept until all have tried: a session that ends gives the lease to the next.
+    let tried = wanting.join_all().await;
+    assert_eq!(tried.iter().filter(|(won, _)| won.is_some()).count(), 1);
 }
 
 #[tokio::test]
 async fn a_leader_that_wakes_after_its_term_writes_nothing() {
     let (database, a, b) = stores().await;
-    let (id_a, id_b) = (Uuid::new_v4(), Uuid::new_v4());
-    let old = a.acquire("a", id_a, TTL).await.unwrap().unwrap().term;
+    let (mut first, mut second) = (Wanting::new(&a).await, Wanting::new(&b).await);
+    let old = first.acquire().await.unwrap().term;
     assert_eq!(commit(&a, old, 0, 5).await, Commit::Done);
     expire(&database).await;
-    let lease = b.acquire("b", id_b, TTL).await.unwrap().unwrap();
+    let lease = second.acquire().await.unwrap();
     assert_eq!(lease.checkpoint, at(5));
 
     assert_eq!(commit(&a, old, 5, 6).await, Commit::Fenced);
@@ -88,7 +159,7 @@ async fn a_leader_that_wakes_after_its_term_writes_nothing() {
 #[tokio::test]
 async fn of_two_that_write_from_one_checkpoint_one_does() {
     let (_database, a, b) = stores().await;
-    let term = a.acquire("a", Uuid::new_v4(), TTL).await.unwrap().unwrap().term;
+    let term = Wanting::new(&a).await.acquire().await.unwrap().term;
     for round in 0..20 {
         let (one, two) = tokio::join!(commit(&a, term, round, round + 1), commit(&b, term, round, round + 1));
         assert!((one == Commit::Done) != (two == Commit::Done), "{one:?} {two:?}");

@@ -44,7 +44,7 @@ impl Running {
 #[tokio::test]
 async fn a_leader_keeps_checkpoints_and_a_start_goes_on_from_them() {
     let fixture = Fixture::new(16).await;
-    let first = Running::start(&fixture, 4);
+    let first = Running::start(&fixture, 8);
     wait_until("a checkpoint of the fold", LIMIT, async || fixture.stored().await == [20]).await;
     for revision in 17..=24 {
         fixture.report(revision).await;
