@@ -9,7 +9,7 @@
 //! then be accepted, which is what a caller who repeats it wants.
 
 mod columns;
-mod decide;
+pub mod decide;
 mod flight;
 mod heads;
 mod live;

@@ -27,14 +27,18 @@ pub(crate) struct Lineage {
 
 /// The last event of the log; position zero and the genesis hash if it has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LogTail {
-    pub(crate) position: Position,
-    pub(crate) hash: EventHash,
-    pub(crate) recorded_at: UnixMicros,
+pub struct LogTail {
+    /// Its position.
+    pub position: Position,
+    /// Its hash.
+    pub hash: EventHash,
+    /// When it was recorded.
+    pub recorded_at: UnixMicros,
 }
 
 impl LogTail {
-    pub(crate) const EMPTY: Self =
+    /// Of a log without an event.
+    pub const EMPTY: Self =
         Self { position: Position::ZERO, hash: EventHash::GENESIS, recorded_at: UnixMicros(i64::MIN) };
 }
 

@@ -40,7 +40,7 @@ mod settings;
 mod tail;
 mod verify;
 
-pub use append::{AppendError, Appender, OUTCOME_KEPT};
+pub use append::{AppendError, Appender, OUTCOME_KEPT, decide};
 pub use archive::{ArchiveConfig, ArchiveError, ArchiveProgress, ArchiveReport, SEALED_AGE_MIN, archive};
 pub use event::{NewEvent, RecordedEvent, UnixMicros};
 pub use hash::EventHash;
@@ -54,11 +54,13 @@ pub use request::{
     REASON_BYTES_MAX, REQUEST_BYTES_MAX, SCHEMA_MAX, SCOPE_BYTES_MAX, SCOPES_PER_REQUEST_MAX, ScopeAppend,
     TYPE_BYTES_MAX, TooLarge,
 };
-pub use rewind::{Adopt, AdoptError, Adoption, Point, Reported, Rewind, Seen, adopt, report_rewind};
+pub use rewind::{
+    Adopt, AdoptError, Adoption, Point, Reported, Rewind, Seen, adopt, epoch_to_adopt, report_rewind,
+};
 pub use segment::SegmentError;
 pub use session::StoreError;
 pub use settings::SettingsError;
-pub use tail::Tail;
+pub use tail::{Tail, first_stray};
 /// How to reach a database: parsed from a URL or a `key=value` list, unix sockets included.
 pub use tokio_postgres::Config as ConnectConfig;
 pub use verify::{Contradiction, Defect, VerifyError, VerifyProgress, VerifyReport, verify};

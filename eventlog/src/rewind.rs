@@ -292,9 +292,14 @@ async fn epoch_above(client: &Client, standing: &[Rewind]) -> Result<Epoch, Stor
          (select epoch from weft.log_batch order by last_position desc limit 1), \
          (select epoch from weft.event order by position desc limit 1), 0)";
     let row = client.query_one(SQL, &[]).await.map_err(StoreError::while_doing("look for epochs"))?;
-    let known = Epoch(row.get::<_, i64>(0).cast_unsigned());
+    Ok(epoch_to_adopt(Epoch(row.get::<_, i64>(0).cast_unsigned()), standing))
+}
+
+/// The epoch that an adoption opens, where `known` is the latest in the log: above that, and above all that was seen. Pure.
+#[must_use]
+pub fn epoch_to_adopt(known: Epoch, standing: &[Rewind]) -> Epoch {
     let seen = standing.iter().map(|rewind| rewind.seen.epoch.max(rewind.found.epoch)).max();
-    Ok(known.max(seen.unwrap_or_default()).next())
+    known.max(seen.unwrap_or_default()).next()
 }
 
 async fn insert(

@@ -145,8 +145,9 @@ impl Tail {
     }
 }
 
-/// The first event that does not follow the one before it, of which the first one is at `after`.
-fn first_stray(page: &[RecordedEvent], after: Position, hash: EventHash) -> Option<Position> {
+/// The first event that does not follow the one before it, of which the first one is at `after` and has this hash. Pure.
+#[must_use]
+pub fn first_stray(page: &[RecordedEvent], after: Position, hash: EventHash) -> Option<Position> {
     let mut before = (after, hash);
     for event in page {
         if event.position != before.0.next() || event.expected_hash(before.1) != event.hash {

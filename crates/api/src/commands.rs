@@ -208,15 +208,7 @@ impl Commands {
     }
 
     async fn append(&self, request: &Request, decisions: &[Decision]) -> Result<Step, ApiError> {
-        let append = AppendRequest {
-            command_id: request.command_id,
-            fingerprint: Some(request.fingerprint),
-            actor: request.actor.clone(),
-            reason: request.reason.clone(),
-            cause: None,
-            scopes: scopes(decisions)?,
-        };
-        match self.appender.append(append).await {
+        match self.appender.append(append_request(request, decisions)?).await {
             Ok(appended) => {
                 if let Some(positions) = &appended.positions {
                     // The command is done either way; who reads here before the fold has it sees the log's older state.
@@ -276,6 +268,21 @@ impl Commands {
             None => ApiError::Unavailable("this controller is behind the log; try again".into()),
         }
     }
+}
+
+/// What the log is asked to append for a request that was decided so.
+///
+/// # Errors
+/// None in practice: every event has a JSON form.
+pub fn append_request(request: &Request, decisions: &[Decision]) -> Result<AppendRequest, ApiError> {
+    Ok(AppendRequest {
+        command_id: request.command_id,
+        fingerprint: Some(request.fingerprint),
+        actor: request.actor.clone(),
+        reason: request.reason.clone(),
+        cause: None,
+        scopes: scopes(decisions)?,
+    })
 }
 
 /// What the log has to check and to add.

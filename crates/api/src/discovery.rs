@@ -1,15 +1,13 @@
 //! The Discovery service: notices, pulls, acknowledgements.
 //!
-//! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped. A notice
-//! is sent when the caller's own snapshot changed, else only as a heartbeat. It brings what changed since the caller was
-//! last told, if that is little; a caller that does not have that snapshot after all finds that it does not fit, and pulls. Nothing
+//! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped; what it is
+//! told and when is decided in [`telling`](crate::telling), and what a pull brings in [`pull`](crate::pull). Nothing
 //! is handed out that a projector has not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
 //!
 //! A caller that has more than the whole log is told that the log lost its end, and gets nothing older (I4); a caller that is
 //! only ahead of *this* controller is asked to come again. What a caller says of itself proves nothing; the witness that it
 //! shows does, and is a finding ([`witness`](crate::witness)).
 
-use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,26 +15,20 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use weft_eventlog::Point;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{Patch, View};
+use weft_projector::View;
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_server;
-use weft_routing::Hash;
 
 use crate::Context;
 use crate::acks::{Acks, Connected};
 use crate::caller::Caller;
-use crate::convert::{self, config_version};
-use crate::pull::{self, header};
+use crate::convert;
+use crate::pull;
 use crate::status::ApiError;
+use crate::telling::Telling;
 use crate::witness::Witnesses;
 
-/// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
-pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// How long a witness of what was told may be late: as long as a sidecar may take to write it down. A notice of a change goes
-/// without, since it would be twice as long.
-const WITNESS_WITHIN: Duration = Duration::from_secs(1);
 /// Full snapshots that are put together at once; a reconnecting fleet with known manifests needs none.
 const FULL_PULLS_MAX: usize = 64;
 /// How long a pull waits for a registration to be published. With a leader that takes milliseconds; without one, the
@@ -75,11 +67,10 @@ impl Discovery {
             return Ok(());
         }
         let head = self.context.reader.head().await?;
-        if have.epoch > head.epoch || (have.epoch == head.epoch && have.position > head.position) {
-            tracing::error!(%instance, %have, epoch = %head.epoch, head = %head.position,
-                "LOG_REWOUND: a sidecar runs a version that is not in the log");
+        let head = ConfigVersion::new(head.epoch, head.position);
+        if pull::is_beyond(have, head) {
+            tracing::error!(%instance, %have, %head, "LOG_REWOUND: a sidecar runs a version that is not in the log");
             metrics::counter!("weft_api_log_rewound_total").increment(1);
-            let head = ConfigVersion::new(head.epoch, head.position);
             return Err(ApiError::Rewound(format!(
                 "LOG_REWOUND: you run {have}, but the log ends at {head}; an operator must restore the lost events"
             )));
@@ -94,7 +85,7 @@ impl Discovery {
             return Ok(());
         }
         let registered = view.read(|projection| Some(projection.wanted(instance)?.version));
-        let version = registered.ok_or_else(|| not_registered(instance))?;
+        let version = registered.ok_or_else(|| pull::not_registered(instance))?;
         let mut publications = view.publications();
         let published = publications.wait_for(|published| *published >= version);
         match tokio::time::timeout(PUBLISH_WAIT_MAX, published).await {
@@ -109,11 +100,7 @@ impl Discovery {
         let have = convert::header("have", request.into_inner().have)?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
         self.wait_until_published(instance).await?;
-        let plan = pull::plan(&self.context.view, instance, have.map(|have| have.1))?;
-        let plan = plan.ok_or_else(|| not_registered(instance))?;
-        if have.is_some_and(|(version, _)| version > plan.version) {
-            return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
-        }
+        let plan = self.context.view.published(|published| pull::plan(published, instance, have))?;
         let kind = if plan.full { "full" } else { "difference" };
         metrics::counter!("weft_api_pulls_total", "kind" => kind).increment(1);
         let _place = if plan.full {
@@ -126,10 +113,6 @@ impl Discovery {
     }
 }
 
-fn not_registered(instance: &InstanceId) -> ApiError {
-    ApiError::NotFound(format!("{instance} is not registered; register it, then pull again"))
-}
-
 /// One subscriber's stream.
 struct Subscription {
     view: View,
@@ -137,22 +120,11 @@ struct Subscription {
     acks: Arc<Acks>,
     /// Of the caller's class; of everything, until the caller takes part.
     feed: watch::Receiver<ConfigVersion>,
-    instance: InstanceId,
+    telling: Telling,
     drain: CancellationToken,
     /// When the leaf that this stream came with ends, and the stream with it.
     ends: Instant,
-    next_heartbeat: Instant,
-    /// What the caller was last told to run; at first, what it says it runs.
-    told: Option<(ConfigVersion, Hash)>,
     _connected: Connected,
-}
-
-/// What is published for a subscriber.
-struct Seen {
-    head: ConfigVersion,
-    point: Option<Point>,
-    wanted: Option<(ConfigVersion, Hash)>,
-    patch: Option<Arc<Patch>>,
 }
 
 impl Subscription {
@@ -161,55 +133,27 @@ impl Subscription {
         loop {
             // Before it is looked at: what comes meanwhile is looked at again.
             self.feed.mark_unchanged();
-            let seen = self.look();
-            let now = Instant::now();
-            if now >= self.next_heartbeat {
-                self.told = seen.wanted;
-                self.next_heartbeat = now + HEARTBEAT;
-                let witness = seen.point.and_then(|point| self.witnesses.sign(point));
-                return Some(self.notice(&seen, witness.unwrap_or_default()));
+            let (news, feed) = self.view.published(|published| {
+                let news = self.telling.next(published, Instant::now());
+                let feed = published.feed(self.telling.instance());
+                (news, feed.filter(|feed| !feed.same_channel(&self.feed)))
+            });
+            if let Some(feed) = feed {
+                self.feed = feed;
             }
-            if self.told != seen.wanted {
-                self.told = seen.wanted;
-                self.next_heartbeat = self.next_heartbeat.min(now + WITNESS_WITHIN);
-                return Some(self.notice(&seen, Bytes::new()));
+            if let Some(news) = news {
+                let witness = news.witness.and_then(|point| self.witnesses.sign(point));
+                return Some(news.notice(witness.unwrap_or_default(), self.acks.spread()));
             }
             tokio::select! {
                 () = self.drain.cancelled() => return None,
                 () = sleep_until(self.ends) => return None,
-                () = sleep_until(self.next_heartbeat) => {}
+                () = sleep_until(self.telling.next_heartbeat()) => {}
                 changed = self.feed.changed() => if changed.is_err() {
                     // The class has no members any more, hence not the caller; or the controller is ending.
                     self.feed = self.view.publications();
                 }
             }
-        }
-    }
-
-    fn look(&mut self) -> Seen {
-        let (seen, feed) = self.view.published(|published| {
-            let wanted = published.wanted(&self.instance);
-            let news = wanted.as_ref().map(|wanted| (wanted.version, wanted.class.hash));
-            let base = self.told.filter(|_| self.told != news).map(|(_, hash)| hash);
-            let patch = wanted.zip(base).and_then(|(wanted, base)| published.patch(wanted.class, base));
-            let seen = Seen { head: published.version(), point: published.point(), wanted: news, patch };
-            let feed = published.feed(&self.instance).filter(|feed| !feed.same_channel(&self.feed));
-            (seen, feed)
-        });
-        if let Some(feed) = feed {
-            self.feed = feed;
-        }
-        seen
-    }
-
-    fn notice(&self, seen: &Seen, witness: Bytes) -> pb::Notice {
-        pb::Notice {
-            wanted: seen.wanted.map(|(version, hash)| header(version, hash)),
-            head: Some(config_version(seen.head)),
-            heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
-            witness,
-            patch: seen.patch.as_deref().map(pull::patch),
-            ack_spread_ms: u32::try_from(self.acks.spread().as_millis()).unwrap_or(u32::MAX),
         }
     }
 }
@@ -237,12 +181,9 @@ impl discovery_server::Discovery for Discovery {
             view,
             witnesses: Arc::clone(&self.context.witnesses),
             acks: Arc::clone(&self.context.acks),
-            instance: instance.clone(),
+            telling: Telling::new(instance.clone(), have, Instant::now()),
             drain: self.context.drain.clone(),
             ends: caller.ends((self.context.clock)()),
-            // The first notice comes at once.
-            next_heartbeat: Instant::now(),
-            told: have,
             _connected: connected,
         };
         let notices = stream::unfold(subscription, |mut subscription| async move {

@@ -23,9 +23,10 @@ mod joins;
 mod log;
 pub mod mesh;
 mod past;
-mod pull;
+pub mod pull;
 mod reads;
 pub mod status;
+pub mod telling;
 pub mod witness;
 
 use std::sync::Arc;

@@ -1,8 +1,9 @@
-//! What a pull answers: the difference between what a sidecar has and what it should run.
+//! What a pull answers: the difference between what a sidecar has and what it should run. Pure: it looks at what is
+//! published. The [`discovery`](crate::discovery) service and the simulation of the control plane ask it.
 
 use std::collections::BTreeSet;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{Patch, PublishedShard, ShardPatch, View};
+use weft_projector::{Patch, Published, PublishedShard, ShardPatch};
 use weft_proto::v1 as pb;
 use weft_routing::{Hash, ShardKey};
 
@@ -10,8 +11,9 @@ use crate::convert::config_version;
 use crate::status::ApiError;
 
 /// What is to be sent, taken from one moment; bytes are shared, not copied.
-pub(crate) struct Plan {
-    pub(crate) version: ConfigVersion,
+#[derive(Debug)]
+pub struct Plan {
+    version: ConfigVersion,
     hash: Hash,
     manifest: bytes::Bytes,
     /// The caller's manifest is not known any more: it gets everything.
@@ -19,28 +21,49 @@ pub(crate) struct Plan {
     shards: Vec<(ShardKey, PublishedShard)>,
 }
 
-/// What a sidecar needs that has `have`; none if it does not take part.
-pub(crate) fn plan(view: &View, instance: &InstanceId, have: Option<Hash>) -> Result<Option<Plan>, ApiError> {
-    view.published(|published| {
-        let Some(wanted) = published.wanted(instance) else { return Ok(None) };
-        let class = wanted.class;
-        let known = have.and_then(|hash| class.manifest_with(hash));
-        let held: BTreeSet<Hash> =
-            known.iter().flat_map(|manifest| manifest.entries.values()).map(|entry| entry.hash).collect();
-        let mut shards = Vec::new();
-        for (key, entry) in class.manifest.entries.iter().filter(|(_, entry)| !held.contains(&entry.hash)) {
-            let shard = published.shard(key).filter(|shard| shard.built.hash == entry.hash);
-            let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
-            shards.push((key.clone(), shard.clone()));
-        }
-        let (version, hash, manifest) = (wanted.version, class.hash, class.bytes.clone());
-        Ok(Some(Plan { version, hash, manifest, full: known.is_none(), shards }))
-    })
+/// What a sidecar needs that has `have`.
+///
+/// # Errors
+/// If it does not take part; if it has something newer than is published here, since it is to get nothing older (I4).
+pub fn plan(
+    published: &Published,
+    instance: &InstanceId,
+    have: Option<(ConfigVersion, Hash)>,
+) -> Result<Plan, ApiError> {
+    let wanted = published.wanted(instance).ok_or_else(|| not_registered(instance))?;
+    if have.is_some_and(|(version, _)| version > wanted.version) {
+        return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
+    }
+    let class = wanted.class;
+    let known = have.and_then(|(_, hash)| class.manifest_with(hash));
+    let held: BTreeSet<Hash> =
+        known.iter().flat_map(|manifest| manifest.entries.values()).map(|entry| entry.hash).collect();
+    let mut shards = Vec::new();
+    for (key, entry) in class.manifest.entries.iter().filter(|(_, entry)| !held.contains(&entry.hash)) {
+        let shard = published.shard(key).filter(|shard| shard.built.hash == entry.hash);
+        let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
+        shards.push((key.clone(), shard.clone()));
+    }
+    let (version, hash, manifest) = (wanted.version, class.hash, class.bytes.clone());
+    Ok(Plan { version, hash, manifest, full: known.is_none(), shards })
+}
+
+/// Whether what a sidecar runs is beyond all that the log has, which ends at `head`: then the log lost its end.
+#[must_use]
+pub fn is_beyond(have: ConfigVersion, head: ConfigVersion) -> bool {
+    have > head
+}
+
+pub(crate) fn not_registered(instance: &InstanceId) -> ApiError {
+    ApiError::NotFound(format!("{instance} is not registered; register it, then pull again"))
 }
 
 impl Plan {
     /// The answer. Compresses what nobody asked for before.
-    pub(crate) fn into_response(self) -> Result<pb::PullResponse, ApiError> {
+    ///
+    /// # Errors
+    /// If the compressor fails, or a shard is longer than one may be.
+    pub fn into_response(self) -> Result<pb::PullResponse, ApiError> {
         let shard = |(key, shard): (ShardKey, PublishedShard)| {
             let body_zstd = shard.compressed().map_err(|error| ApiError::Internal(error.to_string()))?;
             let length = u32::try_from(shard.built.bytes.len());

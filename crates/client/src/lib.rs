@@ -7,7 +7,8 @@
 //!
 //! [`Backoff`] says when a sidecar that lost its controller tries again. [`Relay`] is one connection for many sidecars.
 //!
-//! [`take`] turns what a controller sends to a sidecar into a snapshot, or refuses it.
+//! [`take`] turns what a controller sends to a sidecar into a snapshot, or refuses it; [`follow`] decides what a sidecar does about
+//! it, and [`stored`] is the snapshot as it lies on its disk.
 //!
 //! Who the caller is and whom it believes are in the TLS configuration, made by `weft-identity`.
 
@@ -15,8 +16,10 @@ mod address;
 mod backoff;
 mod channel;
 mod error;
+pub mod follow;
 mod relay;
 mod retry;
+pub mod stored;
 pub mod take;
 
 pub use address::{AddressError, ControllerAddress};

@@ -22,6 +22,7 @@ mod fault;
 #[cfg(test)]
 mod fixture;
 mod fold;
+pub mod leadership;
 pub mod projector;
 pub mod published;
 mod replay;
@@ -33,6 +34,7 @@ mod view;
 pub use decode::{Decoder, Undecodable, UndecodableEvent};
 pub use fault::Fault;
 pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
+pub use leadership::Leadership;
 pub use projector::Projector;
 pub use published::{Patch, Published, PublishedClass, PublishedShard, ShardPatch};
 pub use store::{Ack, Commit, LeaderStatus, Lease, LeaseSession, SidecarStatus, Store, StoreError};

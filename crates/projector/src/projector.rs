@@ -25,6 +25,9 @@
 //! **Beginning to lead** compares all stored rows with the fold and writes the differences in the first transaction, so
 //! rows and code converge whatever an older version, a crash or a person left there. Folding starts at a checkpoint of the
 //! fold or at the first event (`catch_up.rs`), and while it leads this task writes such checkpoints (`checkpoint.rs`).
+//!
+//! The decisions are in [`Leadership`], which is pure and is also what the simulation of the control plane runs; here is what they
+//! are about: the log, the tables, the clock.
 
 mod catch_up;
 
@@ -41,21 +44,17 @@ use weft_routing::Checkpoint;
 use crate::checkpoint::Keeper;
 use crate::decode::Decoder;
 use crate::fault::Fault;
-use crate::published::Delta;
+use crate::leadership::{Batch, Beyond, Footing, Leadership, Write};
+pub use crate::leadership::{LEASE_TTL, RENEW_EVERY};
 use crate::rows::RowChanges;
 use crate::store::{Commit, Lease, LeaseSession, Store, StoreError};
-use crate::view::{Pending, Role, View};
+use crate::view::View;
 
-/// How long a lease lasts: a leader that is paused or cut off is replaced after at most so long. One that stalls for longer (a
-/// checkpoint of the database, a machine that swaps) loses it, which costs a comparison of all rows and nothing else.
-pub const LEASE_TTL: Duration = Duration::from_secs(2);
-/// The lease is prolonged three times before it would end.
-const RENEW_EVERY: Duration = Duration::from_millis(500);
 /// How often others look whether it is free: when it was given back, or its holder was killed, nobody leads for so long. It is one
 /// short query.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often a follower with something to publish looks whether it is covered.
-const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
+pub const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
 /// Pause after the log could not be read.
 const READ_RETRY: Duration = Duration::from_millis(200);
 
@@ -67,8 +66,7 @@ pub struct Projector {
     view: View,
     name: String,
     id: Uuid,
-    pending: Pending,
-    leading: Option<Leading>,
+    leadership: Leadership,
     /// For the lease; none before it was first needed, and after it failed.
     session: Option<LeaseSession>,
     decoder: Decoder,
@@ -77,24 +75,6 @@ pub struct Projector {
     /// The last event that was folded and its hash.
     folded: Option<(Position, EventHash)>,
     keeper: Keeper,
-    /// The checkpoint of a lost history that was reported.
-    reported: Option<Point>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Leading {
-    term: i64,
-    /// Where this leader left the checkpoint.
-    checkpoint: Position,
-    /// When the lease was asked for, the last time.
-    renewed: Instant,
-}
-
-impl Leading {
-    /// When the lease ends unless it is renewed.
-    fn until(&self) -> Instant {
-        self.renewed + LEASE_TTL
-    }
 }
 
 impl Projector {
@@ -107,14 +87,12 @@ impl Projector {
             view,
             name: name.into(),
             id,
-            pending: Pending::default(),
-            leading: None,
+            leadership: Leadership::default(),
             session: None,
             decoder: Decoder::default(),
             facts: Vec::new(),
             folded: None,
             keeper: Keeper::new(),
-            reported: None,
         }
     }
 
@@ -147,7 +125,7 @@ impl Projector {
                 // Kept while the others have their turn: a read that takes longer than they leave it would never end.
                 let mut next = pin!(tail.next());
                 loop {
-                    let waits_for_checkpoint = self.leading.is_none() && !self.pending.is_empty();
+                    let waits_for_checkpoint = self.leadership.waits_for_checkpoint();
                     tokio::select! {
                         biased;
                         _ = lease.tick() => {
@@ -183,7 +161,7 @@ impl Projector {
         metrics::counter!("weft_projector_events_folded_total").increment(self.facts.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
-        self.pending.push(delta);
+        self.leadership.folded(delta);
         Ok(())
     }
 
@@ -194,54 +172,53 @@ impl Projector {
 
     /// Writes and publishes what is pending, if this projector leads.
     async fn write(&mut self) {
-        let Some(leading) = self.leading else { return };
-        let Some(delta) = self.pending.merged() else { return };
-        if Instant::now() >= leading.until() {
-            // Not needed for safety, the term is; but somebody else is likely to be at it.
-            tracing::warn!(term = leading.term, "the projector's lease ran out");
-            return self.follow_others();
+        match self.leadership.write(Instant::now()) {
+            Write::Nothing => {}
+            Write::LeaseOver => {
+                tracing::warn!("the projector's lease ran out");
+                self.show_role();
+            }
+            Write::Commit(batch) => self.commit(&batch).await,
         }
-        self.commit(leading, &delta).await;
     }
 
-    async fn commit(&mut self, leading: Leading, delta: &Delta) {
-        let Leading { term, checkpoint, .. } = leading;
-        let started = Instant::now();
-        match self.store.commit(term, checkpoint, (delta.version, delta.hash), &delta.rows).await {
+    async fn commit(&mut self, batch: &Batch) {
+        let Batch { term, from, delta } = batch;
+        let (term, started) = (*term, Instant::now());
+        let commit = self.store.commit(term, *from, (delta.version, delta.hash), &delta.rows).await;
+        match &commit {
             Ok(Commit::Done) => {
                 metrics::histogram!("weft_projector_commit_seconds").record(started.elapsed().as_secs_f64());
-                self.leading = Some(Leading { checkpoint: delta.version.position, ..leading });
-                self.publish(delta.version);
             }
             Ok(Commit::Fenced) => {
                 tracing::warn!(term, "another controller leads: nothing was written, nothing is published");
                 metrics::counter!("weft_projector_fenced_total").increment(1);
-                self.follow_others();
             }
             Err(error) => {
-                tracing::warn!(term, error = %Chain(&error), "the projection could not be written");
-                self.follow_others();
+                tracing::warn!(term, error = %Chain(error), "the projection could not be written");
             }
+        }
+        match self.leadership.written(batch, commit.ok()) {
+            Some(checkpoint) => self.publish(checkpoint),
+            None => self.show_role(),
         }
     }
 
     fn publish(&mut self, checkpoint: ConfigVersion) {
-        self.view.publish(&mut self.pending, checkpoint);
+        self.leadership.publish(&self.view, checkpoint);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_published_position").set(checkpoint.position.0 as f64);
     }
 
-    fn follow_others(&mut self) {
-        self.leading = None;
-        self.view.set_role(Role::Follower);
-        metrics::gauge!("weft_projector_leads").set(0.0);
+    /// Tells whoever asks whether this projector leads.
+    fn show_role(&self) {
+        self.view.set_role(self.leadership.role());
+        metrics::gauge!("weft_projector_leads").set(if self.leadership.term().is_some() { 1.0 } else { 0.0 });
     }
 
     /// Has a checkpoint of the fold written if one is due. Called between two reads, when nothing waits to be published.
     fn keep_checkpoint(&mut self) {
-        let Some((position, hash)) =
-            self.folded.filter(|_| self.leading.is_some() && self.pending.is_empty())
-        else {
+        let Some((position, hash)) = self.folded.filter(|_| self.leadership.is_settled()) else {
             return;
         };
         if !self.keeper.is_due(position) {
@@ -262,9 +239,9 @@ impl Projector {
 
     /// Prolongs the lease, or tries to get it. That the database cannot be asked changes nothing yet.
     async fn keep_lease(&mut self) -> Result<(), Fault> {
-        let result = match self.leading {
-            Some(leading) if leading.renewed.elapsed() < RENEW_EVERY => Ok(()),
-            Some(leading) => self.renew(leading).await.map_err(LeaseError::Store),
+        let result = match self.leadership.term() {
+            Some(_) if !self.leadership.must_renew(Instant::now()) => Ok(()),
+            Some(term) => self.renew(term).await.map_err(LeaseError::Store),
             None => self.try_to_lead().await,
         };
         match result {
@@ -278,15 +255,14 @@ impl Projector {
         }
     }
 
-    async fn renew(&mut self, leading: Leading) -> Result<(), StoreError> {
-        let renewed = Instant::now();
-        let id = self.id;
-        if self.session().await?.renew(id, leading.term, LEASE_TTL).await? {
-            self.leading = Some(Leading { renewed, ..leading });
-        } else {
-            tracing::warn!(term = leading.term, "another controller took the projector's lease");
-            self.follow_others();
+    async fn renew(&mut self, term: i64) -> Result<(), StoreError> {
+        let (asked, id) = (Instant::now(), self.id);
+        let held = self.session().await?.renew(id, term, LEASE_TTL).await?;
+        if !held {
+            tracing::warn!(term, "another controller took the projector's lease");
         }
+        self.leadership.renewed(asked, held);
+        self.show_role();
         Ok(())
     }
 
@@ -312,17 +288,15 @@ impl Projector {
         let folded = self.view.read(weft_routing::Projection::version);
         if checkpoint.position > folded.position {
             let head = self.reader.head().await.map_err(LeaseError::from)?;
-            if head.position >= checkpoint.position {
-                return Ok(());
+            match Leadership::beyond(checkpoint, &head) {
+                Beyond::Behind => return Ok(()),
+                // Its hash is not known: an earlier version of Weft wrote it.
+                Beyond::Lost(fault) => return Err(fault.into()),
+                Beyond::Restarted => tracing::error!(
+                    projected = %checkpoint, head = %head.position, epoch = %head.epoch,
+                    "LOG_REWOUND: the log lost events and began a new epoch; its rows are brought back to it"
+                ),
             }
-            // Its hash is not known: an earlier version of Weft wrote it.
-            if head.epoch <= checkpoint.epoch {
-                return Err(Fault::Rewound { projected: checkpoint, head: head.position }.into());
-            }
-            tracing::error!(
-                projected = %checkpoint, head = %head.position, epoch = %head.epoch,
-                "LOG_REWOUND: the log lost events and began a new epoch; its rows are brought back to it"
-            );
         }
         let (asked, name) = (Instant::now(), self.name.clone());
         let Some(lease) = self.session().await?.acquire(&name, id, LEASE_TTL).await? else {
@@ -334,27 +308,25 @@ impl Projector {
     /// Whether the checkpoint is one of this log, or of a history that was given up. One of a log that lost its end is
     /// reported, and left as it is: it tells what was lost.
     async fn may_follow(&mut self, point: &Point) -> Result<bool, LogError> {
-        match self.reader.check_seen(point).await? {
-            Seen::Stands => Ok(true),
-            Seen::NotYet => Ok(false),
-            Seen::GivenUp => {
-                tracing::warn!(projected = %point.version(), "rows of a history that was given up are brought back to the log");
-                Ok(true)
-            }
-            Seen::Lost { found } => {
-                if self.reported != Some(*point) {
-                    tracing::error!(projected = %point.version(), head = %found,
-                        "LOG_REWOUND: what was projected is not in the log; nothing is projected until an operator decides");
-                    report_rewind(&self.reader, point, "projector").await?;
-                    self.reported = Some(*point);
-                }
+        let seen = self.reader.check_seen(point).await?;
+        if seen == Seen::GivenUp {
+            tracing::warn!(projected = %point.version(), "rows of a history that was given up are brought back to the log");
+        }
+        match self.leadership.footing(point, seen) {
+            Footing::Good => Ok(true),
+            Footing::Wait => Ok(false),
+            Footing::Report => {
+                tracing::error!(projected = %point.version(), ?seen,
+                    "LOG_REWOUND: what was projected is not in the log; nothing is projected until an operator decides");
+                report_rewind(&self.reader, point, "projector").await?;
+                self.leadership.reported(*point);
                 Ok(false)
             }
         }
     }
 
     /// Brings the rows to the fold, and leads from there.
-    async fn begin_to_lead(&mut self, lease: Lease, renewed: Instant) -> Result<(), LeaseError> {
+    async fn begin_to_lead(&mut self, lease: Lease, asked: Instant) -> Result<(), LeaseError> {
         let (checkpoint, stored) = match self.store.rows().await {
             Ok(read) => read,
             Err(StoreError::Row { table, key }) => {
@@ -365,30 +337,27 @@ impl Projector {
         };
         let (version, rows) =
             self.view.read(|projection| (projection.version(), RowChanges::all(projection)));
-        let changes = rows.since(&stored);
-        if checkpoint == version && !changes.is_empty() {
-            tracing::warn!(rows = changes.len(), %checkpoint, "stored rows were not what the log says, and are corrected");
+        let batch = self.leadership.begin(lease, asked, (checkpoint, &stored), (version, self.hash(), &rows));
+        let changes = batch.delta.rows.len();
+        if checkpoint == version && changes > 0 {
+            tracing::warn!(rows = changes, %checkpoint, "stored rows were not what the log says, and are corrected");
         }
-        let delta = Delta { version, hash: self.hash(), rows: changes, ..Delta::default() };
-        self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, renewed });
-        self.view.set_role(Role::Leader { term: lease.term });
-        metrics::gauge!("weft_projector_leads").set(1.0);
-        tracing::info!(term = lease.term, from = %checkpoint, to = %version, rows = delta.rows.len(), "leading the projection");
-        if let Some(leading) = self.leading {
-            self.commit(leading, &delta).await;
-        }
+        self.show_role();
+        tracing::info!(term = lease.term, from = %checkpoint, to = %version, rows = changes, "leading the projection");
+        self.commit(&batch).await;
         Ok(())
     }
 
     async fn step_down(&mut self) {
-        let Some(leading) = self.leading else { return };
+        let Some(term) = self.leadership.term() else { return };
         let id = self.id;
-        let released = async { self.session().await?.release(id, leading.term).await };
+        let released = async { self.session().await?.release(id, term).await };
         match released.await {
-            Ok(()) => tracing::info!(term = leading.term, "gave the projector's lease back"),
+            Ok(()) => tracing::info!(term, "gave the projector's lease back"),
             Err(error) => tracing::warn!(error = %Chain(&error), "the projector's lease ends by itself"),
         }
-        self.follow_others();
+        self.leadership.follow();
+        self.show_role();
     }
 }
 

@@ -123,7 +123,10 @@ impl View {
     }
 
     /// Folds the next events, the last of which has this chain hash, and says what they change.
-    pub(crate) fn fold(&self, facts: &[Fact], hash: Option<EventHash>) -> Result<Delta, Fault> {
+    ///
+    /// # Errors
+    /// If they do not follow each other.
+    pub fn fold(&self, facts: &[Fact], hash: Option<EventHash>) -> Result<Delta, Fault> {
         let delta = {
             let mut projection = self.shared.projection.write().unwrap_or_else(PoisonError::into_inner);
             let changes = projection.apply(facts).map_err(Fault::Fold)?;
@@ -136,7 +139,8 @@ impl View {
 
     /// Takes over a projection that was folded elsewhere, and says what follows from it, but for rows: who begins to lead
     /// compares all of them.
-    pub(crate) fn install(&self, projection: Projection) -> Delta {
+    #[must_use]
+    pub fn install(&self, projection: Projection) -> Delta {
         let delta = Delta::everything(&projection);
         *self.shared.projection.write().unwrap_or_else(PoisonError::into_inner) = projection;
         self.shared.folded.send_replace(delta.version);

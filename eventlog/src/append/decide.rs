@@ -1,4 +1,5 @@
-//! Which requests of a batch are accepted. Pure: it sees what was read of the log and performs no I/O.
+//! Which requests of a batch are accepted. Pure: it sees what was read of the log and performs no I/O. The appender asks it, and
+//! so does the simulation of the control plane, which keeps a log of its own.
 //!
 //! Requests are decided in order against the same evolving picture, so of two that expect the same version exactly
 //! one wins, and a request may build on the one before it. A refused one leaves no trace: its neighbours are decided
@@ -11,7 +12,7 @@ use weft_model::version::{Epoch, Position, Version};
 
 use super::columns::Rows;
 use super::{AppendError, OUTCOME_KEPT};
-use crate::epoch::LogTail;
+pub use crate::epoch::LogTail;
 use crate::event::UnixMicros;
 use crate::page::EventView;
 use crate::request::{AppendRequest, Appended, Malformed};
@@ -22,14 +23,19 @@ pub(crate) const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// An accepted command, as the database or an earlier request of the batch remembers it.
 #[derive(Clone, Debug)]
-pub(super) struct Outcome {
-    pub(super) fingerprint: [u8; 32],
-    pub(super) appended: Appended,
+pub struct Outcome {
+    /// What makes another request the same command.
+    pub fingerprint: [u8; 32],
+    /// What was recorded.
+    pub appended: Appended,
 }
 
 impl Outcome {
     /// What somebody is told who asks with the command's id for what has this fingerprint.
-    pub(super) fn answer(&self, fingerprint: [u8; 32]) -> Result<Appended, AppendError> {
+    ///
+    /// # Errors
+    /// [`AppendError::CommandIdReused`] if that is another command.
+    pub fn answer(&self, fingerprint: [u8; 32]) -> Result<Appended, AppendError> {
         if self.fingerprint != fingerprint {
             return Err(AppendError::CommandIdReused);
         }
@@ -39,28 +45,31 @@ impl Outcome {
 
 /// What a batch is decided on, beside the versions of its scopes.
 #[derive(Debug)]
-pub(super) struct Ground {
-    pub(super) epoch: Epoch,
-    pub(super) tail: LogTail,
+pub struct Ground {
+    /// The epoch that is open.
+    pub epoch: Epoch,
+    /// The log's end.
+    pub tail: LogTail,
     /// The database's clock.
-    pub(super) now: UnixMicros,
+    pub now: UnixMicros,
     /// Outcomes of those commands of the batch that were accepted before.
-    pub(super) outcomes: BTreeMap<Uuid, Outcome>,
+    pub outcomes: BTreeMap<Uuid, Outcome>,
 }
 
 /// What is to be written, and what to tell each requester once it is.
-pub(super) struct Decision {
+#[derive(Debug)]
+pub struct Decision {
     pub(super) rows: Rows,
-    /// The ids of the commands in `rows`.
-    pub(super) recorded: Vec<Uuid>,
+    /// The ids of the commands that are recorded.
+    pub recorded: Vec<Uuid>,
     /// One per request, in order.
-    pub(super) answers: Vec<Result<Appended, AppendError>>,
-    /// The log's end once `rows` are written.
-    pub(super) tail: LogTail,
+    pub answers: Vec<Result<Appended, AppendError>>,
+    /// The log's end once they are.
+    pub tail: LogTail,
 }
 
 /// Decides `requests`, each with its fingerprint, in order. `heads` is brought to what it is once the rows are written.
-pub(super) fn decide<'a>(
+pub fn decide<'a>(
     ground: Ground,
     heads: &mut BTreeMap<&'a str, Version>,
     requests: impl IntoIterator<Item = (&'a AppendRequest, [u8; 32])>,

@@ -3,6 +3,8 @@
 //! One task, one session at a time. A session that breaks, or in which no notice comes for two heartbeats, is given up for
 //! a new one, with another controller first, after a random wait. The data path goes on meanwhile.
 //!
+//! What is to be done is decided in [`follow`](weft_client::follow), which is pure; here it is done.
+//!
 //! Order of a swap: disk, memory, cuts, ack. What took effect is on disk, so a restart never goes back behind it (I4).
 //! The one gap: a disk that does not answer within [`DISK_WAIT`](super::keep::DISK_WAIT), or refuses, does not stop a deny
 //! from taking effect; the ack then says that it is not durable, and a crash before the disk has it goes back to what is
@@ -26,7 +28,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::transport::Channel;
-use weft_client::take::{self, Refusal};
+use weft_client::follow::{self, Ack, Ask, Follower, HEARTBEAT_DEFAULT, Heard, MISSED_MAX, Pulled, Taken};
+use weft_client::take;
 use weft_client::{ALPN, Backoff, CallError, command};
 use weft_identity::tls::ExpectedPeer;
 use weft_model::{Chain, ConfigVersion, ServiceName};
@@ -35,29 +38,12 @@ use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_proto::v1::mesh_client::MeshClient;
 use weft_routing::Snapshot;
 
-/// How often notices come until the controller says.
-const HEARTBEAT_DEFAULT: Duration = Duration::from_secs(5);
-
-/// The shortest and longest heartbeat that is believed: below, a hiccup is a fault; above, a fault goes unnoticed.
-const HEARTBEAT_MIN: Duration = Duration::from_millis(20);
-const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
-
-/// Missed heartbeats that mean: out of touch.
-const MISSED_MAX: u32 = 2;
-
-/// The longest that an ack is held back, whatever a controller asks for.
-const ACK_SPREAD_MAX: Duration = Duration::from_secs(10);
-
 /// Largest answer to a pull: a mesh seen whole, compressed.
 const PULL_BYTES_MAX: usize = 256 << 20;
 
 /// Shortest time between pulls because a peer runs something newer. Peers may run ahead of this sidecar for good, if what
 /// changed is not in its snapshot.
 const MISS_INTERVAL: Duration = Duration::from_millis(200);
-
-/// How long after registering, or connecting, a controller may still say that the instance is not registered: its fold
-/// may lag. After that, somebody took it out, and it registers again.
-const REGISTERED_GRACE: Duration = Duration::from_secs(5);
 
 /// A session ended.
 #[derive(Debug, thiserror::Error)]
@@ -87,24 +73,6 @@ pub(crate) struct Subscriber {
     pub(crate) witnesses: Witnesses,
     /// Waits after a controller failed, and after one had too much to do; over when a controller gave what it has.
     pub(crate) backoff: Backoff,
-}
-
-/// What a session has yet to say of what it applied. The newest word is enough.
-#[derive(Default)]
-struct Acks {
-    /// Over how long the controller wants them spread.
-    spread: Duration,
-    due: Option<Ack>,
-    /// What is applied and acked as not on disk.
-    unkept: Option<Arc<Snapshot>>,
-}
-
-struct Ack {
-    at: Instant,
-    applied: Arc<Snapshot>,
-    /// From notice to swap.
-    took: Duration,
-    error: String,
 }
 
 /// When the next notice is due at the latest; [`watch_staleness`] says so if it does not come.
@@ -147,7 +115,7 @@ impl Subscriber {
             // If nothing is recorded now, what this sidecar has seen may be why, or may be news: it is shown below.
             self.registered = self.register_if_recorded(channel).await?;
         }
-        let mut known_since = Instant::now();
+        let mut session = follow::Session::new(Instant::now());
         let mut seen = self.shared.seen.subscribe();
         let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
@@ -155,61 +123,52 @@ impl Subscriber {
         let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have, witness })).await?;
         self.status.clear_rewound();
         self.open_session(channel);
-        let mut heartbeat = HEARTBEAT_DEFAULT;
-        let mut last_notice = Instant::now();
         let mut last_miss = None;
-        let mut head = None;
-        // When a controller that had too much to do is asked again.
-        let mut again: Option<Instant> = None;
-        let mut acks = Acks::default();
         loop {
             let since = tokio::select! {
                 biased;
                 notice = notices.message() => {
                     let notice = notice.map_err(CallError::from)?.ok_or(SessionError::Ended)?;
-                    last_notice = Instant::now();
-                    heartbeat = Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
-                    due.send_replace(last_notice + heartbeat * MISSED_MAX);
-                    head = notice.head.as_ref().map(take::version);
+                    let now = Instant::now();
+                    let head = session.noticed(&notice, now);
+                    due.send_replace(session.silent_at());
                     self.witnesses.told(head, &notice.witness);
-                    acks.spread = Duration::from_millis(notice.ack_spread_ms.into()).min(ACK_SPREAD_MAX);
-                    let unknown = notice.wanted.is_none() || !self.registered;
-                    if unknown && known_since.elapsed() > REGISTERED_GRACE {
+                    if session.must_register(&notice, self.registered, now) {
                         self.registered = self.register_if_recorded(channel).await?;
                         if self.registered {
                             // As a new session, so that its health is reported anew too.
                             self.open_session(channel);
                         }
-                        known_since = Instant::now();
+                        session.registered(Instant::now());
                     }
-                    // Whoever had too much to do is not asked by every notice.
-                    if !self.misses(&notice) || again.is_some() || self.take_patch(&notice, &mut acks).await {
+                    if !self.misses(&notice, &mut session).await {
                         continue;
                     }
-                    last_notice
+                    now
                 }
-                () = sleep_until(last_notice + heartbeat * MISSED_MAX) => return Err(SessionError::Silent),
+                () = sleep_until(session.silent_at()) => return Err(SessionError::Silent),
                 // The controller ends the stream with the leaf that opened it; this is before.
                 () = self.own.renewed.notified() => return Err(SessionError::Renewed),
-                () = at(again) => last_notice,
-                () = miss(&mut seen, last_miss, head, &self.shared) => {
+                () = at(session.again_at()) => session.last_notice(),
+                () = miss(&mut seen, last_miss, session.head(), &self.shared) => {
                     last_miss = Some(Instant::now());
                     Instant::now()
                 }
-                () = at(acks.due.as_ref().map(|due| due.at)) => {
-                    if let Some(Ack { applied, took, error, .. }) = acks.due.take() {
+                () = at(session.ack_at()) => {
+                    if let Some(Ack { applied, took, error }) = session.take_ack() {
                         ack(&mut discovery, Some(&applied), took, error).await?;
                     }
                     continue;
                 }
-                snapshot = kept(&mut self.keeper, acks.unkept.as_ref()) => {
-                    ack(&mut discovery, Some(&snapshot), last_notice.elapsed(), String::new()).await?;
-                    acks.unkept = None;
+                snapshot = kept(&mut self.keeper, session.unkept()) => {
+                    let took = session.last_notice().elapsed();
+                    ack(&mut discovery, Some(&snapshot), took, String::new()).await?;
+                    session.kept();
                     continue;
                 }
             };
-            again = None;
-            match self.pull(&mut discovery, since, &mut acks).await {
+            session.pulling();
+            match self.pull(&mut discovery, since, &mut session).await {
                 Ok(()) => {
                     self.backoff.reset();
                     // A peer that claims more than there is shall not hide what others say later.
@@ -219,7 +178,7 @@ impl Subscriber {
                 Err(SessionError::Call(error @ (CallError::Overloaded(_) | CallError::Unavailable(_)))) => {
                     let wait = self.backoff.next(&mut self.rng);
                     tracing::debug!(%error, ?wait, "pulling again later");
-                    again = Some(Instant::now() + wait);
+                    session.ask_again(Instant::now() + wait);
                 }
                 Err(error) => return Err(error),
             }
@@ -272,22 +231,42 @@ impl Subscriber {
         });
     }
 
-    /// Whether a notice announces something newer than what is applied.
-    fn misses(&mut self, notice: &v1::Notice) -> bool {
+    /// Takes what a notice brings. Whether something is missed after that, and is to be pulled.
+    async fn misses(&mut self, notice: &v1::Notice, session: &mut follow::Session) -> bool {
+        let since = Instant::now();
         let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
-        self.status.notice(wanted, notice.head.as_ref().map(take::version));
-        let (Some(wanted), current) = (wanted, self.shared.snapshot().map(|snapshot| snapshot.version))
-        else {
-            return false;
-        };
-        if current == Some(wanted) {
-            self.backoff.reset();
-        } else if current.is_some_and(|current| current > wanted) {
-            // Not an error of this notice only: say it, keep what is newer.
-            let error = format!("a controller announces {wanted}, older than what is applied; not taken");
-            self.status.set_refused(Some(error));
+        self.status.notice(wanted, session.head());
+        match self.following(|follower| session.hear(notice, follower)) {
+            Heard::Nothing => false,
+            Heard::Current => {
+                self.backoff.reset();
+                false
+            }
+            Heard::Older(wanted) => {
+                // Not an error of this notice only: say it, keep what is newer.
+                let error = format!("a controller announces {wanted}, older than what is applied; not taken");
+                self.status.set_refused(Some(error));
+                false
+            }
+            Heard::Patched(taken) => {
+                self.apply(taken, since, session).await;
+                self.backoff.reset();
+                false
+            }
+            Heard::Missed { misfit } => {
+                if let Some(refusal) = misfit {
+                    tracing::warn!(error = %Chain(&refusal), "the patch does not fit; pulling");
+                }
+                true
+            }
         }
-        current.is_none_or(|current| current < wanted)
+    }
+
+    /// Decides something about this sidecar as it is.
+    fn following<T>(&self, decide: impl FnOnce(Follower<'_>) -> T) -> T {
+        let (current, identity) = (self.shared.snapshot(), self.own.tls.current());
+        let trust_domain = &identity.spiffe_id().trust_domain;
+        decide(Follower { own: &self.config.instance, trust_domain, current: current.as_deref() })
     }
 
     /// Gets what is missed: the difference, or everything if that does not fit together.
@@ -295,27 +274,25 @@ impl Subscriber {
         &mut self,
         discovery: &mut DiscoveryClient<Channel>,
         since: Instant,
-        acks: &mut Acks,
+        session: &mut follow::Session,
     ) -> Result<(), SessionError> {
-        let current = self.shared.snapshot();
-        let have = current.as_deref().map(take::header);
-        let mut taken = self.pull_once(discovery, have, current.as_deref()).await?;
-        if matches!(&taken, Err(Refusal::Snapshot(_) | Refusal::Compression { .. })) && current.is_some() {
-            tracing::warn!("the difference does not fit; pulling everything");
-            taken = self.pull_once(discovery, None, current.as_deref()).await?;
+        let mut pulled = self.pull_once(discovery, Ask::Difference).await?;
+        if let Pulled::Misfit(refusal) = pulled {
+            tracing::warn!(error = %Chain(&refusal), "the difference does not fit; pulling everything");
+            pulled = self.pull_once(discovery, Ask::Everything).await?;
         }
-        match taken {
-            Ok(None) => Ok(()),
-            Ok(Some(snapshot)) => {
-                self.apply(Arc::new(snapshot), since, acks).await;
+        match pulled {
+            Pulled::Current => Ok(()),
+            Pulled::Taken(taken) => {
+                self.apply(taken, since, session).await;
                 Ok(())
             }
-            Err(refusal) => {
+            Pulled::Misfit(refusal) | Pulled::Refused(refusal) => {
                 let error = Chain(&refusal).to_string();
                 metrics::config_refused();
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
-                ack(discovery, current.as_deref(), since.elapsed(), error).await
+                ack(discovery, self.shared.snapshot().as_deref(), since.elapsed(), error).await
             }
         }
     }
@@ -323,46 +300,24 @@ impl Subscriber {
     async fn pull_once(
         &self,
         discovery: &mut DiscoveryClient<Channel>,
-        have: Option<v1::SnapshotHeader>,
-        current: Option<&Snapshot>,
-    ) -> Result<Result<Option<Snapshot>, Refusal>, SessionError> {
-        let pulled = answer(discovery.pull(v1::PullRequest { have })).await?;
-        let identity = self.own.tls.current();
-        Ok(take::take(&pulled, current, &self.config.instance, &identity.spiffe_id().trust_domain))
-    }
-
-    /// Takes what a notice brings. False if that is nothing, or does not fit: then it is to be pulled.
-    async fn take_patch(&mut self, notice: &v1::Notice, acks: &mut Acks) -> bool {
-        let since = Instant::now();
-        let Some(current) = self.shared.snapshot() else { return false };
-        let identity = self.own.tls.current();
-        let trust_domain = &identity.spiffe_id().trust_domain;
-        match take::take_patch(notice, &current, &self.config.instance, trust_domain) {
-            Ok(Some(snapshot)) => {
-                self.apply(Arc::new(snapshot), since, acks).await;
-                self.backoff.reset();
-                true
-            }
-            Ok(None) => false,
-            Err(refusal) => {
-                tracing::warn!(error = %Chain(&refusal), "the patch does not fit; pulling");
-                false
-            }
-        }
+        ask: Ask,
+    ) -> Result<Pulled, SessionError> {
+        let request = ask.request(self.shared.snapshot().as_deref());
+        let pulled = answer(discovery.pull(request)).await?;
+        Ok(self.following(|follower| ask.answered(&pulled, follower)))
     }
 
     /// Puts a snapshot in force, and has it acked; with why, if it is not on disk.
-    async fn apply(&mut self, snapshot: Arc<Snapshot>, since: Instant, acks: &mut Acks) {
-        let kept = self.keeper.keep(&snapshot).await;
+    async fn apply(&mut self, taken: Taken, since: Instant, session: &mut follow::Session) {
+        let answer = self.keeper.keep(taken.snapshot()).await;
+        let kept = taken.kept(answer);
+        let snapshot = Arc::clone(kept.snapshot());
         let cut = self.shared.install(Arc::clone(&snapshot));
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
         tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
         self.own.trust(&snapshot.trust).await;
-        acks.unkept = kept.is_err().then(|| Arc::clone(&snapshot));
-        let error = kept.err().map(|error| format!("applied, but not durable: {error}")).unwrap_or_default();
-        let at = Instant::now() + acks.spread.mul_f64(self.rng.random_range(0.0..=1.0));
-        acks.due = Some(Ack { at, applied: snapshot, took: since.elapsed(), error });
+        session.applied(kept, since.elapsed(), Instant::now(), self.rng.random_range(0.0..=1.0));
     }
 }
 
@@ -401,7 +356,7 @@ async fn miss(
         }
         let newest = *seen.borrow_and_update();
         let ours = shared.snapshot().map(|snapshot| snapshot.version);
-        if head.is_none_or(|head| newest > head) && ours.is_none_or(|ours| newest > ours) {
+        if follow::Session::is_news(head, newest, ours) {
             return;
         }
     }

@@ -45,7 +45,7 @@ impl Projector {
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(position.0 as f64);
         if position > Position::ZERO {
-            self.pending.push(delta);
+            self.leadership.folded(delta);
         }
         Ok(position)
     }
