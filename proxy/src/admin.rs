@@ -125,7 +125,7 @@ fn listeners(listeners: &BTreeMap<SocketAddr, Target>) -> Value {
 }
 
 fn applied(snapshot: &Snapshot) -> Value {
-    let shards = snapshot.manifest.entries.iter().map(|(key, entry)| {
+    let shards = snapshot.manifest.entries().map(|(key, entry)| {
         json!({ "key": key.to_string(), "hash": entry.hash.to_string(), "position": entry.position })
     });
     json!({

@@ -19,7 +19,7 @@ const FAILED_MS: u64 = 5_000;
 #[derive(Debug)]
 pub(crate) struct Routes {
     pub(crate) snapshot: Arc<Snapshot>,
-    services: BTreeMap<ServiceName, Counts>,
+    services: BTreeMap<ServiceName, Arc<Counts>>,
 }
 
 #[derive(Debug, Default)]
@@ -68,6 +68,12 @@ impl Routes {
             let known = previous.and_then(|previous| {
                 Some((previous.snapshot.endpoints.get(service)?, previous.services.get(service)?))
             });
+            if let Some((former, counts)) = known
+                && Arc::ptr_eq(former, shard)
+            {
+                // Nothing is counted anew for a service that did not change, however many there are.
+                return (service.clone(), Arc::clone(counts));
+            }
             let endpoints = shard.endpoints.iter().map(|endpoint| {
                 let carried = known.and_then(|(shard, counts)| {
                     let index =
@@ -77,7 +83,7 @@ impl Routes {
                 carried.unwrap_or_default()
             });
             let turn = known.map(|(_, counts)| Arc::clone(&counts.turn)).unwrap_or_default();
-            (service.clone(), Counts { turn, endpoints: endpoints.collect() })
+            (service.clone(), Arc::new(Counts { turn, endpoints: endpoints.collect() }))
         });
         Self { services: services.collect(), snapshot: Arc::clone(snapshot) }
     }

@@ -1,11 +1,11 @@
 //! What a pull answers: the difference between what a sidecar has and what it should run. Pure: it looks at what is
 //! published. The [`discovery`](crate::discovery) service and the simulation of the control plane ask it.
 
-use std::collections::BTreeSet;
 use weft_model::{ConfigVersion, InstanceId};
 use weft_projector::{Patch, Published, PublishedShard, ShardPatch};
 use weft_proto::v1 as pb;
-use weft_routing::{Hash, ShardKey};
+use weft_routing::manifest::{Changed, encode_entries};
+use weft_routing::{Hash, Manifest, ShardKey};
 
 use crate::convert::config_version;
 use crate::status::ApiError;
@@ -14,8 +14,9 @@ use crate::status::ApiError;
 #[derive(Debug)]
 pub struct Plan {
     version: ConfigVersion,
-    hash: Hash,
-    manifest: bytes::Bytes,
+    /// The newest manifest, and the one that the caller has.
+    newest: Manifest,
+    known: Option<Manifest>,
     /// The caller's manifest is not known any more: it gets everything.
     pub(crate) full: bool,
     shards: Vec<(ShardKey, PublishedShard)>,
@@ -34,18 +35,19 @@ pub fn plan(
     if have.is_some_and(|(version, _)| version > wanted.version) {
         return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
     }
-    let class = wanted.class;
-    let known = have.and_then(|(_, hash)| class.manifest_with(hash));
-    let held: BTreeSet<Hash> =
-        known.iter().flat_map(|manifest| manifest.entries.values()).map(|entry| entry.hash).collect();
+    let newest = wanted.class.manifest.clone();
+    let known = have.and_then(|(_, hash)| wanted.class.manifest_with(hash)).cloned();
+    let nothing = Manifest::default();
     let mut shards = Vec::new();
-    for (key, entry) in class.manifest.entries.iter().filter(|(_, entry)| !held.contains(&entry.hash)) {
+    for Changed { key, entry, before } in newest.since(known.as_ref().unwrap_or(&nothing)).changed {
+        if before.is_some_and(|before| before.hash == entry.hash) {
+            continue;
+        }
         let shard = published.shard(key).filter(|shard| shard.built.hash == entry.hash);
         let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
         shards.push((key.clone(), shard.clone()));
     }
-    let (version, hash, manifest) = (wanted.version, class.hash, class.bytes.clone());
-    Ok(Plan { version, hash, manifest, full: known.is_none(), shards })
+    Ok(Plan { version: wanted.version, full: known.is_none(), newest, known, shards })
 }
 
 /// Whether what a sidecar runs is beyond all that the log has, which ends at `head`: then the log lost its end.
@@ -70,11 +72,20 @@ impl Plan {
             let length = length.map_err(|_| ApiError::Internal(format!("shard {key} is too large")))?;
             Ok(pb::Shard { key: key.to_string(), body_zstd, length })
         };
+        let (manifest, removed) = match &self.known {
+            Some(known) => {
+                let difference = self.newest.since(known);
+                let entries = difference.changed.iter().map(|changed| (changed.key, changed.entry));
+                (encode_entries(entries), difference.removed.iter().map(ToString::to_string).collect())
+            }
+            None => (self.newest.encode(), Vec::new()),
+        };
         Ok(pb::PullResponse {
-            header: Some(header(self.version, self.hash)),
+            header: Some(header(self.version, self.newest.hash())),
             full: self.full,
-            manifest: self.manifest,
+            manifest: manifest.into(),
             shards: self.shards.into_iter().map(shard).collect::<Result<_, ApiError>>()?,
+            removed,
         })
     }
 }

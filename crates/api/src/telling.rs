@@ -67,7 +67,7 @@ impl Telling {
     /// What is to be said now; none if there is nothing. Counts as said.
     pub fn next(&mut self, published: &Published, now: Instant) -> Option<News> {
         let wanted = published.wanted(&self.instance);
-        let news = wanted.as_ref().map(|wanted| (wanted.version, wanted.class.hash));
+        let news = wanted.as_ref().map(|wanted| (wanted.version, wanted.class.manifest.hash()));
         let (heartbeat, change) = (now >= self.next_heartbeat, self.told != news);
         if !heartbeat && !change {
             return None;

@@ -271,7 +271,7 @@ impl Ask {
         match take::take(pulled, current, own, trust_domain) {
             Ok(None) => Pulled::Current,
             Ok(Some(snapshot)) => Pulled::Taken(Taken(Arc::new(snapshot))),
-            Err(refusal @ (Refusal::Snapshot(_) | Refusal::Compression { .. }))
+            Err(refusal @ (Refusal::Snapshot(_) | Refusal::Compression { .. } | Refusal::Key(_)))
                 if current.is_some() && self == Self::Difference =>
             {
                 Pulled::Misfit(refusal)

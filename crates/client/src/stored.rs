@@ -9,7 +9,7 @@ use weft_routing::snapshot::SnapshotError;
 use weft_routing::{Hash, Snapshot};
 
 /// Says what the file is, and which version of the format.
-const MAGIC: &[u8] = b"weft snapshot 1\n";
+const MAGIC: &[u8] = b"weft snapshot 2\n";
 const HASH_BYTES: usize = 32;
 
 /// Bytes are not a whole snapshot of this instance.

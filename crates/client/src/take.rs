@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use weft_model::{ConfigVersion, Epoch, InstanceId, Position, TrustDomain};
 use weft_proto::v1;
+use weft_routing::manifest::{self, ManifestEntry};
 use weft_routing::snapshot::{SHARD_BYTES_MAX, SnapshotError};
 use weft_routing::{Hash, ShardKey, Snapshot};
 
@@ -23,6 +24,9 @@ pub enum Refusal {
     /// It does not say which snapshot it is.
     #[error("answer names no snapshot")]
     Header,
+    /// It names a shard that cannot be.
+    #[error("{0:?} names no shard")]
+    Key(String),
     /// A shard is above its bound.
     #[error("shard {key} is longer than it may be")]
     TooLong {
@@ -101,14 +105,22 @@ pub fn take(
         let bytes = decompress(shard)?;
         shards.insert(Hash::of(&bytes), bytes);
     }
-    let snapshot = match current {
-        Some(current) if !pulled.full => {
-            current.assemble_next(offered, manifest_hash, &pulled.manifest, &shards)?
-        }
-        Some(_) | None => Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?,
+    let snapshot = match current.filter(|_| !pulled.full) {
+        Some(current) => current.next(offered, manifest_hash, &changes(pulled)?, &shards)?,
+        None => Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?,
     };
     belongs(&snapshot, own, trust_domain)?;
     Ok(Some(snapshot))
+}
+
+/// The entries of the manifest that a difference changes.
+fn changes(pulled: &v1::PullResponse) -> Result<BTreeMap<ShardKey, Option<ManifestEntry>>, Refusal> {
+    let changed = manifest::decode_entries(&pulled.manifest).map_err(SnapshotError::from)?;
+    let mut changes: BTreeMap<_, _> = changed.into_iter().map(|(key, entry)| (key, Some(entry))).collect();
+    for key in &pulled.removed {
+        changes.insert(key.parse().map_err(|_| Refusal::Key(key.clone()))?, None);
+    }
+    Ok(changes)
 }
 
 /// Takes the patch of a notice. None if it does not begin with the snapshot in use: then a pull tells.
@@ -138,7 +150,7 @@ pub fn take_patch(
 type Change = (ShardKey, Position, Option<Arc<[u8]>>);
 
 fn change(shard: &v1::ShardPatch, current: &Snapshot) -> Result<Change, Refusal> {
-    let key: ShardKey = shard.key.parse().map_err(|_| Refusal::Header)?;
+    let key: ShardKey = shard.key.parse().map_err(|_| Refusal::Key(shard.key.clone()))?;
     let position = Position(shard.position);
     if shard.delta_zstd.is_empty() {
         return Ok((key, position, None));
@@ -186,27 +198,42 @@ mod tests {
     use super::*;
     use weft_routing::fixture;
 
+    fn shard(snapshot: &Snapshot, key: &ShardKey) -> v1::Shard {
+        let bytes = snapshot.shard(key).unwrap();
+        v1::Shard {
+            key: key.to_string(),
+            body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
+            length: bytes.len().try_into().unwrap(),
+        }
+    }
+
     /// The answer that brings a snapshot to somebody who has none.
     fn pull(snapshot: &Snapshot) -> v1::PullResponse {
-        let shard = |key: &ShardKey| {
-            let bytes = snapshot.shard(key).unwrap();
-            v1::Shard {
-                key: key.to_string(),
-                body_zstd: zstd::bulk::compress(bytes, 3).unwrap().into(),
-                length: bytes.len().try_into().unwrap(),
-            }
-        };
         v1::PullResponse {
             header: Some(header(snapshot)),
             full: true,
             manifest: snapshot.manifest_bytes().into(),
-            shards: snapshot.manifest.entries.keys().map(shard).collect(),
+            shards: snapshot.shards.keys().map(|key| shard(snapshot, key)).collect(),
+            removed: Vec::new(),
+        }
+    }
+
+    /// The answer that brings one snapshot to somebody who has the other.
+    fn difference(old: &Snapshot, new: &Snapshot) -> v1::PullResponse {
+        let difference = new.manifest.since(&old.manifest);
+        let entries = difference.changed.iter().map(|changed| (changed.key, changed.entry));
+        v1::PullResponse {
+            header: Some(header(new)),
+            full: false,
+            manifest: manifest::encode_entries(entries).into(),
+            shards: difference.changed.iter().map(|changed| shard(new, changed.key)).collect(),
+            removed: difference.removed.iter().map(ToString::to_string).collect(),
         }
     }
 
     /// The notice that brings one snapshot to somebody who has the other.
     fn patch(old: &Snapshot, new: &Snapshot) -> v1::Notice {
-        let changed = new.manifest.entries.iter().filter(|(key, entry)| old.manifest.entries[key] != **entry);
+        let changed = new.manifest.since(&old.manifest).changed;
         let shard = |key: &ShardKey, position: Position| {
             let bytes = new.shard(key).unwrap();
             let mut delta = zstd::bulk::Compressor::with_dictionary(3, old.shard(key).unwrap()).unwrap();
@@ -217,7 +244,7 @@ mod tests {
                 length: bytes.len().try_into().unwrap(),
             }
         };
-        let shards = changed.map(|(key, entry)| shard(key, entry.position)).collect();
+        let shards = changed.iter().map(|changed| shard(changed.key, changed.entry.position)).collect();
         let patch = v1::Patch { base: old.manifest_hash.prefix(), shards };
         v1::Notice { wanted: Some(header(new)), patch: Some(patch), ..v1::Notice::default() }
     }
@@ -291,12 +318,19 @@ mod tests {
     fn a_difference_needs_only_what_changed() {
         let old = fixture::snapshot(&web());
         let new = fixture::changed_snapshot(&web());
-        let mut pulled = pull(&new);
-        pulled.full = false;
-        pulled.shards.retain(|shard| shard.key.starts_with("inbound/"));
+        let pulled = difference(&old, &new);
         assert_eq!(pulled.shards.len(), 1);
         assert_eq!(taken(&pulled, Some(&old)).unwrap().unwrap(), new);
-        assert!(matches!(taken(&pulled, None), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
+        assert!(matches!(taken(&pulled, None), Err(Refusal::Snapshot(SnapshotError::ManifestHash))));
+        let mut lacking = pulled.clone();
+        lacking.shards.clear();
+        assert!(matches!(taken(&lacking, Some(&old)), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
+        let mut fewer = pulled.clone();
+        fewer.removed = vec!["trust".into()];
+        assert!(matches!(taken(&fewer, Some(&old)), Err(Refusal::Snapshot(SnapshotError::ManifestHash))));
+        let mut nonsense = pulled;
+        nonsense.removed = vec!["trust/me".into()];
+        assert!(matches!(taken(&nonsense, Some(&old)), Err(Refusal::Key(key)) if key == "trust/me"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Why these decisions are safe is argued in [`projector`](crate::projector). Two drive them: the projector's task, against
 //! PostgreSQL, and the simulation of the control plane, against a database that loses answers, stalls and is rewound.
 
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use weft_eventlog::{EventHash, Head, Point, Seen};
@@ -117,7 +118,7 @@ impl Leadership {
     /// What to do with what is pending.
     pub fn write(&mut self, now: Instant) -> Write {
         let Some(Leading { term, checkpoint, asked }) = self.leading else { return Write::Nothing };
-        let Some(delta) = self.pending.merged() else { return Write::Nothing };
+        let Some(delta) = self.pending.to_write() else { return Write::Nothing };
         if now >= asked + LEASE_TTL {
             self.follow();
             return Write::LeaseOver;
@@ -206,7 +207,7 @@ impl Leadership {
         (version, hash, rows): (ConfigVersion, Option<EventHash>, &RowChanges),
     ) -> Batch {
         self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, asked });
-        let delta = Delta { version, hash, rows: rows.since(stored), ..Delta::default() };
+        let delta = Delta { version, hash, rows: Arc::new(rows.since(stored)), ..Delta::default() };
         Batch { term: lease.term, from: checkpoint.position, delta }
     }
 }

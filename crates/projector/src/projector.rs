@@ -161,6 +161,9 @@ impl Projector {
         metrics::counter!("weft_projector_events_folded_total").increment(self.facts.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_folded_position").set(delta.version.position.0 as f64);
+        metrics::counter!("weft_projector_shards_rebuilt_total").increment(delta.work.shards as u64);
+        metrics::counter!("weft_projector_manifests_rebuilt_total").increment(delta.work.manifests as u64);
+        metrics::counter!("weft_projector_rows_total").increment(delta.rows.len() as u64);
         self.leadership.folded(delta);
         Ok(())
     }

@@ -13,14 +13,15 @@
 //! Called by the view. Read by Subscribe and Pull of the API.
 
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
-use weft_routing::projection::{BuiltShard, Class};
-use weft_routing::{Changes, Hash, InterestClass, Manifest, Projection, ShardKey};
+use weft_routing::manifest::Changed;
+use weft_routing::projection::{BuiltShard, Class, Work};
+use weft_routing::{Changes, ClassId, Hash, Manifest, Projection, ShardKey};
 
 use crate::rows::RowChanges;
 
@@ -47,9 +48,11 @@ pub struct Delta {
     /// Its chain hash; none if nothing was folded.
     pub hash: Option<EventHash>,
     /// The rows to be written.
-    pub rows: RowChanges,
+    pub rows: Arc<RowChanges>,
+    /// What it took to follow.
+    pub work: Work,
     pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
-    pub(crate) classes: BTreeMap<InterestClass, Option<PublishedClass>>,
+    pub(crate) classes: BTreeMap<ClassId, Option<PublishedClass>>,
     pub(crate) sidecars: BTreeMap<InstanceId, Option<PublishedSidecar>>,
 }
 
@@ -62,16 +65,15 @@ impl Delta {
         scopes: impl IntoIterator<Item = &'a Scope>,
     ) -> Self {
         let built = |key: &ShardKey| Some((key.clone(), projection.shards().get(key)?.clone()));
-        let class = |class: &InterestClass| {
-            (class.clone(), projection.classes().get(class).map(PublishedClass::from))
-        };
+        let class = |id: &ClassId| (*id, projection.classes().get(id).map(PublishedClass::from));
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
             version: projection.version(),
             hash: None,
-            rows: RowChanges::new(projection, changes, scopes),
+            rows: Arc::new(RowChanges::new(projection, changes, scopes)),
+            work: changes.work,
             shards: changes.shards.iter().filter_map(built).collect(),
-            classes: changes.classes.iter().map(class).collect(),
+            classes: changes.manifests.union(&changes.classes).map(class).collect(),
             sidecars: changes.sidecars.iter().map(sidecar).collect(),
         }
     }
@@ -80,12 +82,13 @@ impl Delta {
     #[must_use]
     pub fn everything(projection: &Projection) -> Self {
         let shard = |(key, shard): (&ShardKey, &BuiltShard)| (key.clone(), shard.clone());
-        let class = |(key, class): (&InterestClass, &Class)| (key.clone(), Some(PublishedClass::from(class)));
+        let class = |(id, class): (&ClassId, &Class)| (*id, Some(PublishedClass::from(class)));
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
             version: projection.version(),
             hash: None,
-            rows: RowChanges::default(),
+            rows: Arc::default(),
+            work: Work::default(),
             shards: projection.shards().iter().map(shard).collect(),
             classes: projection.classes().iter().map(class).collect(),
             sidecars: projection.sidecars().map(sidecar).collect(),
@@ -96,7 +99,8 @@ impl Delta {
     pub fn merge(&mut self, next: Self) {
         self.version = next.version;
         self.hash = next.hash;
-        self.rows.merge(next.rows);
+        Arc::make_mut(&mut self.rows).merge(Arc::unwrap_or_clone(next.rows));
+        self.work += next.work;
         self.shards.extend(next.shards);
         self.classes.extend(next.classes);
         self.sidecars.extend(next.sidecars);
@@ -107,15 +111,11 @@ impl Delta {
 #[derive(Clone, Debug)]
 pub struct PublishedClass {
     /// The manifest.
-    pub manifest: Arc<Manifest>,
-    /// Its canonical bytes.
-    pub bytes: Bytes,
-    /// Their hash.
-    pub hash: Hash,
+    pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
-    /// Former manifests, the newest last.
-    former: VecDeque<(Hash, Arc<Manifest>)>,
+    /// Former manifests, the newest last. They share what did not change.
+    former: VecDeque<Manifest>,
     /// Those that were asked for, by the manifest that they begin with.
     patches: Arc<Mutex<BTreeMap<Hash, Option<Arc<Patch>>>>>,
 }
@@ -145,9 +145,7 @@ pub struct ShardPatch {
 impl From<&Class> for PublishedClass {
     fn from(class: &Class) -> Self {
         Self {
-            manifest: Arc::clone(&class.manifest),
-            bytes: Bytes::copy_from_slice(&class.bytes),
-            hash: class.hash,
+            manifest: class.manifest.clone(),
             position: class.position,
             former: VecDeque::new(),
             patches: Arc::default(),
@@ -158,17 +156,20 @@ impl From<&Class> for PublishedClass {
 impl PublishedClass {
     /// The manifest with this hash, if it is the newest or one that is still remembered.
     #[must_use]
-    pub fn manifest_with(&self, hash: Hash) -> Option<&Arc<Manifest>> {
-        if hash == self.hash {
-            return Some(&self.manifest);
-        }
-        self.former.iter().rev().find(|(former, _)| *former == hash).map(|(_, manifest)| manifest)
+    pub fn manifest_with(&self, hash: Hash) -> Option<&Manifest> {
+        [&self.manifest].into_iter().chain(self.former.iter().rev()).find(|manifest| manifest.hash() == hash)
     }
 
-    fn succeed(&mut self, before: &mut Self) {
-        self.former = std::mem::take(&mut before.former);
-        if before.hash != self.hash {
-            self.former.push_back((before.hash, Arc::clone(&before.manifest)));
+    /// How many former manifests are remembered.
+    #[must_use]
+    pub fn remembered(&self) -> usize {
+        self.former.len()
+    }
+
+    fn succeed(&mut self, before: Self) {
+        self.former = before.former;
+        if before.manifest.hash() != self.manifest.hash() {
+            self.former.push_back(before.manifest);
         }
         while self.former.len() > MANIFESTS_REMEMBERED {
             self.former.pop_front();
@@ -179,14 +180,14 @@ impl PublishedClass {
 /// Which class a sidecar is in, and since which event.
 #[derive(Clone, Debug)]
 pub(crate) struct PublishedSidecar {
-    class: InterestClass,
+    class: ClassId,
     since: Position,
 }
 
 impl PublishedSidecar {
     fn of(projection: &Projection, instance: &InstanceId) -> Option<Self> {
         let wanted = projection.wanted(instance)?;
-        Some(Self { class: wanted.class.clone(), since: wanted.since })
+        Some(Self { class: wanted.id, since: wanted.since })
     }
 }
 
@@ -262,9 +263,9 @@ pub struct Published {
     version: ConfigVersion,
     hash: Option<EventHash>,
     shards: BTreeMap<ShardKey, PublishedShard>,
-    classes: BTreeMap<InterestClass, PublishedClass>,
+    classes: BTreeMap<ClassId, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
-    feeds: BTreeMap<InterestClass, watch::Sender<ConfigVersion>>,
+    feeds: BTreeMap<ClassId, watch::Sender<ConfigVersion>>,
 }
 
 impl Published {
@@ -313,16 +314,14 @@ impl Published {
     }
 
     fn make_patch(&self, class: &PublishedClass, base: Hash, former: &Manifest) -> Option<Patch> {
-        let newest = &class.manifest;
-        if !former.entries.keys().eq(newest.entries.keys()) {
+        let difference = class.manifest.since(former);
+        if !difference.removed.is_empty() {
             return None;
         }
         let mut shards = Vec::new();
         let mut bytes = 0;
-        for ((key, entry), before) in newest.entries.iter().zip(former.entries.values()) {
-            if entry == before {
-                continue;
-            }
+        for Changed { key, entry, before } in difference.changed {
+            let before = before?;
             let shard = self.shards.get(key).filter(|shard| shard.built.hash == entry.hash)?;
             let delta =
                 if entry.hash == before.hash { Bytes::new() } else { shard.delta_from(before.hash)? };
@@ -336,7 +335,8 @@ impl Published {
         Some(Patch { base, shards })
     }
 
-    pub(crate) fn apply(&mut self, delta: Delta) {
+    /// Makes what a batch changed part of what sidecars may be told. The caller has committed it.
+    pub fn take_in(&mut self, delta: Delta) {
         let new_epoch = self.version.epoch != delta.version.epoch;
         self.version = delta.version;
         self.hash = delta.hash;
@@ -354,32 +354,34 @@ impl Published {
                 }
             }
         }
-        let changed: Vec<InterestClass> = delta.classes.keys().cloned().collect();
-        for (key, class) in delta.classes {
-            let before = self.classes.remove(&key);
+        let mut concerned: BTreeSet<ClassId> = delta.classes.keys().copied().collect();
+        for (id, class) in delta.classes {
+            let before = self.classes.remove(&id);
             if let Some(mut class) = class {
-                if let Some(mut before) = before {
-                    class.succeed(&mut before);
+                if let Some(before) = before {
+                    class.succeed(before);
                 }
-                self.classes.insert(key, class);
+                self.classes.insert(id, class);
             }
         }
         for (instance, sidecar) in delta.sidecars {
-            match sidecar {
+            let before = match sidecar {
                 Some(sidecar) => self.sidecars.insert(instance, sidecar),
                 None => self.sidecars.remove(&instance),
             };
+            // Who follows the class that it was in is to follow another one.
+            concerned.extend(before.map(|before| before.class));
         }
-        self.tell(changed, new_epoch);
+        self.tell(concerned, new_epoch);
     }
 
-    /// Wakes the subscribers of the classes that changed; a new epoch is a new version for everybody.
-    fn tell(&mut self, changed: Vec<InterestClass>, new_epoch: bool) {
-        for class in changed {
-            if self.classes.contains_key(&class) {
-                self.feeds.entry(class).or_default().send_replace(self.version);
+    /// Wakes the subscribers of these classes; a new epoch is a new version for everybody.
+    fn tell(&mut self, concerned: BTreeSet<ClassId>, new_epoch: bool) {
+        for id in concerned {
+            if self.classes.contains_key(&id) {
+                self.feeds.entry(id).or_default().send_replace(self.version);
             } else {
-                self.feeds.remove(&class);
+                self.feeds.remove(&id);
             }
         }
         if new_epoch {

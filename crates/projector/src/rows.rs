@@ -14,7 +14,7 @@ use weft_model::traffic::TrafficPolicy;
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_routing::projection::{BuiltShard, Class};
 use weft_routing::state::Entry;
-use weft_routing::{Changes, Hash, InterestClass, Projection, ShardKey};
+use weft_routing::{Changes, ClassId, Hash, InterestClass, Projection, ShardKey};
 
 /// One table's rows by primary key; `None` for a row that is not to be there.
 pub type Table<R> = BTreeMap<String, Option<R>>;
@@ -27,14 +27,18 @@ pub struct ShardRow {
     pub(crate) body: Arc<[u8]>,
 }
 
-/// A row of `weft.interest_class` with that of `weft.class_manifest`.
+/// A row of `weft.interest_class`. It names what follows from its key, so it is written once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClassRow {
     pub(crate) service: String,
     pub(crate) upstreams: Option<String>,
+}
+
+/// A row of `weft.class_manifest`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestRow {
     pub(crate) position: i64,
     pub(crate) hash: Hash,
-    pub(crate) body: Arc<[u8]>,
 }
 
 /// A row of `weft.sidecar_class`.
@@ -93,6 +97,7 @@ pub struct PolicyRow {
 pub struct RowChanges {
     pub(crate) shards: Table<ShardRow>,
     pub(crate) classes: Table<ClassRow>,
+    pub(crate) manifests: Table<ManifestRow>,
     pub(crate) sidecars: Table<SidecarRow>,
     pub(crate) services: Table<ServiceRow>,
     pub(crate) instances: Table<InstanceRow>,
@@ -111,8 +116,11 @@ impl RowChanges {
         for key in &changes.shards {
             rows.shards.insert(key.to_string(), projection.shards().get(key).map(ShardRow::from));
         }
-        for class in &changes.classes {
-            rows.put_class(projection, class);
+        for id in &changes.classes {
+            rows.put_class(projection, id);
+        }
+        for id in changes.manifests.union(&changes.classes) {
+            rows.put_manifest(projection, id);
         }
         for instance in &changes.sidecars {
             rows.put_sidecar(projection, instance);
@@ -130,7 +138,10 @@ impl RowChanges {
         let mut rows = Self::default();
         let shard = |(key, shard): (&ShardKey, &BuiltShard)| (key.to_string(), Some(ShardRow::from(shard)));
         rows.shards = projection.shards().iter().map(shard).collect();
-        projection.classes().keys().for_each(|class| rows.put_class(projection, class));
+        for id in projection.classes().keys() {
+            rows.put_class(projection, id);
+            rows.put_manifest(projection, id);
+        }
         projection.sidecars().for_each(|instance| rows.put_sidecar(projection, instance));
         let scopes = state
             .services()
@@ -148,6 +159,7 @@ impl RowChanges {
     pub fn merge(&mut self, next: Self) {
         self.shards.extend(next.shards);
         self.classes.extend(next.classes);
+        self.manifests.extend(next.manifests);
         self.sidecars.extend(next.sidecars);
         self.services.extend(next.services);
         self.instances.extend(next.instances);
@@ -160,6 +172,7 @@ impl RowChanges {
         Self {
             shards: difference(&stored.shards, &self.shards),
             classes: difference(&stored.classes, &self.classes),
+            manifests: difference(&stored.manifests, &self.manifests),
             sidecars: difference(&stored.sidecars, &self.sidecars),
             services: difference(&stored.services, &self.services),
             instances: difference(&stored.instances, &self.instances),
@@ -172,6 +185,7 @@ impl RowChanges {
     pub fn len(&self) -> usize {
         self.shards.len()
             + self.classes.len()
+            + self.manifests.len()
             + self.sidecars.len()
             + self.services.len()
             + self.instances.len()
@@ -184,15 +198,20 @@ impl RowChanges {
         self.len() == 0
     }
 
-    fn put_class(&mut self, projection: &Projection, class: &InterestClass) {
-        let row = projection.classes().get(class).map(|built| ClassRow::new(class, built));
-        self.classes.insert(class.id(), row);
+    fn put_class(&mut self, projection: &Projection, id: &ClassId) {
+        let row = projection.classes().get(id).map(|class| ClassRow::from(&*class.interest));
+        self.classes.insert(id.to_string(), row);
+    }
+
+    fn put_manifest(&mut self, projection: &Projection, id: &ClassId) {
+        self.manifests.insert(id.to_string(), projection.classes().get(id).map(ManifestRow::from));
     }
 
     fn put_sidecar(&mut self, projection: &Projection, instance: &InstanceId) {
-        let row = projection
-            .wanted(instance)
-            .map(|wanted| SidecarRow { class_id: wanted.class.id(), since: wanted.since.0.cast_signed() });
+        let row = projection.wanted(instance).map(|wanted| SidecarRow {
+            class_id: wanted.id.to_string(),
+            since: wanted.since.0.cast_signed(),
+        });
         self.sidecars.insert(instance.to_string(), row);
     }
 
@@ -239,15 +258,15 @@ impl From<&BuiltShard> for ShardRow {
     }
 }
 
-impl ClassRow {
-    fn new(class: &InterestClass, built: &Class) -> Self {
-        Self {
-            service: class.service.to_string(),
-            upstreams: upstreams(&class.upstreams),
-            position: built.position.0.cast_signed(),
-            hash: built.hash,
-            body: Arc::clone(&built.bytes),
-        }
+impl From<&InterestClass> for ClassRow {
+    fn from(interest: &InterestClass) -> Self {
+        Self { service: interest.service.to_string(), upstreams: upstreams(&interest.upstreams) }
+    }
+}
+
+impl From<&Class> for ManifestRow {
+    fn from(class: &Class) -> Self {
+        Self { position: class.position.0.cast_signed(), hash: class.manifest.hash() }
     }
 }
 

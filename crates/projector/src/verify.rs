@@ -177,22 +177,18 @@ fn compare(projection: &Projection, checkpoint: ConfigVersion, stored: &RowChang
             differences.push(Difference::Hash { table: "weft.proxy_routing_state", key: key.clone() });
         }
     }
-    for (key, row) in stored.classes.iter().filter_map(|(key, row)| Some((key, row.as_ref()?))) {
-        if Hash::of(&row.body) != row.hash {
-            differences.push(Difference::Hash { table: "weft.class_manifest", key: key.clone() });
-        }
-    }
     let mut manifests = Vec::new();
-    for (class, built) in projection.classes() {
-        manifests.extend_from_slice(class.to_string().as_bytes());
-        manifests.extend_from_slice(&built.hash.0);
+    for class in projection.classes().values() {
+        manifests.extend_from_slice(class.interest.to_string().as_bytes());
+        manifests.extend_from_slice(&class.manifest.hash().0);
     }
     RowsReport { checkpoint, rows: computed.len(), manifests: Hash::of(&manifests), differences }
 }
 
 fn tables(computed: &RowChanges, stored: &RowChanges) -> Vec<Difference> {
     let mut differences = table("weft.proxy_routing_state", &computed.shards, &stored.shards);
-    differences.extend(table("weft.class_manifest", &computed.classes, &stored.classes));
+    differences.extend(table("weft.interest_class", &computed.classes, &stored.classes));
+    differences.extend(table("weft.class_manifest", &computed.manifests, &stored.manifests));
     differences.extend(table("weft.sidecar_class", &computed.sidecars, &stored.sidecars));
     differences.extend(table("weft.projected_service", &computed.services, &stored.services));
     differences.extend(table("weft.projected_instance", &computed.instances, &stored.instances));

@@ -13,6 +13,7 @@ use weft_routing::Projection;
 
 use crate::fault::Fault;
 use crate::published::{Delta, Published};
+use crate::rows::RowChanges;
 
 /// Batches that wait for the checkpoint one by one. When more wait, the newest are merged, so that memory stays within
 /// what the mesh itself takes; they are then published together.
@@ -153,7 +154,7 @@ impl View {
         let Some(version) = ready.last().map(|delta| delta.version) else { return };
         {
             let mut published = self.shared.published.write().unwrap_or_else(PoisonError::into_inner);
-            ready.into_iter().for_each(|delta| published.apply(delta));
+            ready.into_iter().for_each(|delta| published.take_in(delta));
         }
         self.shared.publication.send_replace(version);
     }
@@ -176,14 +177,14 @@ impl Pending {
         self.0.is_empty()
     }
 
-    /// All of it in one, to be written at once; it stays pending.
-    pub(crate) fn merged(&self) -> Option<Delta> {
-        let mut all = self.0.iter().cloned();
-        let first = all.next()?;
-        Some(all.fold(first, |mut merged, next| {
-            merged.merge(next);
-            merged
-        }))
+    /// Its end and the rows of all of it, to be written at once; it stays pending.
+    pub(crate) fn to_write(&self) -> Option<Delta> {
+        let (first, last) = (self.0.front()?, self.0.back()?);
+        let mut rows = Arc::clone(&first.rows);
+        for next in self.0.iter().skip(1) {
+            Arc::make_mut(&mut rows).merge(RowChanges::clone(&next.rows));
+        }
+        Some(Delta { version: last.version, hash: last.hash, rows, ..Delta::default() })
     }
 
     /// A checkpoint speaks of its own epoch: positions of another one may be of events that it does not cover, as when
@@ -245,7 +246,7 @@ mod tests {
         let mut pending = Pending::default();
         (1..=1_000).for_each(|position| pending.push(delta(position)));
         assert_eq!(pending.0.len(), PENDING_MAX);
-        assert_eq!(pending.merged().map(|all| all.version.position), Some(Position(1_000)));
+        assert_eq!(pending.to_write().map(|all| all.version.position), Some(Position(1_000)));
         // The merged ones are published together, not before the last of them is covered.
         assert_eq!(pending.take_until(at(1, 999)).len(), PENDING_MAX - 1);
         assert_eq!(pending.take_until(at(1, 1_000)).len(), 1);

@@ -6,10 +6,11 @@
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use uuid::Uuid;
 use weft_eventlog::{EventHash, RecordedEvent, UnixMicros};
 use weft_model::{Epoch, Event, Fact, Position, Version};
@@ -158,7 +159,7 @@ fn meaning(log: &Path, event: &RecordedEvent) -> Fact {
 fn fold(log: &Path, text: &str) -> String {
     let mut shown = format!("log {}\n", Hash::of(text.as_bytes()));
     let mut projection = Projection::default();
-    let mut facts = Vec::new();
+    let (mut facts, mut names) = (Vec::new(), BTreeMap::new());
     for event in events(log, text) {
         let fact = meaning(log, &event);
         let RecordedEvent { position, scope, event_type, schema, .. } = &event;
@@ -172,10 +173,15 @@ fn fold(log: &Path, text: &str) -> String {
         for key in &changes.shards {
             show_shard(&mut shown, &projection, key);
         }
-        for class in &changes.classes {
-            match projection.classes().get(class) {
-                Some(built) => writeln!(shown, "    {} manifest of {class}", built.hash).unwrap(),
-                None => writeln!(shown, "    gone: manifest of {class}").unwrap(),
+        names.extend(projection.classes().iter().map(|(id, class)| (*id, Arc::clone(&class.interest))));
+        let mut touched: Vec<_> = changes.manifests.union(&changes.classes).collect();
+        touched.sort_by_key(|id| &names[*id]);
+        for id in touched {
+            match projection.classes().get(id) {
+                Some(class) => {
+                    writeln!(shown, "    {} manifest of {}", class.manifest.hash(), class.interest).unwrap();
+                }
+                None => writeln!(shown, "    gone: manifest of {}", names[id]).unwrap(),
             }
         }
         facts.push(fact);
@@ -200,8 +206,11 @@ fn show_end(shown: &mut String, projection: &Projection) {
     for key in projection.shards().keys() {
         show_shard(shown, projection, key);
     }
-    for (class, built) in projection.classes() {
-        writeln!(shown, "    {} manifest of {class} at {}", built.hash, built.position).unwrap();
+    let mut classes: Vec<_> = projection.classes().values().collect();
+    classes.sort_by_key(|class| &class.interest);
+    for class in classes {
+        let (hash, interest, position) = (class.manifest.hash(), &class.interest, class.position);
+        writeln!(shown, "    {hash} manifest of {interest} at {position}").unwrap();
     }
     for instance in projection.sidecars() {
         let wanted = projection.wanted(instance).unwrap();

@@ -221,7 +221,7 @@ async fn a_new_epoch_counts_as_news_from_its_first_event() {
          insert into weft.log_batch values (10, 10, 2, now() - interval '10 seconds', repeat('x', 32)::bytea, \
              repeat('x', 32)::bytea, '12345678'); \
          insert into weft.projection values ('mesh', 1, 2, 10, now()); \
-         insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, '', now() - interval '1 day'); \
+         insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, now() - interval '1 day'); \
          insert into weft.manifest_history values ('c', 7, now() - interval '1 day'); \
          insert into weft.sidecar_class values ('default/api/one', 'c', 3, now() - interval '2 days'); \
          insert into weft.sidecar_ack (instance, controller, controller_id, connected, epoch, position, seen_at) \

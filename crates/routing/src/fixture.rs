@@ -81,5 +81,6 @@ fn snapshot_after(events: &[(Scope, Event)], instance: &InstanceId) -> Snapshot 
     projection.apply(&facts(events)).unwrap();
     let wanted = projection.wanted(instance).unwrap();
     let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
-    Snapshot::assemble(wanted.version, wanted.manifest.hash, &wanted.manifest.bytes, &shards).unwrap()
+    let manifest = &wanted.class.manifest;
+    Snapshot::assemble(wanted.version, manifest.hash(), &manifest.encode(), &shards).unwrap()
 }

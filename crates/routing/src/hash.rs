@@ -14,6 +14,17 @@ impl Hash {
         Self(Sha256::digest(bytes).into())
     }
 
+    /// The hash of the parts, one after the other.
+    #[must_use]
+    pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let hasher = parts.into_iter().fold(Sha256::new(), Sha256::chain_update);
+        Self(hasher.finalize().into())
+    }
+
+    pub(crate) fn first_half(&self) -> [u8; 16] {
+        std::array::from_fn(|index| self.0[index])
+    }
+
     /// Its first four bytes, to tell a few hashes apart where the whole one follows.
     #[must_use]
     pub const fn prefix(&self) -> u32 {

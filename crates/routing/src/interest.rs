@@ -14,20 +14,57 @@ pub struct InterestClass {
     pub upstreams: Upstreams,
 }
 
+/// A short name for a class, derived from its content: what classes are found by, since a class may name a thousand services.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClassId([u8; 16]);
+
 impl InterestClass {
-    /// A short name for the class, derived from its content.
+    /// The class's name.
     #[must_use]
-    pub fn id(&self) -> String {
-        hex::encode(&Hash::of(self.to_string().as_bytes()).0[..16])
+    pub fn id(&self) -> ClassId {
+        ClassId(digest(self))
     }
 }
 
 impl fmt::Display for InterestClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ->", self.service)?;
-        match &self.upstreams {
+        write!(f, "{} ->{}", self.service, Listed(&self.upstreams))
+    }
+}
+
+impl fmt::Display for ClassId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for ClassId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The same for upstreams alone, which classes of several services may share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ListId([u8; 16]);
+
+impl ListId {
+    pub(crate) fn of(upstreams: &Upstreams) -> Self {
+        Self(digest(&Listed(upstreams)))
+    }
+}
+
+struct Listed<'a>(&'a Upstreams);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
             Upstreams::All => f.write_str(" *"),
             Upstreams::Only(services) => services.iter().try_for_each(|service| write!(f, " {service}")),
         }
     }
+}
+
+fn digest(what: &impl fmt::Display) -> [u8; 16] {
+    Hash::of(what.to_string().as_bytes()).first_half()
 }

@@ -29,7 +29,7 @@ mod wire;
 
 pub use checkpoint::{Checkpoint, CheckpointError, FOLD_VERSION};
 pub use hash::Hash;
-pub use interest::InterestClass;
+pub use interest::{ClassId, InterestClass};
 pub use manifest::Manifest;
 pub use projection::{Bulk, Changes, Projection};
 pub use shard::{EndpointsShard, InboundShard, ShardKey, TrustShard};

@@ -1,7 +1,8 @@
 //! The projection: routing state, and what follows from it for every sidecar, kept up to date incrementally.
 //!
-//! An event touches shards, and only those are built again; touched shards change the manifests that list them, and
-//! only those are encoded again. A shard's **position** is the last event that touched it, whether or not its bytes
+//! An event touches shards, and only those are built again; touched shards change the manifests that list them: one page
+//! of each list of upstreams, which all classes with the same upstreams share, and a hash for each class. What
+//! a batch took is counted ([`Work`]). A shard's **position** is the last event that touched it, whether or not its bytes
 //! came out different: so it is the same however events are batched (I2). A manifest's position is that of its
 //! newest shard, and a sidecar's snapshot version is the newer of that and the event that put it into its class, so it
 //! never falls (I4).
@@ -10,20 +11,23 @@
 //! other.
 
 mod batch;
+mod lists;
 
 pub use batch::Bulk;
 
 use crate::hash::Hash;
-use crate::interest::InterestClass;
+use crate::interest::{ClassId, InterestClass, ListId};
 use crate::manifest::{Manifest, ManifestEntry};
 use crate::shard::{ShardKey, build};
 use crate::state::{FoldError, RoutingState};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::AddAssign;
 use std::sync::Arc;
-use weft_model::membership::Upstreams;
 use weft_model::{ConfigVersion, Fact, InstanceId, Position, ServiceName};
 
-use batch::Batch;
+use batch::{Batch, Dirty};
+use lists::{Lists, Touched};
 
 /// A shard as it is stored and sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,16 +43,15 @@ pub struct BuiltShard {
 /// An interest class and its newest manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Class {
+    /// What its sidecars may see.
+    pub interest: Arc<InterestClass>,
     /// The manifest.
-    pub manifest: Arc<Manifest>,
-    /// Its canonical bytes.
-    pub bytes: Arc<[u8]>,
-    /// Their hash.
-    pub hash: Hash,
+    pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
     /// Who is in it.
     pub members: BTreeSet<InstanceId>,
+    list: ListId,
 }
 
 /// What one sidecar is to run.
@@ -58,10 +61,10 @@ pub struct Wanted<'a> {
     pub version: ConfigVersion,
     /// The event that put the sidecar into its class.
     pub since: Position,
-    /// Its class.
-    pub class: &'a InterestClass,
-    /// The class's manifest.
-    pub manifest: &'a Class,
+    /// Its class's name.
+    pub id: ClassId,
+    /// Its class, with the manifest.
+    pub class: &'a Class,
 }
 
 /// What a batch of events changed. A new epoch is not in it: it raises every sidecar's version, and changes no content.
@@ -69,15 +72,39 @@ pub struct Wanted<'a> {
 pub struct Changes {
     /// Shards that were touched. One that is no more in the projection was never built.
     pub shards: BTreeSet<ShardKey>,
-    /// Classes whose manifest or members changed. One that is no more in the projection lost its last member.
-    pub classes: BTreeSet<InterestClass>,
+    /// Classes that got their first member, or lost their last one and are no more in the projection.
+    pub classes: BTreeSet<ClassId>,
+    /// Classes whose manifest was made anew.
+    pub manifests: BTreeSet<ClassId>,
     /// Instances that joined, left or changed their class.
     pub sidecars: BTreeSet<InstanceId>,
+    /// What it took.
+    pub work: Work,
+}
+
+/// What a batch of events took to follow, in things that were made anew: it grows with what changed, not with the mesh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Shards that were built, encoded and hashed.
+    pub shards: usize,
+    /// Lists of upstreams in which pages were encoded and hashed.
+    pub lists: usize,
+    /// Manifests whose pages' hashes were hashed.
+    pub manifests: usize,
+}
+
+impl AddAssign for Work {
+    fn add_assign(&mut self, more: Self) {
+        let Self { shards, lists, manifests } = more;
+        self.shards += shards;
+        self.lists += lists;
+        self.manifests += manifests;
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Sidecar {
-    class: InterestClass,
+    class: ClassId,
     /// The event that put it there.
     since: Position,
 }
@@ -87,11 +114,11 @@ struct Sidecar {
 pub struct Projection {
     state: RoutingState,
     shards: BTreeMap<ShardKey, BuiltShard>,
-    classes: BTreeMap<InterestClass, Class>,
+    classes: BTreeMap<ClassId, Class>,
     sidecars: BTreeMap<InstanceId, Sidecar>,
-    /// Which classes name a service as an upstream; those that name all are in `wildcards`.
-    interested: BTreeMap<ServiceName, BTreeSet<InterestClass>>,
-    wildcards: BTreeSet<InterestClass>,
+    lists: Lists,
+    /// The classes of each service.
+    of_service: BTreeMap<ServiceName, BTreeSet<ClassId>>,
 }
 
 impl Projection {
@@ -115,7 +142,7 @@ impl Projection {
 
     /// Every interest class with at least one member.
     #[must_use]
-    pub const fn classes(&self) -> &BTreeMap<InterestClass, Class> {
+    pub const fn classes(&self) -> &BTreeMap<ClassId, Class> {
         &self.classes
     }
 
@@ -127,10 +154,10 @@ impl Projection {
     /// What a sidecar is to run; none if it does not take part.
     #[must_use]
     pub fn wanted(&self, instance: &InstanceId) -> Option<Wanted<'_>> {
-        let Sidecar { class, since } = self.sidecars.get(instance)?;
-        let manifest = self.classes.get(class)?;
-        let version = ConfigVersion::new(self.state.version().epoch, manifest.position.max(*since));
-        Some(Wanted { version, since: *since, class, manifest })
+        let Sidecar { class: id, since } = self.sidecars.get(instance)?;
+        let class = self.classes.get(id)?;
+        let version = ConfigVersion::new(self.state.version().epoch, class.position.max(*since));
+        Some(Wanted { version, since: *since, id: *id, class })
     }
 
     /// Takes in the next events. Shards and manifests are built once for the whole batch.
@@ -157,29 +184,27 @@ impl Projection {
         for fact in facts {
             let touched = self.state.apply(fact)?;
             batch.touch(&touched.shards, fact.position);
-            if let Some(instance) = touched.instance
-                && let Some(classes) = self.assign(instance, fact.position)
-            {
-                batch.changes.classes.extend(classes);
-                batch.changes.sidecars.insert(instance.clone());
+            if let Some(instance) = touched.instance {
+                self.assign(batch, instance, fact.position);
             }
         }
         Ok(())
     }
 
     fn build(&mut self, batch: Batch) -> Changes {
-        let Batch { endpoints, inbound, trust, mut changes } = batch;
+        let Batch { endpoints, inbound, trust, new_lists, mut changes } = batch;
+        let mut dirty = Dirty { lists: new_lists, ..Dirty::default() };
         let endpoints = endpoints.into_iter().map(|(service, at)| (ShardKey::Endpoints(service), at));
         let inbound = inbound.into_iter().map(|(service, at)| (ShardKey::Inbound(service), at));
         let trust = trust.map(|at| (ShardKey::Trust, at));
         for (key, position) in endpoints.chain(inbound).chain(trust) {
-            self.rebuild_shard(&key, position);
-            changes.classes.extend(self.classes_with(&key));
+            if self.rebuild_shard(&key, position) {
+                changes.work.shards += 1;
+                self.mark(&mut dirty, &key);
+            }
             changes.shards.insert(key);
         }
-        for class in &changes.classes {
-            self.rebuild_manifest(class);
-        }
+        self.rebuild_manifests(dirty, &mut changes);
         changes
     }
 
@@ -208,13 +233,11 @@ impl Projection {
         }
         fresh.rebuild_shard(&ShardKey::Trust, position(&ShardKey::Trust));
         let live: Vec<_> = fresh.state.live_instances().collect();
+        let mut batch = Batch::default();
         for instance in &live {
-            fresh.assign(instance, since(instance));
+            fresh.assign(&mut batch, instance, since(instance));
         }
-        let classes: Vec<_> = fresh.classes.keys().cloned().collect();
-        for class in &classes {
-            fresh.rebuild_manifest(class);
-        }
+        fresh.build(batch);
         fresh
     }
 
@@ -223,119 +246,116 @@ impl Projection {
         self.sidecars.iter().map(|(id, sidecar)| (id, sidecar.since))
     }
 
-    /// Puts an instance into the class that its registration asks for. Says which classes gained or lost it; none if
-    /// it stays where it is.
-    fn assign(&mut self, instance: &InstanceId, position: Position) -> Option<Vec<InterestClass>> {
+    /// Puts an instance into the class that its registration asks for, if it is not there.
+    fn assign(&mut self, batch: &mut Batch, instance: &InstanceId, position: Position) {
         let registration = self.state.membership(instance).and_then(|entry| entry.state.registration());
-        let current = self.sidecars.get(instance).map(|sidecar| &sidecar.class);
+        let current = self.sidecars.get(instance).and_then(|sidecar| self.classes.get(&sidecar.class));
         // A class is of its instance's own service, so the upstreams tell.
-        if registration.map(|it| &it.upstreams) == current.map(|class| &class.upstreams) {
-            return None;
+        if registration.map(|it| &it.upstreams) == current.map(|class| &class.interest.upstreams) {
+            return;
         }
-        let current = current.cloned();
         let wanted = registration.map(|registration| InterestClass {
             service: instance.service.clone(),
             upstreams: registration.upstreams.clone(),
         });
-        if let Some(class) = &current {
-            self.leave(instance, class);
+        if let Some(sidecar) = self.sidecars.remove(instance) {
+            self.leave(batch, instance, sidecar.class);
         }
-        if let Some(class) = &wanted {
-            self.join(instance, class.clone(), position);
+        if let Some(class) = wanted {
+            self.join(batch, instance, class, position);
         }
-        Some(current.into_iter().chain(wanted).collect())
+        batch.changes.sidecars.insert(instance.clone());
     }
 
-    fn join(&mut self, instance: &InstanceId, class: InterestClass, since: Position) {
-        match &class.upstreams {
-            Upstreams::All => {
-                self.wildcards.insert(class.clone());
+    fn join(&mut self, batch: &mut Batch, instance: &InstanceId, class: InterestClass, since: Position) {
+        let id = class.id();
+        let entry = self.classes.entry(id).or_insert_with(|| {
+            let list = ListId::of(&class.upstreams);
+            if self.lists.join(list, &class.upstreams, id) {
+                batch.new_lists.insert(list, Touched::Everything);
             }
-            Upstreams::Only(services) => {
-                for service in services {
-                    self.interested.entry(service.clone()).or_default().insert(class.clone());
-                }
+            self.of_service.entry(class.service.clone()).or_default().insert(id);
+            batch.changes.classes.insert(id);
+            Class {
+                interest: Arc::new(class),
+                manifest: Manifest::default(),
+                position: Position::ZERO,
+                members: BTreeSet::new(),
+                list,
             }
-        }
-        let entry = self.classes.entry(class.clone()).or_insert_with(|| Class {
-            manifest: Arc::default(),
-            bytes: [].into(),
-            hash: Hash::of(&[]),
-            position: Position::ZERO,
-            members: BTreeSet::new(),
         });
         entry.members.insert(instance.clone());
-        self.sidecars.insert(instance.clone(), Sidecar { class, since });
+        self.sidecars.insert(instance.clone(), Sidecar { class: id, since });
     }
 
-    fn leave(&mut self, instance: &InstanceId, class: &InterestClass) {
-        self.sidecars.remove(instance);
-        let Some(entry) = self.classes.get_mut(class) else { return };
-        entry.members.remove(instance);
-        if !entry.members.is_empty() {
+    fn leave(&mut self, batch: &mut Batch, instance: &InstanceId, id: ClassId) {
+        let Entry::Occupied(mut entry) = self.classes.entry(id) else { return };
+        entry.get_mut().members.remove(instance);
+        if !entry.get().members.is_empty() {
             return;
         }
-        self.classes.remove(class);
-        self.wildcards.remove(class);
-        if let Upstreams::Only(services) = &class.upstreams {
-            for service in services {
-                if let Some(classes) = self.interested.get_mut(service) {
-                    classes.remove(class);
-                    if classes.is_empty() {
-                        self.interested.remove(service);
-                    }
-                }
+        let class = entry.remove();
+        self.lists.leave(class.list, &class.interest.upstreams, id);
+        if let Entry::Occupied(mut classes) = self.of_service.entry(class.interest.service.clone()) {
+            classes.get_mut().remove(&id);
+            if classes.get().is_empty() {
+                classes.remove();
             }
         }
+        batch.changes.classes.insert(id);
     }
 
-    /// The classes whose manifest lists a shard.
-    fn classes_with(&self, key: &ShardKey) -> Vec<InterestClass> {
+    /// Notes whose manifest lists a shard.
+    fn mark(&self, dirty: &mut Dirty, key: &ShardKey) {
         match key {
-            ShardKey::Trust => self.classes.keys().cloned().collect(),
-            ShardKey::Inbound(service) => {
-                // Classes sort by service, and those that name all services first.
-                let first = InterestClass { service: service.clone(), upstreams: Upstreams::All };
-                let own = self.classes.range(first..).map(|(class, _)| class);
-                own.take_while(|class| class.service == *service).cloned().collect()
-            }
             ShardKey::Endpoints(service) => {
-                let named = self.interested.get(service).into_iter().flatten();
-                named.chain(&self.wildcards).cloned().collect()
+                self.lists.naming(service).for_each(|list| dirty.touch(list, key));
             }
+            ShardKey::Inbound(service) => {
+                dirty.own.extend(self.of_service.get(service).into_iter().flatten());
+            }
+            ShardKey::Trust => dirty.own.extend(self.classes.keys()),
         }
     }
 
-    fn rebuild_shard(&mut self, key: &ShardKey, position: Position) {
-        let Some(bytes) = build::build(&self.state, key) else { return };
+    /// Builds a shard, if there is something to build it from.
+    fn rebuild_shard(&mut self, key: &ShardKey, position: Position) -> bool {
+        let Some(bytes) = build::build(&self.state, key) else { return false };
         let shard = BuiltShard { hash: Hash::of(&bytes), bytes: bytes.into(), position };
         self.shards.insert(key.clone(), shard);
+        true
     }
 
-    fn rebuild_manifest(&mut self, class: &InterestClass) {
-        let Some(entry) = self.classes.get_mut(class) else { return };
-        let own = [ShardKey::Inbound(class.service.clone()), ShardKey::Trust];
-        let listed = |key: &ShardKey| {
-            let shard = self.shards.get(key)?;
-            Some((key.clone(), ManifestEntry { hash: shard.hash, position: shard.position }))
-        };
-        let mut entries: BTreeMap<_, _> = own.iter().filter_map(listed).collect();
-        match &class.upstreams {
-            Upstreams::All => {
-                // Shards sort by kind, so those of endpoints come first.
-                let all = self.shards.keys().take_while(|key| matches!(key, ShardKey::Endpoints(_)));
-                entries.extend(all.filter_map(listed));
-            }
-            Upstreams::Only(services) => {
-                let named = services.iter().cloned().map(ShardKey::Endpoints);
-                entries.extend(named.filter_map(|key| listed(&key)));
-            }
+    fn rebuild_manifests(&mut self, Dirty { lists, mut own }: Dirty, changes: &mut Changes) {
+        let mut manifests = BTreeSet::new();
+        for (list, touched) in lists {
+            changes.work.lists += usize::from(self.lists.rebuild(list, &touched, &self.shards));
+            manifests.extend(self.lists.classes(list));
         }
-        let manifest = Manifest { entries };
-        let (bytes, hash) = manifest.encode();
-        entry.position = manifest.position();
-        entry.manifest = Arc::new(manifest);
-        entry.bytes = bytes.into();
-        entry.hash = hash;
+        own.extend(changes.classes.iter().filter(|id| self.classes.contains_key(id)));
+        manifests.extend(&own);
+        for id in &manifests {
+            let Some(class) = self.classes.get_mut(id) else { continue };
+            let upstreams = self.lists.pages(class.list);
+            class.manifest = if own.contains(id) {
+                let keys = [ShardKey::Inbound(class.interest.service.clone()), ShardKey::Trust];
+                let listed = keys.into_iter().filter_map(|key| {
+                    let entry = listed(&self.shards, &key)?;
+                    Some((key, entry))
+                });
+                Manifest::of(upstreams, listed.collect())
+            } else {
+                class.manifest.with_upstreams(upstreams)
+            };
+            class.position = class.manifest.position();
+        }
+        changes.work.manifests += manifests.len();
+        changes.manifests = manifests;
     }
+}
+
+/// What a manifest lists of a shard that was built.
+fn listed(shards: &BTreeMap<ShardKey, BuiltShard>, key: &ShardKey) -> Option<ManifestEntry> {
+    let shard = shards.get(key)?;
+    Some(ManifestEntry { hash: shard.hash, position: shard.position })
 }

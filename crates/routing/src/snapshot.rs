@@ -1,7 +1,7 @@
 //! Snapshots: a manifest and every shard that it lists, decoded and checked. What a sidecar runs.
 
 use crate::hash::Hash;
-use crate::manifest::{Manifest, ManifestError};
+use crate::manifest::{Manifest, ManifestEntry, ManifestError};
 use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey, TrustShard};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Snapshot {
     /// Whom to believe.
     pub trust: Arc<TrustShard>,
     /// Every shard's canonical bytes, to build the next snapshot from and to keep on disk.
-    pub shards: BTreeMap<Hash, Arc<[u8]>>,
+    pub shards: BTreeMap<ShardKey, Arc<[u8]>>,
 }
 
 /// Bytes do not make a whole snapshot.
@@ -78,71 +78,48 @@ impl Snapshot {
         manifest_bytes: &[u8],
         shards: &BTreeMap<Hash, Arc<[u8]>>,
     ) -> Result<Self, SnapshotError> {
-        Self::build(None, version, manifest_hash, manifest_bytes, shards)
+        let manifest = Manifest::decode(manifest_bytes)?;
+        is_announced(&manifest, version, manifest_hash)?;
+        let mut parts = Parts::default();
+        for (key, entry) in manifest.entries() {
+            parts.put(key, decode(key, entry.hash, shards)?)?;
+        }
+        parts.into_snapshot(version, manifest)
     }
 
-    /// The same, of what this snapshot lacks: shards that it holds already are neither looked for nor decoded again, so that a
-    /// change costs what it changes.
+    /// The snapshot after these entries of its manifest changed, with the shards that it lacks: a change costs what it changes.
+    /// The manifest follows, and must have the announced hash.
     ///
     /// # Errors
     /// As [`assemble`](Self::assemble).
-    pub fn assemble_next(
+    pub fn next(
         &self,
         version: ConfigVersion,
         manifest_hash: Hash,
-        manifest_bytes: &[u8],
+        changes: &BTreeMap<ShardKey, Option<ManifestEntry>>,
         shards: &BTreeMap<Hash, Arc<[u8]>>,
     ) -> Result<Self, SnapshotError> {
-        Self::build(Some(self), version, manifest_hash, manifest_bytes, shards)
-    }
-
-    fn build(
-        previous: Option<&Self>,
-        version: ConfigVersion,
-        manifest_hash: Hash,
-        manifest_bytes: &[u8],
-        shards: &BTreeMap<Hash, Arc<[u8]>>,
-    ) -> Result<Self, SnapshotError> {
-        if Hash::of(manifest_bytes) != manifest_hash {
-            return Err(SnapshotError::ManifestHash);
-        }
-        let manifest = Manifest::decode(manifest_bytes)?;
-        if manifest.position() > version.position {
-            return Err(SnapshotError::Version { claimed: version, held: manifest.position().0 });
-        }
-        let mut endpoints = BTreeMap::new();
-        let mut inbound = None;
-        let mut trust = None;
-        let mut kept = BTreeMap::new();
-        for (key, entry) in &manifest.entries {
-            let held = previous.and_then(|previous| previous.held(key, entry.hash));
-            let (bytes, shard) = match held {
-                Some(held) => held,
-                None => decode(key, entry.hash, shards)?,
-            };
-            match (key, shard) {
-                (ShardKey::Endpoints(service), Decoded::Endpoints(shard)) if shard.service == *service => {
-                    endpoints.insert(service.clone(), shard);
+        let manifest = self.manifest.with(changes);
+        is_announced(&manifest, version, manifest_hash)?;
+        let mut parts = Parts {
+            endpoints: self.endpoints.clone(),
+            inbound: Some(Arc::clone(&self.inbound)),
+            trust: Some(Arc::clone(&self.trust)),
+            shards: self.shards.clone(),
+        };
+        for (key, change) in changes {
+            let held = self.manifest.get(key).map(|entry| entry.hash);
+            match change {
+                Some(entry) if Some(entry.hash) == held => {}
+                Some(entry) => {
+                    let decoded = decode(key, entry.hash, shards)?;
+                    parts.remove(key);
+                    parts.put(key, decoded)?;
                 }
-                (ShardKey::Inbound(service), Decoded::Inbound(shard))
-                    if shard.service == *service && inbound.is_none() =>
-                {
-                    inbound = Some(shard);
-                }
-                (ShardKey::Trust, Decoded::Trust(shard)) => trust = Some(shard),
-                _ => return Err(SnapshotError::Misplaced(key.clone())),
+                None => parts.remove(key),
             }
-            kept.insert(entry.hash, bytes);
         }
-        Ok(Self {
-            version,
-            manifest_hash,
-            manifest,
-            endpoints,
-            inbound: inbound.ok_or(SnapshotError::Incomplete("inbound policy"))?,
-            trust: trust.ok_or(SnapshotError::Incomplete("trust bundle"))?,
-            shards: kept,
-        })
+        parts.into_snapshot(version, manifest)
     }
 
     /// The snapshot after some of its shards changed: each with the last event that touched it and its new bytes, or none
@@ -156,41 +133,94 @@ impl Snapshot {
         manifest_hash: Hash,
         changes: impl IntoIterator<Item = (ShardKey, Position, Option<Arc<[u8]>>)>,
     ) -> Result<Self, SnapshotError> {
-        let (mut manifest, mut shards) = (self.manifest.clone(), BTreeMap::new());
+        let (mut entries, mut shards) = (BTreeMap::new(), BTreeMap::new());
         for (key, position, bytes) in changes {
-            let Some(entry) = manifest.entries.get_mut(&key) else { return Err(SnapshotError::Missing(key)) };
-            entry.position = position;
+            let Some(entry) = self.manifest.get(&key) else { return Err(SnapshotError::Missing(key)) };
+            let mut entry = ManifestEntry { position, ..*entry };
             if let Some(bytes) = bytes {
                 entry.hash = Hash::of(&bytes);
                 shards.insert(entry.hash, bytes);
             }
+            entries.insert(key, Some(entry));
         }
-        self.assemble_next(version, manifest_hash, &manifest.encode().0, &shards)
-    }
-
-    /// A shard of this hash that is here under this key, with its bytes.
-    fn held(&self, key: &ShardKey, hash: Hash) -> Option<(Arc<[u8]>, Decoded)> {
-        let bytes = self.manifest.entries.get(key).filter(|entry| entry.hash == hash)?;
-        let bytes = Arc::clone(self.shards.get(&bytes.hash)?);
-        let decoded = match key {
-            ShardKey::Endpoints(service) => Decoded::Endpoints(Arc::clone(self.endpoints.get(service)?)),
-            ShardKey::Inbound(_) => Decoded::Inbound(Arc::clone(&self.inbound)),
-            ShardKey::Trust => Decoded::Trust(Arc::clone(&self.trust)),
-        };
-        Some((bytes, decoded))
+        self.next(version, manifest_hash, &entries, &shards)
     }
 
     /// A shard's canonical bytes.
     #[must_use]
     pub fn shard(&self, key: &ShardKey) -> Option<&Arc<[u8]>> {
-        self.shards.get(&self.manifest.entries.get(key)?.hash)
+        self.shards.get(key)
     }
 
     /// The manifest's canonical bytes.
     #[must_use]
     pub fn manifest_bytes(&self) -> Vec<u8> {
-        self.manifest.encode().0
+        self.manifest.encode()
     }
+}
+
+/// A snapshot in the making.
+#[derive(Default)]
+struct Parts {
+    endpoints: BTreeMap<ServiceName, Arc<EndpointsShard>>,
+    inbound: Option<Arc<InboundShard>>,
+    trust: Option<Arc<TrustShard>>,
+    shards: BTreeMap<ShardKey, Arc<[u8]>>,
+}
+
+impl Parts {
+    fn put(&mut self, key: &ShardKey, (bytes, shard): (Arc<[u8]>, Decoded)) -> Result<(), SnapshotError> {
+        match (key, shard) {
+            (ShardKey::Endpoints(service), Decoded::Endpoints(shard)) if shard.service == *service => {
+                self.endpoints.insert(service.clone(), shard);
+            }
+            (ShardKey::Inbound(service), Decoded::Inbound(shard))
+                if shard.service == *service && self.inbound.is_none() =>
+            {
+                self.inbound = Some(shard);
+            }
+            (ShardKey::Trust, Decoded::Trust(shard)) => self.trust = Some(shard),
+            _ => return Err(SnapshotError::Misplaced(key.clone())),
+        }
+        self.shards.insert(key.clone(), bytes);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &ShardKey) {
+        if self.shards.remove(key).is_none() {
+            return;
+        }
+        match key {
+            ShardKey::Endpoints(service) => {
+                self.endpoints.remove(service);
+            }
+            ShardKey::Inbound(_) => self.inbound = None,
+            ShardKey::Trust => self.trust = None,
+        }
+    }
+
+    fn into_snapshot(self, version: ConfigVersion, manifest: Manifest) -> Result<Snapshot, SnapshotError> {
+        Ok(Snapshot {
+            version,
+            manifest_hash: manifest.hash(),
+            manifest,
+            endpoints: self.endpoints,
+            inbound: self.inbound.ok_or(SnapshotError::Incomplete("inbound policy"))?,
+            trust: self.trust.ok_or(SnapshotError::Incomplete("trust bundle"))?,
+            shards: self.shards,
+        })
+    }
+}
+
+/// Whether a manifest is the one that was announced, with nothing newer in it than was announced.
+fn is_announced(manifest: &Manifest, version: ConfigVersion, hash: Hash) -> Result<(), SnapshotError> {
+    if manifest.hash() != hash {
+        return Err(SnapshotError::ManifestHash);
+    }
+    if manifest.position() > version.position {
+        return Err(SnapshotError::Version { claimed: version, held: manifest.position().0 });
+    }
+    Ok(())
 }
 
 enum Decoded {

@@ -194,14 +194,15 @@ impl Mesh {
             writeln!(self.shown, "{instance}: takes no part").unwrap();
             return;
         };
-        writeln!(self.shown, "{instance} wants {} of class {}", wanted.version, wanted.class).unwrap();
-        for (key, entry) in &wanted.manifest.manifest.entries {
+        writeln!(self.shown, "{instance} wants {} of class {}", wanted.version, wanted.class.interest)
+            .unwrap();
+        for (key, entry) in wanted.class.manifest.entries() {
             writeln!(self.shown, "    {key} at {}", entry.position).unwrap();
         }
         let shards: BTreeMap<_, _> =
             self.projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
-        let (hash, bytes) = (wanted.manifest.hash, &wanted.manifest.bytes);
-        let error = Snapshot::assemble(wanted.version, hash, bytes, &shards).err();
+        let manifest = &wanted.class.manifest;
+        let error = Snapshot::assemble(wanted.version, manifest.hash(), &manifest.encode(), &shards).err();
         writeln!(self.shown, "    {}", error.map_or("whole".into(), |error| format!("not usable: {error}")))
             .unwrap();
     }

@@ -19,8 +19,8 @@ use weft_model::{
 use weft_routing::decide::decide;
 use weft_routing::verdict::authorize;
 use weft_routing::{
-    Checkpoint, CheckpointError, EndpointsShard, FOLD_VERSION, InboundShard, Projection, RoutingState,
-    ShardKey, Snapshot,
+    Checkpoint, CheckpointError, EndpointsShard, FOLD_VERSION, InboundShard, Manifest, Projection,
+    RoutingState, ShardKey, Snapshot,
 };
 
 /// Few names, so that commands meet each other.
@@ -136,7 +136,7 @@ proptest! {
             seen.retain(|instance, _| projection.wanted(instance).is_some());
             for instance in projection.sidecars() {
                 let wanted = projection.wanted(instance).unwrap();
-                let now = (wanted.version, wanted.manifest.hash);
+                let now = (wanted.version, wanted.class.manifest.hash());
                 if let Some(before) = seen.insert(instance.clone(), now) {
                     prop_assert!(now.0 >= before.0, "{instance} fell from {} to {}", before.0, now.0);
                     prop_assert!(now.0 > before.0 || now.1 == before.1, "{instance} changed at {}", now.0);
@@ -153,10 +153,12 @@ proptest! {
         let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
         for instance in projection.sidecars() {
             let wanted = projection.wanted(instance).unwrap();
-            let class = wanted.manifest;
-            let snapshot = Snapshot::assemble(wanted.version, class.hash, &class.bytes, &shards).unwrap();
+            let manifest = &wanted.class.manifest;
+            let bytes = manifest.encode();
+            let snapshot = Snapshot::assemble(wanted.version, manifest.hash(), &bytes, &shards).unwrap();
             prop_assert_eq!(&snapshot.inbound.service, &instance.service);
-            prop_assert_eq!(snapshot.manifest_bytes(), class.bytes.to_vec());
+            prop_assert_eq!(&snapshot.manifest, manifest);
+            prop_assert_eq!(snapshot.manifest_bytes(), bytes);
             for (service, shard) in &snapshot.endpoints {
                 check_endpoints(projection.state(), service, shard)?;
             }
@@ -178,16 +180,25 @@ proptest! {
         let all = shards(&projection);
         for instance in projection.sidecars() {
             let (Some(old), Some(new)) = (earlier.wanted(instance), projection.wanted(instance)) else { continue };
-            let class = old.manifest;
-            let old = Snapshot::assemble(old.version, class.hash, &class.bytes, &shards(&earlier)).unwrap();
-            let lacks = all.iter().filter(|(hash, _)| !old.shards.contains_key(*hash));
-            let lacks: BTreeMap<_, _> = lacks.map(|(hash, bytes)| (*hash, bytes.clone())).collect();
-            let (version, hash, bytes) = (new.version, new.manifest.hash, &new.manifest.bytes);
-            let next = old.assemble_next(version, hash, bytes, &lacks).unwrap();
-            prop_assert_eq!(&next, &Snapshot::assemble(version, hash, bytes, &all).unwrap());
-            if let Some(lacking) = next.shards.keys().find(|hash| lacks.contains_key(*hash)) {
-                let fewer = lacks.into_iter().filter(|(hash, _)| hash != lacking).collect();
-                prop_assert!(old.assemble_next(version, hash, bytes, &fewer).is_err());
+            let manifest = &old.class.manifest;
+            let old = Snapshot::assemble(old.version, manifest.hash(), &manifest.encode(), &shards(&earlier)).unwrap();
+            let (version, manifest) = (new.version, &new.class.manifest);
+            let difference = manifest.since(&old.manifest);
+            let changed = difference.changed.iter().map(|it| (it.key.clone(), Some(it.entry)));
+            let changes: BTreeMap<_, _> =
+                changed.chain(difference.removed.iter().map(|key| ((*key).clone(), None))).collect();
+            let lacks = difference.changed.iter().filter(|it| it.before.map(|before| before.hash) != Some(it.entry.hash));
+            let lacks: BTreeMap<_, _> = lacks.map(|it| (it.entry.hash, all[&it.entry.hash].clone())).collect();
+            let next = old.next(version, manifest.hash(), &changes, &lacks).unwrap();
+            prop_assert_eq!(&next, &Snapshot::assemble(version, manifest.hash(), &manifest.encode(), &all).unwrap());
+            if let Some(lacking) = lacks.keys().next() {
+                let fewer = lacks.iter().filter(|(hash, _)| *hash != lacking).map(|(hash, bytes)| (*hash, bytes.clone()));
+                prop_assert!(old.next(version, manifest.hash(), &changes, &fewer.collect()).is_err());
+            }
+            if let Some(key) = changes.keys().next() {
+                let mut fewer = changes.clone();
+                fewer.remove(key);
+                prop_assert!(old.next(version, manifest.hash(), &fewer, &lacks).is_err());
             }
         }
     }
@@ -234,24 +245,23 @@ proptest! {
         projection.apply(&history(&commands)).unwrap();
         let Some(instance) = projection.sidecars().next() else { return Ok(()) };
         let wanted = projection.wanted(instance).unwrap();
-        let class = wanted.manifest;
+        let (listed, hash) = (&wanted.class.manifest, wanted.class.manifest.hash());
         let shards: BTreeMap<_, _> =
             projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
 
-        let mut manifest = class.bytes.to_vec();
+        let mut manifest = listed.encode();
         let place = at.index(manifest.len());
         manifest[place] ^= flip;
-        prop_assert!(Snapshot::assemble(wanted.version, class.hash, &manifest, &shards).is_err());
+        prop_assert!(Snapshot::assemble(wanted.version, hash, &manifest, &shards).is_err());
         // With a matching hash, a changed manifest names other shards or none: it must not get through either,
         // unless only a position changed.
-        let rehashed = weft_routing::Hash::of(&manifest);
+        let rehashed = Manifest::decode(&manifest).map(|manifest| manifest.hash()).unwrap_or(hash);
         if let Ok(snapshot) = Snapshot::assemble(wanted.version, rehashed, &manifest, &shards) {
-            let hashes = |entries: &BTreeMap<_, weft_routing::manifest::ManifestEntry>| -> Vec<_> {
-                entries.values().map(|entry| entry.hash).collect()
-            };
-            prop_assert_eq!(hashes(&snapshot.manifest.entries), hashes(&class.manifest.entries));
+            let hashes =
+                |manifest: &Manifest| -> Vec<_> { manifest.entries().map(|(_, entry)| entry.hash).collect() };
+            prop_assert_eq!(hashes(&snapshot.manifest), hashes(listed));
         }
-        for (key, entry) in &class.manifest.entries {
+        for (key, entry) in listed.entries() {
             let mut bytes = shards[&entry.hash].to_vec();
             if bytes.is_empty() {
                 continue;
@@ -263,7 +273,7 @@ proptest! {
             }
             let mut damaged = shards.clone();
             damaged.insert(entry.hash, bytes.into());
-            let result = Snapshot::assemble(wanted.version, class.hash, &class.bytes, &damaged);
+            let result = Snapshot::assemble(wanted.version, hash, &listed.encode(), &damaged);
             prop_assert!(result.is_err(), "{key} was damaged and taken");
         }
     }

@@ -124,13 +124,15 @@ async fn target(reader: &Reader, to: Option<Moment>) -> Outcome<Position> {
 impl Report {
     fn of(projection: &Projection) -> Self {
         let shards = projection.shards().iter();
-        let classes = projection.classes().iter();
+        let classes = projection.classes().values();
         Self {
             version: projection.version().to_string(),
             services: projection.state().services().count(),
             sidecars: projection.sidecars().count(),
             shards: shards.map(|(key, shard)| (key.to_string(), shard.hash.to_string())).collect(),
-            manifests: classes.map(|(class, built)| (class.to_string(), built.hash.to_string())).collect(),
+            manifests: classes
+                .map(|class| (class.interest.to_string(), class.manifest.hash().to_string()))
+                .collect(),
             checks: Vec::new(),
         }
     }

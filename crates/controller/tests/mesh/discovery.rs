@@ -13,6 +13,7 @@ use weft_model::{ConfigVersion, Epoch, Position, ServiceName};
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_proto::v1::mesh_client::MeshClient;
+use weft_routing::manifest::decode_entries;
 use weft_routing::verdict::authorize;
 use weft_routing::{Hash, Manifest, Snapshot};
 
@@ -22,12 +23,18 @@ const SHARD_BYTES_MAX: usize = weft_routing::snapshot::SHARD_BYTES_MAX;
 struct Sidecar {
     client: DiscoveryClient<Channel>,
     shards: BTreeMap<Hash, Arc<[u8]>>,
+    manifest: Manifest,
     have: Option<pb::SnapshotHeader>,
 }
 
 impl Sidecar {
     fn new(mesh: &TestMesh, instance: &str) -> Self {
-        Self { client: discovery(mesh.sidecar(instance)), shards: BTreeMap::new(), have: None }
+        Self {
+            client: discovery(mesh.sidecar(instance)),
+            shards: BTreeMap::new(),
+            manifest: Manifest::default(),
+            have: None,
+        }
     }
 
     async fn pull(&mut self) -> (Snapshot, pb::PullResponse) {
@@ -43,9 +50,16 @@ impl Sidecar {
         }
         let header = answer.header.clone().unwrap();
         let hash = Hash::from_slice(&header.manifest_hash).unwrap();
-        let snapshot =
-            Snapshot::assemble(version(header.version.as_ref()), hash, &answer.manifest, &self.shards)
-                .unwrap();
+        let mut entries = decode_entries(&answer.manifest).unwrap();
+        if !answer.full {
+            let mut all: BTreeMap<_, _> = self.manifest.entries().cloned().collect();
+            all.retain(|key, _| !answer.removed.contains(&key.to_string()));
+            all.append(&mut entries);
+            entries = all;
+        }
+        self.manifest = Manifest::new(entries);
+        let (version, manifest) = (version(header.version.as_ref()), self.manifest.encode());
+        let snapshot = Snapshot::assemble(version, hash, &manifest, &self.shards).unwrap();
         self.have = Some(header);
         (snapshot, answer)
     }
@@ -223,7 +237,7 @@ async fn a_known_manifest_gets_the_difference_and_an_unknown_one_everything() {
     let (again, answer) = api.pull().await;
     assert!(answer.full);
     assert_eq!(again, snapshot);
-    let listed = Manifest::decode(&answer.manifest).unwrap().entries.len();
+    let listed = Manifest::decode(&answer.manifest).unwrap().len();
     assert_eq!(answer.shards.len(), listed);
     mesh.controller.stop().await;
 }

@@ -26,12 +26,12 @@ fn published(facts: &[Fact]) -> (Published, Vec<Snapshot>) {
         (Projection::default(), Published::default(), Vec::new());
     for fact in facts {
         let changes = projection.apply([fact]).unwrap();
-        published.apply(Delta::new(&projection, &changes, [&fact.scope]));
+        published.take_in(Delta::new(&projection, &changes, [&fact.scope]));
         if let Some(wanted) = projection.wanted(&instance()) {
             let shards =
                 projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
-            let class = wanted.manifest;
-            let snapshot = Snapshot::assemble(wanted.version, class.hash, &class.bytes, &shards);
+            let manifest = &wanted.class.manifest;
+            let snapshot = Snapshot::assemble(wanted.version, manifest.hash(), &manifest.encode(), &shards);
             snapshots.push(snapshot.unwrap());
         }
     }
@@ -47,7 +47,7 @@ fn applied(patch: &Patch, to: &Snapshot, wanted: &WantedSnapshot<'_>) -> Snapsho
         });
         (shard.key.clone(), shard.position, bytes)
     });
-    to.patched(wanted.version, wanted.class.hash, changes).unwrap()
+    to.patched(wanted.version, wanted.class.manifest.hash(), changes).unwrap()
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn a_feed_tells_what_concerns_its_class_and_nothing_else() {
     let mut publish = |published: &mut Published, facts: &[Fact]| {
         let changes = projection.apply(facts).unwrap();
         let scopes: Vec<_> = facts.iter().map(|fact| &fact.scope).collect();
-        published.apply(Delta::new(&projection, &changes, scopes));
+        published.take_in(Delta::new(&projection, &changes, scopes));
     };
     publish(&mut published, &facts[..3]);
     let mut feed = published.feed(&instance()).unwrap();

@@ -9,7 +9,8 @@ use weft_routing::Hash;
 
 use super::{PROJECTION, StoreError, failed, version};
 use crate::rows::{
-    ClassRow, InstanceRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table, Writer,
+    ClassRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
+    Writer,
 };
 
 const DOING: &str = "read the projection";
@@ -32,11 +33,16 @@ pub(super) async fn all(connection: &mut PgConnection) -> Result<(ConfigVersion,
         .await?,
         classes: table(
             connection,
-            // A class without a manifest, or the reverse, shows as a row that is not there.
-            "select class_id, class.service, class.upstreams, manifest.position, manifest.hash, manifest.body \
-             from weft.interest_class as class join weft.class_manifest as manifest using (class_id)",
+            "select class_id, service, upstreams from weft.interest_class",
+            "weft.interest_class",
+            |row| Some(ClassRow { service: row.get(1), upstreams: row.get(2) }),
+        )
+        .await?,
+        manifests: table(
+            connection,
+            "select class_id, position, hash from weft.class_manifest",
             "weft.class_manifest",
-            class,
+            |row| Some(ManifestRow { position: row.get(1), hash: Hash::from_slice(row.get(2))? }),
         )
         .await?,
         sidecars: table(
@@ -101,17 +107,6 @@ fn writer(row: &PgRow) -> Writer {
 fn shard(row: &PgRow) -> Option<ShardRow> {
     let (hash, body): (&[u8], &[u8]) = (row.get(2), row.get(3));
     Some(ShardRow { position: row.get(1), hash: Hash::from_slice(hash)?, body: Arc::from(body) })
-}
-
-fn class(row: &PgRow) -> Option<ClassRow> {
-    let (hash, body): (&[u8], &[u8]) = (row.get(4), row.get(5));
-    Some(ClassRow {
-        service: row.get(1),
-        upstreams: row.get(2),
-        position: row.get(3),
-        hash: Hash::from_slice(hash)?,
-        body: Arc::from(body),
-    })
 }
 
 fn instance(row: &PgRow) -> InstanceRow {

@@ -3,7 +3,8 @@
 use sqlx::PgConnection;
 
 use crate::rows::{
-    ClassRow, InstanceRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table, Writer,
+    ClassRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
+    Writer,
 };
 
 /// Manifests whose time is remembered per class. A sidecar that is further behind shows the lag since the oldest.
@@ -40,6 +41,7 @@ fn writers<R>(rows: &[&R], of: impl Fn(&R) -> &Writer) -> (Vec<i64>, Vec<i64>, V
 pub(super) async fn rows(connection: &mut PgConnection, changes: &RowChanges) -> Result<(), sqlx::Error> {
     shards(connection, &changes.shards).await?;
     classes(connection, &changes.classes).await?;
+    manifests(connection, &changes.manifests).await?;
     sidecars(connection, &changes.sidecars).await?;
     services(connection, &changes.services).await?;
     instances(connection, &changes.instances).await?;
@@ -69,16 +71,26 @@ async fn shards(connection: &mut PgConnection, table: &Table<ShardRow>) -> Resul
 }
 
 async fn classes(connection: &mut PgConnection, table: &Table<ClassRow>) -> Result<(), sqlx::Error> {
-    const CLASS: &str = "insert into weft.interest_class (class_id, service, upstreams) \
+    const PUT: &str = "insert into weft.interest_class (class_id, service, upstreams) \
          select * from unnest($1::text[], $2::text[], $3::text[]) \
          on conflict (class_id) do update set service = excluded.service, upstreams = excluded.upstreams";
-    const MANIFEST: &str = "insert into weft.class_manifest as manifest (class_id, position, hash, body, produced_at) \
-         select class_id, position, hash, body, clock_timestamp() \
-         from unnest($1::text[], $2::bigint[], $3::bytea[], $4::bytea[]) as new (class_id, position, hash, body) \
+    let (keys, rows, gone) = split(table);
+    remove(connection, "delete from weft.interest_class where class_id = any($1)", &gone).await?;
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let services = column(&rows, |row| row.service.clone());
+    let upstreams = column(&rows, |row| row.upstreams.clone());
+    sqlx::query(PUT).bind(keys).bind(services).bind(upstreams).execute(connection).await.map(|_| ())
+}
+
+async fn manifests(connection: &mut PgConnection, table: &Table<ManifestRow>) -> Result<(), sqlx::Error> {
+    const PUT: &str = "insert into weft.class_manifest as manifest (class_id, position, hash, produced_at) \
+         select class_id, position, hash, clock_timestamp() \
+         from unnest($1::text[], $2::bigint[], $3::bytea[]) as new (class_id, position, hash) \
          on conflict (class_id) do update set position = excluded.position, hash = excluded.hash, \
-         body = excluded.body, produced_at = excluded.produced_at \
-         where (manifest.position, manifest.hash) is distinct from (excluded.position, excluded.hash) \
-         or manifest.body <> excluded.body";
+         produced_at = excluded.produced_at \
+         where (manifest.position, manifest.hash) is distinct from (excluded.position, excluded.hash)";
     const HISTORY: &str = "insert into weft.manifest_history (class_id, position, produced_at) \
          select class_id, position, produced_at from weft.class_manifest where class_id = any($1) \
          on conflict do nothing";
@@ -87,20 +99,14 @@ async fn classes(connection: &mut PgConnection, table: &Table<ClassRow>) -> Resu
          order by position desc offset $2 limit 1) as oldest from unnest($1::text[]) as changed (class_id)) as bound \
          where history.class_id = bound.class_id and history.position <= bound.oldest";
     let (keys, rows, gone) = split(table);
-    remove(connection, "delete from weft.interest_class where class_id = any($1)", &gone).await?;
     remove(connection, "delete from weft.class_manifest where class_id = any($1)", &gone).await?;
     remove(connection, "delete from weft.manifest_history where class_id = any($1)", &gone).await?;
     if keys.is_empty() {
         return Ok(());
     }
-    let services = column(&rows, |row| row.service.clone());
-    let upstreams = column(&rows, |row| row.upstreams.clone());
-    let bodies: Vec<&[u8]> = rows.iter().map(|row| row.body.as_ref()).collect();
     let hashes: Vec<&[u8]> = rows.iter().map(|row| row.hash.0.as_slice()).collect();
-    let positions = column(&rows, |row| row.position);
-    sqlx::query(CLASS).bind(&keys).bind(services).bind(upstreams).execute(&mut *connection).await?;
-    let manifest = sqlx::query(MANIFEST).bind(&keys).bind(positions).bind(hashes).bind(bodies);
-    manifest.execute(&mut *connection).await?;
+    let put = sqlx::query(PUT).bind(&keys).bind(column(&rows, |row| row.position)).bind(hashes);
+    put.execute(&mut *connection).await?;
     sqlx::query(HISTORY).bind(&keys).execute(&mut *connection).await?;
     sqlx::query(PRUNE).bind(&keys).bind(HISTORY_MAX).execute(connection).await.map(|_| ())
 }

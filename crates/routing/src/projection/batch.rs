@@ -1,8 +1,12 @@
 //! What a batch of events touched, and a batch of many pages.
 
+use super::lists::Touched;
 use super::{Changes, Projection};
+use crate::interest::{ClassId, ListId};
+use crate::shard::ShardKey;
 use crate::state::{FoldError, TouchedShards};
 use foldhash::fast::FixedState;
+use std::collections::{BTreeMap, BTreeSet};
 use weft_model::{ConfigVersion, Fact, Position, ServiceName};
 
 /// The last event of a batch that touched each shard, and what else it changed.
@@ -11,7 +15,28 @@ pub(super) struct Batch {
     pub(super) endpoints: Positions,
     pub(super) inbound: Positions,
     pub(super) trust: Option<Position>,
+    /// Lists of upstreams that nobody had before.
+    pub(super) new_lists: BTreeMap<ListId, Touched>,
     pub(super) changes: Changes,
+}
+
+/// What is to be made anew after a batch's shards were.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    pub(super) lists: BTreeMap<ListId, Touched>,
+    /// Classes whose own shards changed.
+    pub(super) own: BTreeSet<ClassId>,
+}
+
+impl Dirty {
+    pub(super) fn touch(&mut self, list: ListId, key: &ShardKey) {
+        match self.lists.entry(list).or_insert_with(|| Touched::Keys(BTreeSet::new())) {
+            Touched::Keys(keys) => {
+                keys.insert(key.clone());
+            }
+            Touched::Everything => {}
+        }
+    }
 }
 
 #[expect(clippy::disallowed_types, reason = "what is built from it is put into ordered maps")]

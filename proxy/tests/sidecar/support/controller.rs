@@ -22,7 +22,8 @@ use weft_model::traffic::{TrafficCommand, TrafficPolicy};
 use weft_model::{Command, ConfigVersion, Epoch, Fact, InstanceId, Port, Position, ServiceName, Timestamp};
 use weft_proto::v1;
 use weft_routing::decide::Refused;
-use weft_routing::{Hash, Projection};
+use weft_routing::manifest::encode_entries;
+use weft_routing::{Manifest, Projection};
 
 /// What the controller was asked, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,8 +68,8 @@ pub(crate) struct State {
     /// Streams of notices that were opened before this rose have ended.
     streams: u64,
     tokens: BTreeMap<String, InstanceId>,
-    /// The shards of every manifest that was sent.
-    sent: BTreeMap<Vec<u8>, BTreeSet<Hash>>,
+    /// Every manifest that was sent.
+    sent: BTreeMap<Vec<u8>, Manifest>,
 }
 
 /// What the server's tasks share.
@@ -307,29 +308,32 @@ impl State {
         let wanted = self.projection.wanted(instance)?;
         Some(v1::SnapshotHeader {
             version: Some(wire_version(wanted.version)),
-            manifest_hash: wanted.manifest.hash.0.to_vec().into(),
+            manifest_hash: wanted.class.manifest.hash().0.to_vec().into(),
         })
     }
 
     /// The answer to a pull from somebody who has a manifest with this hash.
     fn pull(&mut self, instance: &InstanceId, have: Option<&[u8]>) -> Option<v1::PullResponse> {
         let header = self.header(instance)?;
-        let class = self.projection.wanted(instance)?.manifest.clone();
+        let newest = self.projection.wanted(instance)?.class.manifest.clone();
         let known = have.and_then(|hash| self.sent.get(hash)).cloned();
-        let lacks = |hash: &Hash| known.as_ref().is_none_or(|known| !known.contains(hash));
-        let shards =
-            class.manifest.entries.iter().filter(|(_, entry)| lacks(&entry.hash)).map(|(key, entry)| {
-                assert_eq!(self.projection.shards()[key].hash, entry.hash);
-                shard(&key.to_string(), &self.projection.shards()[key].bytes)
-            });
+        let full = known.is_none();
+        let known = known.unwrap_or_default();
+        let difference = newest.since(&known);
+        let changed = difference.changed.iter();
+        let lacks = changed.clone().filter(|it| it.before.map(|before| before.hash) != Some(it.entry.hash));
+        let shards = lacks.map(|it| {
+            assert_eq!(self.projection.shards()[it.key].hash, it.entry.hash);
+            shard(&it.key.to_string(), &self.projection.shards()[it.key].bytes)
+        });
         let response = v1::PullResponse {
             header: Some(header),
-            full: known.is_none(),
-            manifest: class.bytes.to_vec().into(),
+            full,
+            manifest: encode_entries(changed.map(|it| (it.key, it.entry))).into(),
             shards: shards.collect(),
+            removed: difference.removed.iter().map(ToString::to_string).collect(),
         };
-        let hashes = class.manifest.entries.values().map(|entry| entry.hash).collect();
-        self.sent.insert(class.hash.0.to_vec(), hashes);
+        self.sent.insert(newest.hash().0.to_vec(), newest);
         Some(response)
     }
 }
