@@ -7,8 +7,10 @@ use std::time::Duration;
 /// The shortest wait; a controller that restarts is found soon.
 const SHORTEST: Duration = Duration::from_millis(100);
 
-/// The longest wait: how late a sidecar may notice that controllers are back.
-const LONGEST: Duration = Duration::from_secs(5);
+/// The longest wait: how late a sidecar may notice that controllers are back. Ten thousand of them then come back within a second, as
+/// fast as two cores can greet them; until then they cost a refused packet each every half a second. Those that a controller has no
+/// time for are turned away by its system, and come again.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// The next wait is random between the shortest and three times the last one.
 #[derive(Debug)]
