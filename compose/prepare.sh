@@ -31,4 +31,4 @@ secret weft secrets/weft/reader.url "postgres://weft_sql:$(password weft_sql)@db
 # Through the sidecar beside the app.
 secret weft secrets/shop/url "postgres://shop:$(password shop)@127.0.0.1:5432/shop"
 secret weft operator/context.json \
-    '{"controllers": ["controller:7400"], "credential_dir": "/var/lib/weft/controller/operator/admin", "reader_url_file": "/var/lib/weft/secrets/weft/reader.url"}'
+    '{"controllers": ["controller:7400", "controller-2:7400"], "credential_dir": "/var/lib/weft/controller/operator/admin", "reader_url_file": "/var/lib/weft/secrets/weft/reader.url"}'

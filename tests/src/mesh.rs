@@ -1,6 +1,7 @@
 //! A local mesh in a folder of its own on ports of its own, beside whatever else runs on the machine.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -43,10 +44,25 @@ impl Mesh {
         programs: &Programs,
         database_url: Option<String>,
     ) -> anyhow::Result<Self> {
+        Self::open_with(home, programs, NonZeroU8::MIN, database_url).await
+    }
+
+    /// The same with several controllers.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub async fn open_with(
+        home: &Path,
+        programs: &Programs,
+        controllers: NonZeroU8,
+        database_url: Option<String>,
+    ) -> anyhow::Result<Self> {
         let config = Config {
             home: home.to_owned(),
             ports: PortChoice::Free,
             programs: programs.clone(),
+            controllers,
             database_url,
         };
         let local = LocalMesh::open(config, &mut say).await?;

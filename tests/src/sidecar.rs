@@ -79,7 +79,7 @@ impl OwnSidecar {
 
         let mut command = program("/bin/sh");
         command.args(["-c", LEASH, "sh"]).arg(weft_proxy);
-        command.args(["--controller", &local(mesh.local.controller_port()).to_string()]);
+        command.args(["--controller", &mesh.local.controller_addresses().join(",")]);
         command.args(["--instance", instance, "--state-dir"]).arg(&state);
         if !state.exists() {
             let token = home.secret(&format!("{name}.token"));

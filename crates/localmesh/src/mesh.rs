@@ -1,7 +1,7 @@
 //! The mesh as a whole: what can be done with it, its start, step by step, and its end.
 //!
 //! Processes are called by the instance that they belong to: `api-1` is a sidecar, `api-1-app` what is behind it, and
-//! `controller` the controller. PostgreSQL is a child of ours too, with a watchdog of its own.
+//! `controller` the controller, `controller-2` the next one if there are several. PostgreSQL is a child of ours too, with a watchdog of its own.
 
 mod start;
 
@@ -12,11 +12,12 @@ use crate::error::StartError;
 use crate::home::{Home, HomeLock, tail};
 use crate::leftover;
 use crate::ports::{PortChoice, Ports};
-use crate::sample::{CONTROLLER, Instance, POSTGRES, Service, local};
+use crate::sample::{Controller, Instance, POSTGRES, Service, local};
 use crate::supervisor::Supervisor;
 use crate::{Progress, Report};
 use nix::sys::signal::Signal;
 use std::ffi::OsStr;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -40,6 +41,8 @@ pub struct Config {
     pub ports: PortChoice,
     /// The programs that it runs.
     pub programs: Programs,
+    /// How many controllers it has.
+    pub controllers: NonZeroU8,
     /// A PostgreSQL server to use instead of a private one; the role must be a superuser. Its databases `weft` and
     /// `shop` are used, so it can serve one mesh only.
     pub database_url: Option<String>,
@@ -167,9 +170,11 @@ impl LocalMesh {
         let detail = self.start_postgres(step.report).await?;
         step.done(detail);
 
-        let step = Step::begin("controller", report);
-        self.start_controller().await?;
-        step.done(local(self.ports.get(CONTROLLER)));
+        for controller in self.controllers() {
+            let step = Step::begin(&controller.process(), report);
+            self.start_controller(controller).await?;
+            step.done(controller.address(&self.ports));
+        }
 
         let step = Step::begin("resources", report);
         let detail = self.apply_resources().await?;
@@ -227,10 +232,14 @@ impl LocalMesh {
         self.databases.as_ref().map_or(0, |databases| databases.port)
     }
 
-    /// Where the controller listens.
+    /// Where the controllers listen.
     #[must_use]
-    pub fn controller_port(&self) -> u16 {
-        self.ports.get(CONTROLLER)
+    pub fn controller_addresses(&self) -> Vec<String> {
+        self.controllers().map(|controller| controller.address(&self.ports)).collect()
+    }
+
+    fn controllers(&self) -> impl Iterator<Item = Controller> + Clone + use<> {
+        Controller::first(self.config.controllers)
     }
 
     /// Every sidecar, with what it says of itself now.
@@ -311,8 +320,8 @@ impl LocalMesh {
             return Err(self.unknown(name));
         }
         self.supervisor.stop(&[name.to_owned()], STOP_GRACE).await;
-        if name == CONTROLLER {
-            return self.start_controller().await;
+        if let Some(controller) = self.controllers().find(|controller| controller.process() == name) {
+            return self.start_controller(controller).await;
         }
         let instances = self.instances.clone();
         for instance in &instances {
@@ -368,14 +377,14 @@ impl LocalMesh {
         }
     }
 
-    /// Stops everything: apps, then sidecars, the controller, PostgreSQL.
+    /// Stops everything: apps, then sidecars, the controllers, PostgreSQL.
     pub async fn stop(mut self, report: Report<'_>) -> Stopped {
         let mut stopped = Stopped::default();
         let apps: Vec<String> = self.instances.iter().filter_map(Instance::app).collect();
         let sidecars: Vec<String> = self.instances.iter().map(|instance| instance.name.clone()).collect();
-        for (what, names) in
-            [("apps", apps), ("sidecars", sidecars), ("controller", vec![CONTROLLER.to_owned()])]
-        {
+        let controllers: Vec<String> = self.controllers().map(Controller::process).collect();
+        let what = if controllers.len() == 1 { "controller" } else { "controllers" };
+        for (what, names) in [("apps", apps), ("sidecars", sidecars), (what, controllers)] {
             if self.supervisor.children().iter().any(|child| names.contains(&child.recipe.name)) {
                 let step = Step::begin(&format!("stop {what}"), report);
                 stopped.forced.extend(self.supervisor.stop(&names, STOP_GRACE).await);

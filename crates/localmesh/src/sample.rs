@@ -7,15 +7,55 @@ use crate::mesh::Programs;
 use crate::ports::{BASE_PORT, Ports};
 use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use weft_identity::credential::Credential;
 
 /// The sample resources, as they are applied at the first start.
 const RESOURCES: &str = include_str!("../samples/mesh.yaml");
-/// The controller's name, as a process and in its certificate.
+/// The first controller's process. Its port is the mesh's first, and tells meshes on one machine apart.
 pub(crate) const CONTROLLER: &str = "controller";
 /// What a process's name ends with if it is an instance's app and not its sidecar.
 const APP: &str = "-app";
+
+/// One of several controllers of one mesh. They share the state directory, and with it the certificate authority; each has a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Controller {
+    /// From 1.
+    number: u8,
+}
+
+impl Controller {
+    /// So many.
+    pub(crate) fn first(count: NonZeroU8) -> impl Iterator<Item = Self> + Clone {
+        (1..=count.get()).map(|number| Self { number })
+    }
+
+    /// Its process.
+    pub(crate) fn process(self) -> String {
+        if self.number == 1 { CONTROLLER.to_owned() } else { format!("{CONTROLLER}-{}", self.number) }
+    }
+
+    /// What its ports are called: for sidecars and operators, and for questions about itself.
+    pub(crate) fn ports(self) -> [String; 2] {
+        [self.process(), format!("{} admin", self.process())]
+    }
+
+    pub(crate) fn address(self, ports: &Ports) -> String {
+        local(ports.get(&self.process()))
+    }
+
+    pub(crate) fn recipe(self, home: &Home, programs: &Programs, ports: &Ports) -> Recipe {
+        let [_, admin] = self.ports();
+        let mut args = Args::default();
+        args.pair("--database-url-file", home.secret("controller.url"));
+        args.pair("--listen", self.address(ports));
+        args.pair("--admin-listen", local(ports.get(&admin)));
+        args.pair("--state-dir", home.controller());
+        args.pair("--name", format!("controller-{}", self.number));
+        recipe(home, &self.process(), &programs.controller, args)
+    }
+}
 
 /// One of the sample services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -118,29 +158,20 @@ pub(crate) fn resources(ports: &Ports) -> String {
     text
 }
 
-pub(crate) fn controller(home: &Home, programs: &Programs, ports: &Ports) -> Recipe {
-    let mut args = Args::default();
-    args.pair("--database-url-file", home.secret("controller.url"));
-    args.pair("--listen", local(ports.get(CONTROLLER)));
-    args.pair("--admin-listen", local(ports.get("controller admin")));
-    args.pair("--state-dir", home.controller());
-    args.pair("--name", "controller-1");
-    recipe(home, CONTROLLER, &programs.controller, args)
-}
-
-/// The sidecar of an instance. `database` is where the database server is, whoever runs it; `token` is the file of a join
-/// token, for a sidecar that has no identity yet.
+/// The sidecar of an instance. `controllers` is where these are, `database` where the database server is, whoever runs it; `token` is
+/// the file of a join token, for a sidecar that has no identity yet.
 pub(crate) fn sidecar(
     home: &Home,
     programs: &Programs,
     ports: &Ports,
+    controllers: &[String],
     database: SocketAddr,
     instance: &Instance,
     token: Option<&Path>,
 ) -> Recipe {
     let port = |part| ports.get(&instance.port(part));
     let mut args = Args::default();
-    args.pair("--controller", local(ports.get(CONTROLLER)));
+    args.pair("--controller", controllers.join(","));
     args.pair("--instance", instance.id());
     if let Some(token) = token {
         args.pair("--join-token-file", token);
@@ -270,10 +301,12 @@ mod tests {
         std::fs::write(home.secret("shop.url"), "postgres://shop:hush@127.0.0.1:1/shop\n").unwrap();
         let programs = Programs::beside(Path::new("/x/weft"));
         let database = "192.0.2.7:5432".parse().unwrap();
+        let controllers = ["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()];
         for instance in Instance::initial() {
-            let sidecar = sidecar(&home, &programs, &ports, database, &instance, None);
+            let sidecar = sidecar(&home, &programs, &ports, &controllers, database, &instance, None);
             let loopback = sidecar.args.contains(&OsString::from("--loopback-addresses"));
             assert_eq!(loopback, instance.service == Service::Web);
+            assert!(sidecar.args.contains(&OsString::from("127.0.0.1:1,127.0.0.1:2")));
             let before_database = sidecar.args.contains(&OsString::from("5432=192.0.2.7:5432"));
             assert_eq!(before_database, instance.service == Service::Db);
             let app = app(&home, &programs, &ports, &instance).unwrap();

@@ -6,6 +6,7 @@ use crate::failure::{Exit, Failure, Outcome, chain};
 use crate::output::print;
 use crate::output::text::printable;
 use std::io::IsTerminal;
+use std::num::NonZeroU8;
 use std::path::PathBuf;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use weft_localmesh::home::{HOME_DIR, Home};
@@ -36,9 +37,20 @@ pub(crate) struct Args {
     /// The first of the ports to use [default: those of the last start, else 7400]
     #[arg(long, value_name = "PORT")]
     base_port: Option<u16>,
+    /// How many controllers to run: with two, the mesh can be changed and followed while one is gone
+    #[arg(long, value_name = "NUMBER", default_value_t = NonZeroU8::MIN, value_parser = controllers)]
+    controllers: NonZeroU8,
     /// Use this PostgreSQL (version 15 or newer) instead of a private one; the role must be a superuser
     #[arg(long, env = "WEFT_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
+}
+
+/// Controllers on one machine that make sense: more only fold the same log as often.
+const CONTROLLERS_MAX: u8 = 5;
+
+fn controllers(text: &str) -> Result<NonZeroU8, String> {
+    let number = text.parse().ok().filter(|number: &NonZeroU8| number.get() <= CONTROLLERS_MAX);
+    number.ok_or_else(|| format!("a number from 1 to {CONTROLLERS_MAX}"))
 }
 
 pub(crate) async fn run(args: Args) -> Outcome<Exit> {
@@ -47,6 +59,7 @@ pub(crate) async fn run(args: Args) -> Outcome<Exit> {
         home: args.home.home,
         ports: args.base_port.map_or(PortChoice::Remembered, PortChoice::From),
         programs: Programs::beside(&weft),
+        controllers: args.controllers,
         database_url: args.database_url.filter(|url| !url.is_empty()),
     };
     let mut ends = Ends::listen()?;

@@ -6,7 +6,7 @@ use crate::database::Databases;
 use crate::error::StartError;
 use crate::home::{tail, write_json, write_private};
 use crate::mesh::LocalMesh;
-use crate::sample::{self, CONTROLLER, Instance, POSTGRES, Service, local};
+use crate::sample::{self, Controller, Instance, POSTGRES, Service, local};
 use crate::{Progress, Report};
 use serde_json::json;
 use std::ffi::OsStr;
@@ -23,8 +23,9 @@ const READY_POLL: Duration = Duration::from_millis(50);
 
 impl LocalMesh {
     pub(super) fn reserve_ports(&mut self) -> Result<(), StartError> {
-        self.ports.reserve(CONTROLLER)?;
-        self.ports.reserve("controller admin")?;
+        for port in self.controllers().flat_map(Controller::ports) {
+            self.ports.reserve(&port)?;
+        }
         if self.config.database_url.is_none() {
             // One that an earlier run left may still hold it; whoever starts the new one stops that first.
             self.ports.assign(POSTGRES)?;
@@ -67,16 +68,17 @@ impl LocalMesh {
         Ok(detail)
     }
 
-    pub(super) async fn start_controller(&mut self) -> Result<(), StartError> {
+    pub(super) async fn start_controller(&mut self, controller: Controller) -> Result<(), StartError> {
         let context = json!({
-            "controllers": [local(self.ports.get(CONTROLLER))],
+            "controllers": self.controller_addresses(),
             "credential_dir": "controller/operator/admin",
             "reader_url_file": "secrets/reader.url",
         });
         let path = self.home.context();
         write_json(&path, &context).map_err(StartError::io(format!("writing {}", path.display())))?;
-        self.supervisor.start(sample::controller(&self.home, &self.config.programs, &self.ports))?;
-        self.wait_ready(CONTROLLER, self.ports.get("controller admin")).await.map(drop)
+        self.supervisor.start(controller.recipe(&self.home, &self.config.programs, &self.ports))?;
+        let [_, admin] = controller.ports();
+        self.wait_ready(&controller.process(), self.ports.get(&admin)).await.map(drop)
     }
 
     /// Applies the sample resources, unless they have been: what somebody made of them since is theirs.
@@ -113,7 +115,9 @@ impl LocalMesh {
             None => (Ipv4Addr::LOCALHOST, self.ports.get(POSTGRES)).into(),
         };
         let (home, programs) = (&self.home, &self.config.programs);
-        let recipe = sample::sidecar(home, programs, &self.ports, database, instance, token.as_deref());
+        let (ports, controllers) = (&self.ports, self.controller_addresses());
+        let recipe =
+            sample::sidecar(home, programs, ports, &controllers, database, instance, token.as_deref());
         self.supervisor.start(recipe)?;
         let ready = self.wait_ready(&instance.name, self.ports.get(&instance.port("admin"))).await;
         if let Some(token) = token {
