@@ -198,6 +198,13 @@ impl Leadership {
         }
     }
 
+    /// Whether to lead from the checkpoint that came with the lease. It may have moved on after it was looked at: the former leader
+    /// wrote until its term ended. Then it counts only if the fold covers it; else the rows would be taken back.
+    #[must_use]
+    pub fn may_begin(lease: &Lease, looked_at: ConfigVersion, folded: ConfigVersion) -> bool {
+        lease.checkpoint == looked_at || lease.checkpoint <= folded
+    }
+
     /// Leads from here on, under a lease that was asked for at `asked`. The first batch brings the `stored` rows, which belong to `checkpoint`, to the fold's.
     pub fn begin(
         &mut self,
@@ -283,6 +290,17 @@ mod tests {
         assert!(matches!(leader.write(now + LEASE_TTL), Write::Commit(_)));
         leader.renewed(later, false);
         assert_eq!(leader.term(), None);
+    }
+
+    #[test]
+    fn nobody_leads_from_a_checkpoint_that_it_neither_looked_at_nor_folded() {
+        let begins = |checkpoint, looked_at, folded| {
+            Leadership::may_begin(&Lease { term: 2, checkpoint: at(checkpoint) }, at(looked_at), at(folded))
+        };
+        assert!(begins(7, 7, 9) && begins(8, 7, 9) && begins(9, 7, 9));
+        assert!(!begins(10, 7, 9));
+        // Of a log that began a new epoch after it lost its end: looked at, and found to be beyond it.
+        assert!(begins(10, 10, 9));
     }
 
     #[test]

@@ -305,6 +305,11 @@ impl Projector {
         let Some(lease) = self.session().await?.acquire(&name, id, LEASE_TTL).await? else {
             return Ok(());
         };
+        if !Leadership::may_begin(&lease, checkpoint, folded) {
+            // Whoever has folded as far takes it; nobody moves the checkpoint meanwhile.
+            tracing::info!(term = lease.term, checkpoint = %lease.checkpoint, %folded, "gave the lease back: not folded as far");
+            return Ok(self.session().await?.release(id, lease.term).await?);
+        }
         self.begin_to_lead(lease, asked).await
     }
 
