@@ -323,6 +323,22 @@ async fn check_kept(context: &Context, kept: &Kept, config: &Config) -> anyhow::
     }
 }
 
+/// Executes a command, again while it can only not be recorded now: the log may be held up by somebody, or the database restart.
+async fn execute_patiently(context: &Context, request: &commands::Request) -> Result<(), ApiError> {
+    let (commands, deadline) = (Commands::new(context), Instant::now() + DATABASE_WAIT_MAX);
+    loop {
+        match commands.execute(request).await {
+            Ok(_) => return Ok(()),
+            Err(ApiError::Unavailable(why)) if Instant::now() < deadline => {
+                tracing::warn!(why, "a command of this start is not recorded yet, trying again");
+            }
+            Err(ApiError::Overloaded { .. }) if Instant::now() < deadline => {}
+            Err(error) => return Err(error),
+        }
+        sleep(DATABASE_RETRY).await;
+    }
+}
+
 /// Puts the root into the log, if it is not there. With a log that cannot be followed there is only reading.
 async fn announce_root(
     context: &Context,
@@ -349,17 +365,21 @@ async fn announce_root(
         fingerprint: *sha256.as_bytes(),
         changes: vec![Change { expected: ExpectedVersion::Any, command: Command::Ca(root) }],
     };
-    match Commands::new(context).execute(&request).await {
-        Ok(_) => Ok(()),
+    match execute_patiently(context, &request).await {
+        Ok(()) => Ok(()),
         // It is there, or comes when an operator has decided.
         Err(ApiError::Rewound(why)) => {
             tracing::error!(why, "the root is not announced");
             Ok(())
         }
         Err(error) => {
+            let hint = match error {
+                ApiError::Rejected { .. } => "; controllers of one mesh share one certificate authority",
+                _ => "",
+            };
             let status = tonic::Status::from(error);
             bail!(
-                "the root in {} cannot be announced to the mesh: {}; controllers of one mesh share one certificate authority",
+                "the root in {} cannot be announced to the mesh: {}{hint}",
                 path.display(),
                 status.message()
             )

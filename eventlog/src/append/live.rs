@@ -36,9 +36,10 @@ use crate::settings::{Settings, check_durable};
 /// Foreign events that are read to keep the cached heads; if other writers have added more, forgetting is cheaper.
 const CATCH_UP_MAX: usize = 4_096;
 
-/// A writer waits for the lock behind at most a few other nodes' batches. A holder that hangs in its transaction is
-/// cut off by the server. A commit waits as long as the server wants it to.
-const SESSION_SQL: &str = "set lock_timeout = '2s'; set idle_in_transaction_session_timeout = '5s'; \
+/// A writer waits for the lock behind at most a few other nodes' batches. A holder that hangs in its transaction (a process that was
+/// stopped) is cut off by the server before those who wait give up, so that they only wait. A commit waits as long as the server
+/// wants it to.
+const SESSION_SQL: &str = "set lock_timeout = '2s'; set idle_in_transaction_session_timeout = '1500ms'; \
                            set statement_timeout = 0";
 
 /// How long everything may take that a batch is decided on: more than twice the wait for the lock, and the rest takes
