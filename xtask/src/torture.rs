@@ -20,6 +20,13 @@ pub(crate) struct Torture {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
+    /// Several controllers: the one that leads is paused, killed and cut off
+    #[command(disable_help_flag = true)]
+    Leader {
+        /// Passed to weft-torture; see them with --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// The event log: kills, cuts, full disks, hostile edits; crates/torture/README.md says how
     #[command(disable_help_flag = true)]
     Log {
@@ -31,20 +38,28 @@ enum What {
 
 impl Torture {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let What::Log { args } = self.what;
+        let (what, args) = match self.what {
+            What::Leader { args } => ("leader", args),
+            What::Log { args } => ("log", args),
+        };
         postgres()?;
         let mut build = cargo(["build", "--release"]);
         say("building with optimisation; the first time takes some minutes");
         must(build.args(PROGRAMS.iter().flat_map(|package| ["--package", *package])))?;
         let program = target_dir()?.join("release/weft-torture");
         // It takes this process over: the terminal, its signals and the exit status are its own.
-        Err(Command::new(&program).arg("log").args(args).exec())
+        Err(Command::new(&program).arg(what).args(args).exec())
             .with_context(|| format!("{} could not be run", program.display()))
     }
 }
 
-/// The short form, of programs that are built.
+/// The short forms, of programs that are built.
 pub(crate) fn passes() -> anyhow::Result<bool> {
-    say("torture log, the short form");
-    Ok(run(Command::new(target_dir()?.join("debug/weft-torture")).arg("log"))?.success())
+    for what in ["log", "leader"] {
+        say(&format!("torture {what}, the short form"));
+        if !run(Command::new(target_dir()?.join("debug/weft-torture")).arg(what))?.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -1,8 +1,10 @@
 //! Fault injection on the event log. See the README beside this package.
 
 mod child;
+mod controllers;
 mod frame;
 mod journal;
+mod leader;
 mod phase;
 mod proxy;
 mod report;
@@ -13,7 +15,7 @@ mod writer;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::time::Instant;
 
@@ -32,6 +34,8 @@ struct Cli {
 enum Command {
     /// Run the phases
     Log(Args),
+    /// Several controllers: pause, kill and cut off the one that leads
+    Leader(LeaderArgs),
     /// A process under test; started by the others
     #[command(hide = true)]
     Worker,
@@ -69,6 +73,22 @@ struct Args {
     /// Kills of the controller
     #[arg(long)]
     controller_kills: Option<u64>,
+    /// The controller's program [default: the one beside this program]
+    #[arg(long)]
+    controller: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct LeaderArgs {
+    /// Repeat the decisions of an earlier run [default: random, and printed]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The long form: some ten minutes instead of half of one, with pauses of ten seconds to a minute
+    #[arg(long)]
+    long: bool,
+    /// Faults
+    #[arg(long)]
+    rounds: Option<u64>,
     /// The controller's program [default: the one beside this program]
     #[arg(long)]
     controller: Option<PathBuf>,
@@ -122,24 +142,27 @@ impl Args {
             Phase::Writers => phase::writers(server, seed, count, found).await,
             Phase::Wal => phase::wal_full(seed, count, found).await,
             Phase::Edits => phase::edits(server, seed, count, found).await,
-            Phase::Controller => phase::controller(server, &self.program()?, count, found).await,
+            Phase::Controller => {
+                phase::controller(server, &program(self.controller.as_deref())?, count, found).await
+            }
         }
         .with_context(|| format!("phase {phase:?}"))?;
         Ok(findings)
     }
+}
 
-    fn program(&self) -> anyhow::Result<PathBuf> {
-        if let Some(program) = &self.controller {
-            return Ok(program.clone());
-        }
-        let beside = std::env::current_exe()?.with_file_name("weft-controller");
-        anyhow::ensure!(
-            beside.is_file(),
-            "{} is missing; build it, or name it with --controller",
-            beside.display()
-        );
-        Ok(beside)
+/// The controller's program: the given one, or the one beside this program.
+fn program(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(program) = given {
+        return Ok(program.to_owned());
     }
+    let beside = std::env::current_exe()?.with_file_name("weft-controller");
+    anyhow::ensure!(
+        beside.is_file(),
+        "{} is missing; build it, or name it with --controller",
+        beside.display()
+    );
+    Ok(beside)
 }
 
 /// A line about what is going on. On stderr: stdout is for results.
@@ -151,6 +174,7 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = runtime.context("no runtime").and_then(|runtime| match Cli::parse().command {
         Command::Log(args) => runtime.block_on(torture(&args)),
+        Command::Leader(args) => runtime.block_on(torture_leader(&args)),
         Command::Worker => {
             let ended = runtime.block_on(async {
                 let url = std::env::vars().find(|(name, _)| name == child::URL_VARIABLE);
@@ -195,6 +219,29 @@ async fn torture(args: &Args) -> anyhow::Result<bool> {
         }
         report.add(&format!("{phase:?}"), findings, phase_began.elapsed());
     }
+    report.print(began.elapsed())?;
+    if !report.is_sound() {
+        say(&format!("something is broken; to repeat: {repeat}"));
+    }
+    Ok(report.is_sound())
+}
+
+async fn torture_leader(args: &LeaderArgs) -> anyhow::Result<bool> {
+    let seed = args.seed.unwrap_or_else(rand::random);
+    let rounds = args.rounds.unwrap_or(if args.long { 200 } else { 10 });
+    let form = if args.long { " --long" } else { "" };
+    let repeat = format!("cargo xtask torture leader --seed {seed} --rounds {rounds}{form}");
+    say(&format!("seed {seed}"));
+    let program = program(args.controller.as_deref())?;
+    let began = Instant::now();
+    let server = Postgres::start(None).await?;
+    let (mut report, mut findings) = (Report::new(seed, args.long), Findings::default());
+    let done = leader::leader(&server, &program, seed, rounds, args.long, &mut findings);
+    done.await.with_context(|| format!("to repeat: {repeat}"))?;
+    for complaint in findings.complaints.iter().take(10) {
+        say(complaint);
+    }
+    report.add("Leader", findings, began.elapsed());
     report.print(began.elapsed())?;
     if !report.is_sound() {
         say(&format!("something is broken; to repeat: {repeat}"));

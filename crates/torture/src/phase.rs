@@ -18,12 +18,13 @@ use weft_model::Position;
 
 use crate::child::Worker;
 use crate::journal::{Event, Journal, Polled, Verdict};
+use crate::leader::Times;
 use crate::proxy::Proxy;
 use crate::server::Postgres;
 use crate::watch::{Poller, head, read_all};
 use crate::writer::{Habits, Writers};
 
-pub(crate) use controller::controller;
+pub(crate) use controller::{controller, projected};
 pub(crate) use edits::edits;
 pub(crate) use kills::{ambiguous, kills, server_kills, writers};
 pub(crate) use wal::wal_full;
@@ -32,7 +33,7 @@ pub(crate) use wal::wal_full;
 const COMMANDS_PER_RANGE: u32 = 125;
 
 /// Longest wait for writers to get on with it after a fault.
-const PROGRESS_MAX: Duration = Duration::from_secs(90);
+pub(crate) const PROGRESS_MAX: Duration = Duration::from_secs(90);
 
 /// What a phase did, and what it found.
 #[derive(Debug, Default, Serialize)]
@@ -45,6 +46,9 @@ pub(crate) struct Findings {
     pub(crate) events: u64,
     #[serde(flatten)]
     pub(crate) verdict: Verdict,
+    /// From a fault to the next publication, by fault.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) times: BTreeMap<String, Times>,
     /// In words; empty if nothing is wrong.
     pub(crate) complaints: Vec<String>,
 }
@@ -54,11 +58,11 @@ impl Findings {
         self.verdict.is_sound() && self.complaints.is_empty()
     }
 
-    fn count(&mut self, what: &str) {
+    pub(crate) fn count(&mut self, what: &str) {
         *self.done.entry(what.to_owned()).or_default() += 1;
     }
 
-    fn complain(&mut self, what: impl Into<String>) {
+    pub(crate) fn complain(&mut self, what: impl Into<String>) {
         self.complaints.push(what.into());
     }
 }
@@ -152,7 +156,7 @@ async fn judge(
     verify(&url, findings).await
 }
 
-async fn verify(url: &str, findings: &mut Findings) -> anyhow::Result<()> {
+pub(crate) async fn verify(url: &str, findings: &mut Findings) -> anyhow::Result<()> {
     if let Err(error) = weft_eventlog::verify(&Reader::new(url.parse()?), |_| ()).await {
         findings.complain(weft_model::Chain(&error).to_string());
     }

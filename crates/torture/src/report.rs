@@ -43,6 +43,8 @@ impl Report {
 
     pub(crate) fn add(&mut self, phase: &str, findings: Findings, took: Duration) {
         let done: Vec<String> = findings.done.iter().map(|(what, count)| format!("{count} {what}")).collect();
+        let times = findings.times.iter().map(|(what, times)| format!("{what}: {times}"));
+        let done: Vec<String> = done.into_iter().chain(times).collect();
         let verdict = &findings.verdict;
         self.rows.push([
             phase.to_owned(),

@@ -71,6 +71,21 @@ impl Postgres {
         Ok(self.url(database)?.replacen(&format!(":{}/", self.port()?), &format!(":{port}/"), 1))
     }
 
+    /// A URL for a database in the name of a new login, which may do everything.
+    pub(crate) async fn url_of_new_login(&self, login: &str, database: &str) -> anyhow::Result<String> {
+        let url = self.url(database)?;
+        let (user, password) = url
+            .strip_prefix("postgres://")
+            .and_then(|rest| rest.split_once('@')?.0.split_once(':'))
+            .context("the server's URL names a login with a password")?;
+        let session = Session::open(&url).await?;
+        session
+            .client
+            .batch_execute(&format!("create role {login} superuser login password '{password}'"))
+            .await?;
+        Ok(url.replacen(user, login, 1))
+    }
+
     /// Makes a database with an empty event log in ranges of so many positions: few, so that what is done to the log is done
     /// while ranges are made, filled and closed.
     pub(crate) async fn make_log(&self, database: &str, range: u32) -> anyhow::Result<()> {

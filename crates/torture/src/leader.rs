@@ -1,0 +1,385 @@
+//! Several controllers, of which one leads: it is paused, killed, cut off from its lease, or everybody claims the lease at once, while
+//! clients change things and sidecars follow.
+//!
+//! Proved of it: nobody wrote under an old term ([`audit`]); what sidecars were told was committed before, and is what the log folds to
+//! at that version; no sidecar went back ([`sidecars`]); and what clients were told is in the log.
+
+mod audit;
+mod fleet;
+mod sidecars;
+
+use anyhow::Context;
+use futures_util::TryStreamExt as _;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use weft_client::ControllerAddress;
+use weft_eventlog::Reader;
+use weft_identity::ca::CertificateAuthority;
+use weft_identity::spiffe::Subject;
+use weft_identity::tls::TlsIdentity;
+use weft_model::{ConfigVersion, InstanceId, Position, Timestamp};
+use weft_projector::Decoder;
+use weft_routing::{Hash, Projection};
+
+use crate::controllers::{Client, Controller, Told, channel, declaration};
+use crate::phase::{Findings, PROGRESS_MAX, projected, verify};
+use crate::server::{Postgres, Session};
+use crate::watch::{head, read_all};
+
+use fleet::Fleet;
+use sidecars::{Seen, Sidecar};
+
+/// Controllers: all but two may be paused at once, so that many long pauses take little time together.
+const CONTROLLERS: usize = 6;
+/// Sidecars that only know one controller, for each of them; they are told what it publishes when it wakes.
+const BOUND: usize = 1;
+/// Sidecars that go from one controller to the next.
+const ROVING: usize = 4;
+/// Clients at once, each with a service of its own.
+const CLIENTS: usize = 3;
+/// Between two changes of a client.
+const CLIENT_PAUSE: Duration = Duration::from_millis(10);
+/// Longest wait until something new is published after a fault.
+const PUBLISH_MAX: Duration = Duration::from_secs(60);
+/// How long a leader is paused, in the short and in the long form; a lease lasts two seconds. Short ones are frequent.
+const PAUSE: [(Duration, Duration); 2] =
+    [(Duration::from_secs(3), Duration::from_secs(6)), (Duration::from_secs(10), Duration::from_secs(60))];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The leader is stopped where it is, and goes on later.
+    Pause,
+    /// The leader is killed, and started again.
+    Kill,
+    /// The leader's session for the lease is ended by the server.
+    CutLease,
+    /// All of the leader's sessions are ended by the server.
+    CutAll,
+    /// The lease is free, and everybody wants it.
+    Claim,
+}
+
+impl Fault {
+    /// In their shares.
+    const DRAWN: [Self; 10] = [
+        Self::Pause,
+        Self::Pause,
+        Self::Pause,
+        Self::Pause,
+        Self::Kill,
+        Self::Kill,
+        Self::CutLease,
+        Self::CutAll,
+        Self::Claim,
+        Self::Claim,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Pause => "leader paused",
+            Self::Kill => "leader killed",
+            Self::CutLease => "lease session cut",
+            Self::CutAll => "all sessions cut",
+            Self::Claim => "all claim at once",
+        }
+    }
+}
+
+/// So many faults.
+pub(crate) async fn leader(
+    server: &Postgres,
+    program: &Path,
+    seed: u64,
+    rounds: u64,
+    long: bool,
+    findings: &mut Findings,
+) -> anyhow::Result<()> {
+    const DATABASE: &str = "leader";
+    server.make_log(DATABASE, 2_000).await?;
+    let url = server.url(DATABASE)?;
+    let session = Session::open(&url).await?;
+    audit::begin(&session).await?;
+    let state = tempfile::tempdir()?;
+    let mut controllers = Vec::new();
+    for n in 1..=CONTROLLERS {
+        let name = format!("controller-{n}");
+        let url = server.url_of_new_login(&format!("controller_{n}"), DATABASE).await?;
+        controllers.push(Controller::new(program, &name, state.path(), url)?);
+    }
+    let addresses: Vec<ControllerAddress> =
+        controllers.iter().map(Controller::address).collect::<Result<_, _>>()?;
+    let admin = controllers.first().context("there are controllers")?.clone();
+    let mut fleet = Fleet::start(controllers).await?;
+    let seen = Arc::new(Seen::new(Session::open(&url).await?));
+    let told = Arc::new(Told::default());
+    let ending = Arc::new(AtomicBool::new(false));
+    let clients = start_clients(&admin, &addresses, &told, &ending).await?;
+    let authority = CertificateAuthority::load(&state.path().join("ca"))?;
+    let sidecars = start_sidecars(&authority, &addresses, seed, &seen, &ending)?;
+    let mut scene =
+        Scene { session, url: url.clone(), seen: Arc::clone(&seen), rng: StdRng::seed_from_u64(seed) };
+    scene.publishes().await?;
+
+    let mut takeovers: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    for round in 0..rounds {
+        let fault = Fault::DRAWN[scene.rng.random_range(0..Fault::DRAWN.len())];
+        let took = scene.fault(fault, &mut fleet, long).await.with_context(|| format!("round {round}"))?;
+        takeovers.entry(fault.name()).or_default().push(took);
+        findings.count(fault.name());
+        if round % 20 == 19 {
+            crate::say(&format!("{} faults", round + 1));
+        }
+    }
+    fleet.wait_awake(fleet.all()).await?;
+    scene.publishes().await?;
+    ending.store(true, Ordering::SeqCst);
+    join(clients).await?;
+    for ended in fleet.ended()? {
+        findings.complain(ended);
+    }
+    projected(&url, findings).await?;
+    join(sidecars).await?;
+
+    audit::judge(&scene.session, findings).await?;
+    judge(&url, &seen, findings).await?;
+    let log = read_all(&url).await?;
+    findings.verdict += told.judge(&log);
+    findings.acknowledged += told.acknowledged();
+    findings.events += log.len() as u64;
+    for (fault, times) in &mut takeovers {
+        times.sort();
+        findings.times.insert((*fault).to_owned(), Times::of(times));
+    }
+    verify(&url, findings).await
+}
+
+/// How long it took from a fault to the next publication, in milliseconds.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub(crate) struct Times {
+    p50_ms: u128,
+    p99_ms: u128,
+    max_ms: u128,
+}
+
+impl Times {
+    /// Of sorted times; at least one.
+    fn of(times: &[Duration]) -> Self {
+        let at = |share: usize| {
+            let index = (times.len() * share).div_ceil(100).saturating_sub(1);
+            times.get(index).map_or(0, Duration::as_millis)
+        };
+        Self { p50_ms: at(50), p99_ms: at(99), max_ms: at(100) }
+    }
+}
+
+impl std::fmt::Display for Times {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { p50_ms, p99_ms, max_ms } = self;
+        write!(f, "published again after {p50_ms} ms (p50), {p99_ms} ms (p99), {max_ms} ms at most")
+    }
+}
+
+async fn join(mut tasks: JoinSet<anyhow::Result<()>>) -> anyhow::Result<()> {
+    let all = async {
+        while let Some(ended) = tasks.join_next().await {
+            ended??;
+        }
+        anyhow::Ok(())
+    };
+    timeout(PROGRESS_MAX, all).await.context("somebody does not finish")?
+}
+
+async fn start_clients(
+    admin: &Controller,
+    addresses: &[ControllerAddress],
+    told: &Arc<Told>,
+    ending: &Arc<AtomicBool>,
+) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
+    let credential = admin.admin().await?;
+    let mut tasks = JoinSet::new();
+    for n in 0..CLIENTS {
+        let mut from = addresses.to_vec();
+        from.rotate_left(n % addresses.len());
+        let channels = from.iter().map(|address| channel(std::slice::from_ref(address), &credential));
+        let mut client = Client {
+            channels: channels.collect(),
+            service: format!("default/torture-{n}"),
+            told: Arc::clone(told),
+            pause: CLIENT_PAUSE,
+        };
+        // The service of a sidecar must exist before it.
+        if n == 0 {
+            client.insist(&declaration("default/watch", 9_000)).await.context("nothing can be declared")?;
+        }
+        let ending = Arc::clone(ending);
+        tasks.spawn(async move {
+            client.run(ending).await;
+            Ok(())
+        });
+    }
+    Ok(tasks)
+}
+
+fn start_sidecars(
+    authority: &CertificateAuthority,
+    addresses: &[ControllerAddress],
+    seed: u64,
+    seen: &Arc<Seen>,
+    ending: &Arc<AtomicBool>,
+) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
+    const LEAF: Duration = Duration::from_secs(24 * 3_600);
+    let bound = addresses.iter().flat_map(|address| (0..BOUND).map(|_| vec![address.clone()]));
+    let roving = (0..ROVING).map(|n| {
+        let mut from = addresses.to_vec();
+        from.rotate_left(n % addresses.len());
+        from
+    });
+    let mut tasks = JoinSet::new();
+    for (n, controllers) in bound.chain(roving).enumerate() {
+        let instance: InstanceId = format!("default/watch/watch-{n}").parse()?;
+        let now = Timestamp(jiff::Timestamp::now().as_millisecond());
+        let credential = authority.issue_credential(&Subject::Instance(instance.clone()), now, LEAF)?;
+        let sidecar = Sidecar {
+            trust_domain: credential.spiffe_id().trust_domain.clone(),
+            instance,
+            who: TlsIdentity::new(credential),
+            controllers,
+            seen: Arc::clone(seen),
+            rng: StdRng::seed_from_u64(seed.wrapping_add(1 + n as u64)),
+        };
+        tasks.spawn(sidecar.run(Arc::clone(ending)));
+    }
+    Ok(tasks)
+}
+
+struct Scene {
+    /// Of the database's owner.
+    session: Session,
+    url: String,
+    seen: Arc<Seen>,
+    rng: StdRng,
+}
+
+impl Scene {
+    /// Waits until what is appended from now on is published.
+    async fn publishes(&self) -> anyhow::Result<()> {
+        let target = head(&self.url).await? + 1;
+        timeout(PUBLISH_MAX, self.seen.told_of(target)).await.context("nothing is published any more")
+    }
+
+    /// The one that leads, and is not paused.
+    async fn leader(&self, fleet: &mut Fleet) -> anyhow::Result<String> {
+        let found = async {
+            loop {
+                fleet.resume_due()?;
+                if let Some((_, login)) = audit::leader(&self.session).await? {
+                    let name = login.replace('_', "-");
+                    if fleet.is_awake(&name) {
+                        return anyhow::Ok(name);
+                    }
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PUBLISH_MAX, found).await.context("nobody leads")?
+    }
+
+    /// Does it, and says how long nothing was published.
+    async fn fault(&mut self, fault: Fault, fleet: &mut Fleet, long: bool) -> anyhow::Result<Duration> {
+        // Somewhere in its work, and not always right after it began.
+        sleep(Duration::from_millis(self.rng.random_range(0..300))).await;
+        fleet.wait_awake(3).await?;
+        let leader = self.leader(fleet).await?;
+        let login = leader.replace('-', "_");
+        let began = Instant::now();
+        match fault {
+            Fault::Pause => {
+                let (shortest, longest) = PAUSE[usize::from(long)];
+                let share: f64 = self.rng.random();
+                fleet.pause(&leader, shortest + (longest - shortest).mul_f64(share.powi(3)))?;
+            }
+            Fault::Kill => fleet.kill(&leader).await?,
+            Fault::CutLease | Fault::CutAll => {
+                const SQL: &str = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
+                                   where usename = $1 and ($2 or application_name = 'weft-lease')";
+                let all = fault == Fault::CutAll;
+                let cut = self.session.client.query_one(SQL, &[&login, &all]).await?;
+                anyhow::ensure!(cut.get::<_, i64>(0) > 0, "{leader} leads without a session");
+            }
+            Fault::Claim => {
+                const SQL: &str =
+                    "update weft.lease set expires_at = '-infinity', holder_id = gen_random_uuid()";
+                self.session.client.execute(SQL, &[]).await?;
+            }
+        }
+        self.publishes().await?;
+        let took = began.elapsed();
+        if fault == Fault::Kill {
+            fleet.start_again(&leader).await?;
+        }
+        fleet.resume_due()?;
+        Ok(took)
+    }
+}
+
+/// Holds what sidecars were told and took against a fold of the log, event by event.
+async fn judge(url: &str, seen: &Seen, findings: &mut Findings) -> anyhow::Result<()> {
+    let told = std::mem::take(&mut *seen.told());
+    let mut back = 0;
+    for (instance, versions) in &told.applied {
+        let steps = versions.windows(2).filter(|two| two[1] <= two[0]).count();
+        if steps > 0 {
+            findings.complain(format!("{instance} went back {steps} times"));
+        }
+        back += steps as u64;
+    }
+    let mut by_position: BTreeMap<Position, Vec<(ConfigVersion, Hash, InstanceId)>> = BTreeMap::new();
+    for snapshot in told.snapshots.iter().cloned() {
+        by_position.entry(snapshot.0.position).or_default().push(snapshot);
+    }
+    let reader = Reader::new(url.parse()?);
+    let end = reader.head().await?.position;
+    let (mut projection, mut decoder, mut stale) = (Projection::default(), Decoder::default(), 0);
+    let mut pages = pin!(reader.replay(Position::ZERO, end));
+    while let Some(page) = pages.try_next().await? {
+        for event in page.events() {
+            projection.apply([&decoder.decode(&event)?])?;
+            for (version, hash, instance) in by_position.remove(&event.position).unwrap_or_default() {
+                let folded =
+                    projection.wanted(&instance).map(|wanted| (wanted.version, wanted.manifest.hash));
+                if folded != Some((version, hash)) {
+                    stale += 1;
+                    findings.complain(format!(
+                        "{instance} was told of {version}, which the log does not fold to"
+                    ));
+                }
+            }
+        }
+    }
+    if !by_position.is_empty() {
+        findings.complain(format!("{} versions that are not in the log", by_position.len()));
+    }
+    if told.applied.len() < BOUND * CONTROLLERS + ROVING || told.patches == 0 || told.pulls == 0 {
+        findings.complain("not every sidecar took part, so little is proved");
+    }
+    findings.complaints.extend(told.complaints.iter().cloned());
+    let done = [
+        ("stale publishes", stale + told.complaints.len() as u64),
+        ("sidecars that went back", back),
+        ("notices", told.notices),
+        ("versions told", told.snapshots.len() as u64),
+        ("streams", told.streams),
+        ("patches", told.patches),
+        ("pulls", told.pulls),
+    ];
+    findings.done.extend(done.map(|(what, count)| (what.to_owned(), count)));
+    Ok(())
+}
