@@ -354,7 +354,7 @@ async fn judge(url: &str, seen: &Seen, findings: &mut Findings) -> anyhow::Resul
             projection.apply([&decoder.decode(&event)?])?;
             for (version, hash, instance) in by_position.remove(&event.position).unwrap_or_default() {
                 let folded =
-                    projection.wanted(&instance).map(|wanted| (wanted.version, wanted.manifest.hash));
+                    projection.wanted(&instance).map(|wanted| (wanted.version, wanted.class.manifest.hash()));
                 if folded != Some((version, hash)) {
                     stale += 1;
                     findings.complain(format!(
