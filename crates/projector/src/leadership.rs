@@ -15,6 +15,7 @@ use crate::published::Delta;
 use crate::rows::RowChanges;
 use crate::store::{Commit, Lease};
 use crate::view::{Pending, Role, View};
+use crate::window::Window;
 
 /// How long a lease lasts: a leader that is paused or cut off is replaced after at most so long. One that stalls for longer (a
 /// checkpoint of the database, a machine that swaps) loses it, which costs a comparison of all rows and nothing else.
@@ -27,6 +28,7 @@ pub const RENEW_EVERY: Duration = Duration::from_millis(500);
 pub struct Leadership {
     pending: Pending,
     leading: Option<Leading>,
+    window: Window,
     /// The checkpoint of a lost history that was reported.
     reported: Option<Point>,
 }
@@ -48,6 +50,8 @@ pub enum Write {
     /// The lease ran out, and this projector follows again. Not needed for safety, the term is; but somebody else is likely
     /// to be at it.
     LeaseOver,
+    /// Nothing before then: what there is waits for company, unless something urgent comes.
+    Wait(Instant),
     /// To write this, and to tell [`Leadership::written`] what became of it.
     Commit(Box<Batch>),
 }
@@ -118,11 +122,17 @@ impl Leadership {
     /// What to do with what is pending.
     pub fn write(&mut self, now: Instant) -> Write {
         let Some(Leading { term, checkpoint, asked }) = self.leading else { return Write::Nothing };
-        let Some(delta) = self.pending.to_write() else { return Write::Nothing };
+        if self.pending.is_empty() {
+            return Write::Nothing;
+        }
         if now >= asked + LEASE_TTL {
             self.follow();
             return Write::LeaseOver;
         }
+        if let Some(opens) = self.window.opens(now).filter(|_| !self.pending.is_urgent()) {
+            return Write::Wait(opens);
+        }
+        let Some(delta) = self.pending.to_write() else { return Write::Nothing };
         Write::Commit(Box::new(Batch { term, from: checkpoint, delta }))
     }
 
@@ -144,9 +154,14 @@ impl Leadership {
         }
     }
 
-    /// Publishes what a checkpoint covers that was written, here or elsewhere.
-    pub fn publish(&mut self, view: &View, checkpoint: ConfigVersion) {
-        view.publish(&mut self.pending, checkpoint);
+    /// Publishes what a checkpoint covers that was written, here or elsewhere. Says how many subscribers were woken.
+    pub fn publish(&mut self, view: &View, checkpoint: ConfigVersion) -> usize {
+        view.publish(&mut self.pending, checkpoint)
+    }
+
+    /// What was just published took so long to write and told so many: what is not urgent waits for that.
+    pub fn paid(&mut self, took: Duration, told: usize, now: Instant) {
+        self.window.published(took, told, now);
     }
 
     /// Whether the lease is to be prolonged.
@@ -222,6 +237,7 @@ impl Leadership {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::window::WINDOW_MAX;
     use weft_model::Epoch;
 
     fn at(position: u64) -> ConfigVersion {
@@ -244,7 +260,7 @@ mod tests {
     fn batch(leadership: &mut Leadership, now: Instant) -> Batch {
         match leadership.write(now) {
             Write::Commit(batch) => *batch,
-            Write::Nothing | Write::LeaseOver => panic!("nothing is to be written"),
+            Write::Nothing | Write::LeaseOver | Write::Wait(_) => panic!("nothing is to be written"),
         }
     }
 
@@ -261,6 +277,30 @@ mod tests {
         assert_eq!(view.published(crate::Published::version), at(8));
         leader.folded(delta(9));
         assert_eq!(batch(&mut leader, now).from, Position(8));
+    }
+
+    #[test]
+    fn what_is_not_urgent_waits_for_company_and_what_is_takes_it_along() {
+        let now = Instant::now();
+        let mut leader = leading(3, 7, now);
+        leader.folded(delta(8));
+        let first = batch(&mut leader, now);
+        let covered = leader.written(&first, Some(Commit::Done)).unwrap();
+        assert_eq!(leader.publish(&View::new(), covered), 0);
+        let took = Duration::from_millis(30);
+        leader.paid(took, 0, now);
+        leader.folded(delta(9));
+        assert!(matches!(leader.write(now), Write::Wait(then) if then == now + took));
+        leader.folded(Delta { urgent: true, ..delta(10) });
+        leader.folded(delta(11));
+        let all = batch(&mut leader, now);
+        assert_eq!((all.from, all.delta.version), (Position(8), at(11)));
+        // What could not be written waits no longer than it would have, and nobody waits long.
+        let mut leader = leading(3, 7, now);
+        leader.paid(Duration::from_secs(9), 9, now);
+        leader.folded(delta(8));
+        assert!(matches!(leader.write(now), Write::Wait(then) if then == now + WINDOW_MAX));
+        assert_eq!(batch(&mut leader, now + WINDOW_MAX).delta.version, at(8));
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub mod rows;
 mod store;
 mod verify;
 mod view;
+mod window;
 
 pub use decode::{Decoder, Undecodable, UndecodableEvent};
 pub use fault::Fault;
@@ -40,3 +41,4 @@ pub use published::{Patch, Published, PublishedClass, PublishedShard, ShardPatch
 pub use store::{Ack, Commit, LeaderStatus, Lease, LeaseSession, SidecarStatus, Store, StoreError};
 pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
 pub use view::{Role, View};
+pub use window::{TELL_COST, WINDOW_MAX, Window};

@@ -34,7 +34,7 @@ mod catch_up;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_eventlog::{EventHash, Point, Reader, RecordedEvent, Seen, StoreError as LogError, report_rewind};
@@ -120,6 +120,8 @@ impl Projector {
         lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut look = interval(CHECKPOINT_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // When what waits for company is to be written.
+        let mut due = None;
         loop {
             let page = {
                 // Kept while the others have their turn: a read that takes longer than they leave it would never end.
@@ -133,13 +135,14 @@ impl Projector {
                             self.keep_checkpoint();
                         }
                         // Before the log, which may never be quiet.
+                        () = until(due) => due = self.write().await,
                         _ = look.tick(), if waits_for_checkpoint => self.look_at_checkpoint().await,
                         page = &mut next => break page,
                     }
                 }
             };
             self.take_in(page).await?;
-            self.write().await;
+            due = self.write().await;
         }
     }
 
@@ -173,16 +176,18 @@ impl Projector {
         self.folded.map(|(_, hash)| hash)
     }
 
-    /// Writes and publishes what is pending, if this projector leads.
-    async fn write(&mut self) {
+    /// Writes and publishes what is pending, if this projector leads. Says until when it waits for company, if it does.
+    async fn write(&mut self) -> Option<Instant> {
         match self.leadership.write(Instant::now()) {
             Write::Nothing => {}
+            Write::Wait(then) => return Some(then),
             Write::LeaseOver => {
                 tracing::warn!("the projector's lease ran out");
                 self.show_role();
             }
             Write::Commit(batch) => self.commit(&batch).await,
         }
+        None
     }
 
     async fn commit(&mut self, batch: &Batch) {
@@ -202,15 +207,20 @@ impl Projector {
             }
         }
         match self.leadership.written(batch, commit.ok()) {
-            Some(checkpoint) => self.publish(checkpoint),
+            Some(checkpoint) => {
+                let told = self.publish(checkpoint);
+                self.leadership.paid(started.elapsed(), told, Instant::now());
+            }
             None => self.show_role(),
         }
     }
 
-    fn publish(&mut self, checkpoint: ConfigVersion) {
-        self.leadership.publish(&self.view, checkpoint);
+    /// Publishes what the checkpoint covers. Says how many subscribers were woken.
+    fn publish(&mut self, checkpoint: ConfigVersion) -> usize {
+        let told = self.leadership.publish(&self.view, checkpoint);
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         metrics::gauge!("weft_projector_published_position").set(checkpoint.position.0 as f64);
+        told
     }
 
     /// Tells whoever asks whether this projector leads.
@@ -235,7 +245,9 @@ impl Projector {
 
     async fn look_at_checkpoint(&mut self) {
         match self.store.checkpoint().await {
-            Ok(checkpoint) => self.publish(checkpoint),
+            Ok(checkpoint) => {
+                self.publish(checkpoint);
+            }
             Err(error) => tracing::debug!(error = %Chain(&error), "the checkpoint cannot be read"),
         }
     }
@@ -366,6 +378,14 @@ impl Projector {
         }
         self.leadership.follow();
         self.show_role();
+    }
+}
+
+/// Waits until then; for ever if there is no time.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Delta {
     pub rows: Arc<RowChanges>,
     /// What it took to follow.
     pub work: Work,
+    /// Whether something in it cannot wait.
+    pub urgent: bool,
     pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
     pub(crate) classes: BTreeMap<ClassId, Option<PublishedClass>>,
     pub(crate) sidecars: BTreeMap<InstanceId, Option<PublishedSidecar>>,
@@ -72,6 +74,7 @@ impl Delta {
             hash: None,
             rows: Arc::new(RowChanges::new(projection, changes, scopes)),
             work: changes.work,
+            urgent: false,
             shards: changes.shards.iter().filter_map(built).collect(),
             classes: changes.manifests.union(&changes.classes).map(class).collect(),
             sidecars: changes.sidecars.iter().map(sidecar).collect(),
@@ -89,6 +92,7 @@ impl Delta {
             hash: None,
             rows: Arc::default(),
             work: Work::default(),
+            urgent: true,
             shards: projection.shards().iter().map(shard).collect(),
             classes: projection.classes().iter().map(class).collect(),
             sidecars: projection.sidecars().map(sidecar).collect(),
@@ -101,6 +105,7 @@ impl Delta {
         self.hash = next.hash;
         Arc::make_mut(&mut self.rows).merge(Arc::unwrap_or_clone(next.rows));
         self.work += next.work;
+        self.urgent |= next.urgent;
         self.shards.extend(next.shards);
         self.classes.extend(next.classes);
         self.sidecars.extend(next.sidecars);
@@ -335,8 +340,9 @@ impl Published {
         Some(Patch { base, shards })
     }
 
-    /// Makes what a batch changed part of what sidecars may be told. The caller has committed it.
-    pub fn take_in(&mut self, delta: Delta) {
+    /// Makes what a batch changed part of what sidecars may be told. The caller has committed it. Says how many subscribers were
+    /// woken.
+    pub fn take_in(&mut self, delta: Delta) -> usize {
         let new_epoch = self.version.epoch != delta.version.epoch;
         self.version = delta.version;
         self.hash = delta.hash;
@@ -372,23 +378,30 @@ impl Published {
             // Who follows the class that it was in is to follow another one.
             concerned.extend(before.map(|before| before.class));
         }
-        self.tell(concerned, new_epoch);
+        self.tell(concerned, new_epoch)
     }
 
     /// Wakes the subscribers of these classes; a new epoch is a new version for everybody.
-    fn tell(&mut self, concerned: BTreeSet<ClassId>, new_epoch: bool) {
+    fn tell(&mut self, concerned: BTreeSet<ClassId>, new_epoch: bool) -> usize {
+        let mut told = 0;
+        let mut tell = |feed: &watch::Sender<ConfigVersion>, version| {
+            feed.send_replace(version);
+            told += feed.receiver_count();
+        };
         for id in concerned {
             if self.classes.contains_key(&id) {
-                self.feeds.entry(id).or_default().send_replace(self.version);
+                let feed = self.feeds.entry(id).or_default();
+                if !new_epoch {
+                    tell(feed, self.version);
+                }
             } else {
                 self.feeds.remove(&id);
             }
         }
         if new_epoch {
-            self.feeds.values().for_each(|feed| {
-                feed.send_replace(self.version);
-            });
+            self.feeds.values().for_each(|feed| tell(feed, self.version));
         }
+        told
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use weft_eventlog::EventHash;
 use weft_model::{ConfigVersion, Fact, Position};
-use weft_routing::Projection;
+use weft_routing::{Lane, Projection};
 
 use crate::fault::Fault;
 use crate::published::{Delta, Published};
@@ -132,7 +132,8 @@ impl View {
             let mut projection = self.shared.projection.write().unwrap_or_else(PoisonError::into_inner);
             let changes = projection.apply(facts).map_err(Fault::Fold)?;
             let scopes: BTreeSet<_> = facts.iter().map(|fact| &fact.scope).collect();
-            Delta { hash, ..Delta::new(&projection, &changes, scopes) }
+            let urgent = facts.iter().any(|fact| Lane::of(&fact.event) == Lane::Urgent);
+            Delta { hash, urgent, ..Delta::new(&projection, &changes, scopes) }
         };
         self.shared.folded.send_replace(delta.version);
         Ok(delta)
@@ -148,15 +149,17 @@ impl View {
         delta
     }
 
-    /// Publishes everything in `pending` that the checkpoint covers.
-    pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: ConfigVersion) {
+    /// Publishes everything in `pending` that the checkpoint covers. Says how many subscribers were woken.
+    pub(crate) fn publish(&self, pending: &mut Pending, checkpoint: ConfigVersion) -> usize {
         let ready = pending.take_until(checkpoint);
-        let Some(version) = ready.last().map(|delta| delta.version) else { return };
-        {
+        let Some(version) = ready.last().map(|delta| delta.version) else { return 0 };
+        let told = {
             let mut published = self.shared.published.write().unwrap_or_else(PoisonError::into_inner);
-            ready.into_iter().for_each(|delta| published.take_in(delta));
-        }
+            // Who is woken twice looks once.
+            ready.into_iter().map(|delta| published.take_in(delta)).max().unwrap_or(0)
+        };
         self.shared.publication.send_replace(version);
+        told
     }
 }
 
@@ -171,6 +174,11 @@ impl Pending {
             Some(last) if full => last.merge(delta),
             Some(_) | None => self.0.push_back(delta),
         }
+    }
+
+    /// Whether something in it cannot wait.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.0.iter().any(|delta| delta.urgent)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
