@@ -1,37 +1,47 @@
-//! What sidecars say they run: kept in memory, written to `weft.sidecar_ack` in groups.
+//! What sidecars say they run: kept in memory, written in groups, in as few rows as tell it ([`fleet`]); and from it, how
+//! every version reached them ([`propagation`]).
 //!
-//! One entry per sidecar, the newest word wins, so memory is bounded by the sidecars that talk to this controller,
-//! and a burst of acknowledgements becomes one statement. An entry goes when its sidecar has left and that is written.
-//! Losing what is not yet written loses a moment of status, nothing else.
+//! A burst of acknowledgements becomes one transaction, in the background: nothing waits for it, neither appends nor what is
+//! published. Losing what is not yet written loses a moment of status, nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod fleet;
+mod propagation;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_model::{Chain, ConfigVersion, InstanceId};
-use weft_projector::{Ack, Store};
+use weft_projector::{Role, Serving, Store, View};
 use weft_routing::Hash;
 
-/// How often what changed is written: people see it as immediate, and the database as little.
+use fleet::{Fleet, SETTLED_AFTER};
+use propagation::{Propagation, Word};
+
+/// How often what changed is written, at the most: people see it as immediate, and the database as little. A large fleet is
+/// written as often as its words come.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
-/// Sidecars in one statement.
-const FLUSH_MAX: usize = 1_000;
-/// Every so many flushes, those who are connected are marked as seen: every 10 s, which `status.sidecars` counts on. Then
-/// those who left long ago are forgotten, too.
-const REFRESH_EVERY: u32 = 50;
+/// How often the rows of versions are written.
+const PROPAGATION_EVERY: Duration = Duration::from_secs(1);
+/// How often a controller that has nothing to write says that it is there, which `status.sidecars` counts on.
+const REFRESH_EVERY: Duration = Duration::from_secs(10);
+/// How often what is old is forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+/// How often the leader counts who is outside the propagation bound.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
 /// How far apart acknowledgements should come: ten thousand a second take a fraction of a core.
 const ACK_EVERY: Duration = Duration::from_micros(100);
-/// Streams that one sidecar may have open: one, and for a moment one more for each time it broke off without a word.
-const STREAMS_PER_SIDECAR_MAX: usize = 8;
 /// Longest reason for a refused snapshot that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 500;
+/// Swaps that one acknowledgement may tell.
+pub(crate) const SWAPS_MAX: usize = 32;
 
 /// See the module's documentation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Acks {
+    view: View,
     state: Mutex<State>,
     /// Streams that are open.
     streams: AtomicUsize,
@@ -39,25 +49,23 @@ pub struct Acks {
 
 #[derive(Debug, Default)]
 struct State {
-    sidecars: BTreeMap<InstanceId, Sidecar>,
-    changed: BTreeSet<InstanceId>,
+    fleet: Fleet,
+    propagation: Propagation,
+    /// Announcements that were taken in.
+    announced: u64,
 }
 
-#[derive(Debug)]
-struct Sidecar {
-    /// Streams that it holds open. A reconnecting sidecar may have two for a moment.
-    streams: usize,
-    ack: Ack,
-}
-
-impl State {
-    fn sidecar(&mut self, instance: &InstanceId) -> &mut Sidecar {
-        self.changed.insert(instance.clone());
-        self.sidecars.entry(instance.clone()).or_insert_with(|| Sidecar {
-            streams: 0,
-            ack: Ack { connected: false, applied: None, took_ms: None, error: None },
-        })
-    }
+/// A sidecar's word of what it did.
+#[derive(Debug, Default)]
+pub(crate) struct Said {
+    /// What it runs now.
+    pub(crate) applied: Option<(ConfigVersion, Hash)>,
+    /// How long the last swap took.
+    pub(crate) took_ms: u32,
+    /// Why it refused a newer snapshot; empty if it did not.
+    pub(crate) error: String,
+    /// What it put in force how long ago, oldest first.
+    pub(crate) swaps: Vec<(ConfigVersion, Duration)>,
 }
 
 /// A sidecar's open stream; dropping it says that the stream ended.
@@ -69,16 +77,28 @@ pub struct Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        let mut state = self.acks.lock();
-        let sidecar = state.sidecar(&self.instance);
-        sidecar.streams = sidecar.streams.saturating_sub(1);
-        sidecar.ack.connected = sidecar.streams > 0;
+        self.acks.lock().fleet.end_stream(&self.instance);
         self.acks.streams.fetch_sub(1, Ordering::Relaxed);
         metrics::gauge!("weft_api_subscribers").decrement(1.0);
     }
 }
 
+impl State {
+    /// Takes in what was published since the last time.
+    fn catch_up(&mut self, view: &View) {
+        let (count, fresh) = view.published(|published| published.announced(self.announced));
+        self.announced = count;
+        fresh.into_iter().for_each(|announced| self.propagation.announce(announced));
+    }
+}
+
 impl Acks {
+    /// What sidecars say of what is published in this view.
+    #[must_use]
+    pub fn new(view: View) -> Self {
+        Self { view, state: Mutex::default(), streams: AtomicUsize::new(0) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -90,14 +110,10 @@ impl Acks {
         instance: &InstanceId,
         have: Option<(ConfigVersion, Hash)>,
     ) -> Option<Connected> {
-        let mut state = self.lock();
-        let sidecar = state.sidecar(instance);
-        if sidecar.streams == STREAMS_PER_SIDECAR_MAX {
+        if !self.lock().fleet.open_stream(instance) {
             return None;
         }
-        sidecar.streams += 1;
-        sidecar.ack.connected = true;
-        sidecar.ack.applied = have;
+        self.hear(instance, have, &[], |_| ());
         self.streams.fetch_add(1, Ordering::Relaxed);
         metrics::gauge!("weft_api_subscribers").increment(1.0);
         Some(Connected { acks: Arc::clone(self), instance: instance.clone() })
@@ -110,105 +126,158 @@ impl Acks {
     }
 
     /// A sidecar says what it runs now, or why it refused what it should.
-    pub(crate) fn record(
+    pub(crate) fn record(&self, instance: &InstanceId, said: Said) {
+        let Said { applied, took_ms, error, swaps } = said;
+        let now = Instant::now();
+        // What cannot be so long ago was before anything that is asked for.
+        let swaps: Vec<_> =
+            swaps.into_iter().filter_map(|(version, ago)| Some((version, now.checked_sub(ago)?))).collect();
+        let error: String = error.chars().filter(|c| !c.is_control()).take(ERROR_CHARS_MAX).collect();
+        self.hear(instance, applied, &swaps, |ack| {
+            ack.took_ms = Some(took_ms);
+            ack.error = Some(error).filter(|error| !error.is_empty());
+        });
+    }
+
+    fn hear(
         &self,
         instance: &InstanceId,
         applied: Option<(ConfigVersion, Hash)>,
-        took_ms: u32,
-        error: &str,
+        swaps: &[(ConfigVersion, Instant)],
+        edit: impl FnOnce(&mut weft_projector::Ack),
     ) {
+        let came_at = Instant::now();
+        let class = self.view.published(|published| published.class_of(instance));
         let mut state = self.lock();
-        let ack = &mut state.sidecar(instance).ack;
-        ack.applied = applied;
-        ack.took_ms = Some(took_ms);
-        let error: String = error.chars().filter(|c| !c.is_control()).take(ERROR_CHARS_MAX).collect();
-        ack.error = Some(error).filter(|error| !error.is_empty());
+        state.catch_up(&self.view);
+        let before = state.fleet.say(instance, class, |ack| {
+            ack.applied = applied;
+            edit(ack);
+        });
+        // Who ran nothing before starts; that is not a change's way.
+        if let (Some(class), Some((applied, _)), Some(before)) = (class, applied, before) {
+            let word = Word { before, applied, swaps, came_at };
+            state.propagation.hear(instance, class, word);
+        }
+    }
+
+    /// How often what changed is written now.
+    fn flush_every(&self) -> Duration {
+        FLUSH_EVERY.max(self.spread())
     }
 
     /// Writes what changed until `drain`, and then once more, in the name of `controller`; `id` tells it from another
     /// process of that name.
     pub async fn run(self: Arc<Self>, store: Store, controller: String, id: Uuid, drain: CancellationToken) {
-        let mut ticks = interval(FLUSH_EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut until_refresh = REFRESH_EVERY;
+        let writer = Writer { acks: self, store, controller, id };
+        let start = Instant::now();
+        let (mut acks_at, mut refresh_at) = (start, start);
+        let (mut propagation_at, mut count_at, mut forget_at) = (start, start, start + FORGET_EVERY);
         loop {
             tokio::select! {
                 () = drain.cancelled() => break,
-                _ = ticks.tick() => {}
+                () = sleep_until(acks_at.min(propagation_at).min(count_at).min(forget_at)) => {}
             }
-            self.flush(&store, &controller, id).await;
-            until_refresh -= 1;
-            if until_refresh == 0 {
-                until_refresh = REFRESH_EVERY;
-                self.refresh(&store, id).await;
+            let now = Instant::now();
+            if now >= acks_at {
+                if writer.flush(now >= refresh_at).await {
+                    refresh_at = Instant::now() + REFRESH_EVERY;
+                }
+                acks_at = Instant::now() + writer.acks.flush_every();
+            }
+            if now >= propagation_at {
+                writer.flush_propagation().await;
+                propagation_at = Instant::now() + PROPAGATION_EVERY;
+            }
+            if now >= count_at {
+                writer.count_outside_bound().await;
+                count_at = Instant::now() + COUNT_EVERY;
+            }
+            if now >= forget_at {
+                writer.forget().await;
+                forget_at = Instant::now() + FORGET_EVERY;
             }
         }
-        self.disconnect_all();
-        self.flush(&store, &controller, id).await;
+        writer.acks.lock().fleet.end_all();
+        writer.flush(true).await;
+        writer.flush_propagation().await;
     }
+}
 
-    async fn flush(&self, store: &Store, controller: &str, id: Uuid) {
-        loop {
-            let batch = self.take();
-            if batch.is_empty() {
-                return;
-            }
-            if let Err(error) = store.put_acks(controller, id, &batch).await {
-                tracing::warn!(error = %Chain(&error), sidecars = batch.len(), "acknowledgements not written yet");
-                let mut state = self.lock();
-                state.changed.extend(batch.into_iter().map(|(instance, _)| instance));
-                return;
-            }
-            self.forget(&batch);
-        }
-    }
+/// Writes what is said to one controller.
+struct Writer {
+    acks: Arc<Acks>,
+    store: Store,
+    controller: String,
+    id: Uuid,
+}
 
-    async fn refresh(&self, store: &Store, id: Uuid) {
-        let connected: Vec<_> = {
-            let state = self.lock();
-            let connected = state.sidecars.iter().filter(|(_, sidecar)| sidecar.streams > 0);
-            connected.map(|(instance, _)| instance.clone()).collect()
+impl Writer {
+    /// Writes what changed; `anyway` also that nothing did. Says whether something was written.
+    async fn flush(&self, anyway: bool) -> bool {
+        let (plan, sidecars) = {
+            let mut state = self.acks.lock();
+            (state.fleet.plan(), state.fleet.subscribed())
         };
-        for group in connected.chunks(FLUSH_MAX) {
-            if let Err(error) = store.refresh_acks(id, group).await {
-                tracing::warn!(error = %Chain(&error), "connected sidecars not refreshed");
-                return;
+        if plan.is_empty() && !anyway {
+            return false;
+        }
+        let spread = self.acks.spread();
+        // Held back, then in the rows after the looks that a class may take, and the write itself.
+        let looks = u32::try_from(SETTLED_AFTER + 2).unwrap_or(u32::MAX);
+        let known_within = spread + self.acks.flush_every().saturating_mul(looks);
+        let known_within_ms = u64::try_from(known_within.as_millis()).unwrap_or(u64::MAX);
+        let serving = Serving { id: self.id, name: self.controller.clone(), sidecars, known_within_ms };
+        match self.store.put_acks(&serving, &plan.sidecars, &plan.classes).await {
+            Ok(()) => {
+                metrics::counter!("weft_api_ack_rows_total")
+                    .increment((plan.sidecars.len() + plan.classes.len()) as u64);
+                self.acks.lock().fleet.written(plan);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), rows = plan.sidecars.len(), "acknowledgements not written yet");
+                self.acks.lock().fleet.lost();
+                false
             }
         }
-        if let Err(error) = store.forget_acks().await {
+    }
+
+    async fn flush_propagation(&self) {
+        let rows = {
+            let mut state = self.acks.lock();
+            state.catch_up(&self.acks.view);
+            state.propagation.unwritten()
+        };
+        let written = self.store.put_propagation(self.id, &rows).await;
+        let mut state = self.acks.lock();
+        if let Err(error) = written {
+            tracing::warn!(error = %Chain(&error), rows = rows.len(), "how changes reached sidecars is not written yet");
+            state.propagation.failed(&rows);
+        }
+        state.propagation.retire(Instant::now());
+    }
+
+    /// The leader says how many sidecars of the mesh are outside the bound; the others' gauge is 0, so that a sum is right.
+    async fn count_outside_bound(&self) {
+        let leads = matches!(*self.acks.view.role().borrow(), Role::Leader { .. });
+        let count = if leads { self.store.sidecars_outside_bound().await } else { Ok(0) };
+        match count {
+            Ok(count) => {
+                #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+                metrics::gauge!("weft_api_sidecars_outside_bound").set(count as f64);
+            }
+            Err(error) => tracing::warn!(error = %Chain(&error), "sidecars outside the bound not counted"),
+        }
+    }
+
+    async fn forget(&self) {
+        self.acks.lock().fleet.forget_classes();
+        if let Err(error) = self.store.forget_acks().await {
             tracing::warn!(error = %Chain(&error), "sidecars that left long ago are not forgotten yet");
         }
-    }
-
-    fn take(&self) -> Vec<(InstanceId, Ack)> {
-        let mut state = self.lock();
-        let mut batch = Vec::new();
-        while batch.len() < FLUSH_MAX
-            && let Some(instance) = state.changed.pop_first()
-        {
-            if let Some(sidecar) = state.sidecars.get(&instance) {
-                batch.push((instance, sidecar.ack.clone()));
-            }
-        }
-        batch
-    }
-
-    /// Who left and was written needs no memory any more, unless it came back meanwhile.
-    fn forget(&self, written: &[(InstanceId, Ack)]) {
-        let mut state = self.lock();
-        for (instance, _) in written.iter().filter(|(_, ack)| !ack.connected) {
-            let left = state.sidecars.get(instance).is_some_and(|sidecar| sidecar.streams == 0);
-            if left && !state.changed.contains(instance) {
-                state.sidecars.remove(instance);
-            }
-        }
-    }
-
-    fn disconnect_all(&self) {
-        let mut state = self.lock();
-        let all: Vec<_> = state.sidecars.keys().cloned().collect();
-        for instance in all {
-            state.sidecar(&instance).ack.connected = false;
+        if let Err(error) = self.store.forget_propagation().await {
+            tracing::warn!(error = %Chain(&error), "versions of long ago are not forgotten yet");
         }
     }
 }

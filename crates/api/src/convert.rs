@@ -9,6 +9,7 @@ pub(crate) mod resources;
 pub(crate) use answer::{config_version, log_event, service_ports};
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 use uuid::Uuid;
 use weft_eventlog::UnixMicros;
 use weft_model::health::{Health, HealthReported};
@@ -26,6 +27,7 @@ use weft_model::{Command, ConfigVersion, Epoch, InstanceId, Port, Position, Serv
 use weft_proto::v1 as pb;
 use weft_routing::Hash;
 
+use crate::acks::SWAPS_MAX;
 use crate::commands::Change;
 use crate::status::ApiError;
 
@@ -276,15 +278,31 @@ pub(crate) fn header(
     header: Option<pb::SnapshotHeader>,
 ) -> Result<Option<(ConfigVersion, Hash)>, ApiError> {
     let Some(pb::SnapshotHeader { version, manifest_hash }) = header else { return Ok(None) };
+    let version = reported_version(field, version)?;
+    let hash = Hash::from_slice(&manifest_hash)
+        .ok_or_else(|| ApiError::invalid(field, "has a manifest hash that is not 32 bytes"))?;
+    Ok(Some((version, hash)))
+}
+
+/// What a sidecar put in force, and how long ago.
+pub(crate) fn swaps(swaps: Vec<pb::Swap>) -> Result<Vec<(ConfigVersion, Duration)>, ApiError> {
+    if swaps.len() > SWAPS_MAX {
+        return Err(ApiError::invalid("swaps", format!("at most {SWAPS_MAX}")));
+    }
+    let swap = |pb::Swap { version, ago_us }| {
+        Ok((reported_version("swaps", version)?, Duration::from_micros(ago_us)))
+    };
+    swaps.into_iter().map(swap).collect()
+}
+
+fn reported_version(field: &str, version: Option<pb::ConfigVersion>) -> Result<ConfigVersion, ApiError> {
     let Some(pb::ConfigVersion { epoch, position }) = version else {
         return Err(ApiError::invalid(field, "has no version"));
     };
     if i64::try_from(epoch.max(position)).is_err() {
         return Err(ApiError::invalid(field, "has a version that no log can have"));
     }
-    let hash = Hash::from_slice(&manifest_hash)
-        .ok_or_else(|| ApiError::invalid(field, "has a manifest hash that is not 32 bytes"))?;
-    Ok(Some((ConfigVersion::new(Epoch(epoch), Position(position)), hash)))
+    Ok(ConfigVersion::new(Epoch(epoch), Position(position)))
 }
 
 /// A service as people write it.

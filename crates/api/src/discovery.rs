@@ -21,7 +21,7 @@ use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_server;
 
 use crate::Context;
-use crate::acks::{Acks, Connected};
+use crate::acks::{Acks, Connected, Said};
 use crate::caller::Caller;
 use crate::convert;
 use crate::pull;
@@ -200,8 +200,9 @@ impl discovery_server::Discovery for Discovery {
     async fn ack(&self, request: Request<pb::AckRequest>) -> Result<Response<pb::AckResponse>, Status> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
-        let pb::AckRequest { applied, took_ms, error } = request.into_inner();
+        let pb::AckRequest { applied, took_ms, error, swaps } = request.into_inner();
         let applied = convert::header("applied", applied)?;
+        let swaps = convert::swaps(swaps)?;
         let result = if error.is_empty() { "applied" } else { "refused" };
         metrics::counter!("weft_api_acks_total", "result" => result).increment(1);
         if !error.is_empty() {
@@ -209,7 +210,7 @@ impl discovery_server::Discovery for Discovery {
         }
         // Somebody without a stream is remembered too, but only if it takes part: that bounds what is kept.
         if self.context.view.published(|published| published.wanted(instance).is_some()) {
-            self.context.acks.record(instance, applied, took_ms, &error);
+            self.context.acks.record(instance, Said { applied, took_ms, error, swaps });
         }
         Ok(Response::new(pb::AckResponse {}))
     }

@@ -26,6 +26,9 @@ use crate::status::ApiError;
 /// Longest life of a join token: a day covers any rollout that a person watches.
 const TOKEN_TTL_SECONDS_MAX: u32 = 86_400;
 
+/// Changes whose way into the sidecars a status shows.
+const CHANGES_SHOWN: u32 = 5;
+
 /// See the module's documentation.
 pub struct Mesh {
     context: Context,
@@ -144,16 +147,18 @@ impl Mesh {
         // sidecars' wanted versions with that change in them, and can wait for them to run it.
         let projected = async {
             let leader = self.context.store.leader().await?;
-            Ok::<_, ApiError>((leader, self.context.store.sidecars().await?))
+            let sidecars = self.context.store.sidecars().await?;
+            Ok::<_, ApiError>((leader, sidecars, self.context.store.propagation(CHANGES_SHOWN).await?))
         };
         let reader = &self.context.reader;
         let (head, projected, rewinds) = tokio::join!(reader.head(), projected, reader.standing_rewinds());
-        let (head, (leader, sidecars), rewinds) = (head?, projected?, rewinds?);
+        let (head, (leader, sidecars, changes), rewinds) = (head?, projected?, rewinds?);
         let head = ConfigVersion::new(head.epoch, head.position);
         let sidecars = sidecars.into_iter().map(reads::sidecar).collect();
         let status = self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars));
         let rewinds = rewinds.into_iter().map(reads::rewind).collect();
-        Ok(pb::StatusResponse { rewinds, ..status })
+        let propagation = changes.into_iter().map(reads::propagation).collect();
+        Ok(pb::StatusResponse { rewinds, propagation, ..status })
     }
 
     async fn status(&self, request: Request<pb::StatusRequest>) -> Result<pb::StatusResponse, ApiError> {

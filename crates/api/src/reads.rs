@@ -3,7 +3,7 @@
 use weft_eventlog::Rewind;
 use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName};
 use weft_projector::rows::{security_summary, traffic_summary};
-use weft_projector::{LeaderStatus, SidecarStatus};
+use weft_projector::{LeaderStatus, Propagation, SidecarStatus};
 use weft_proto::v1 as pb;
 use weft_routing::why::{Explanation, explain};
 use weft_routing::{Projection, RoutingState};
@@ -88,6 +88,26 @@ pub(crate) fn status(
         sidecars,
         policies: policies(state),
         rewinds: Vec::new(),
+        propagation: Vec::new(),
+        propagation_bound_ms: state.mesh().state.propagation_bound_ms,
+    }
+}
+
+/// How a version reached its sidecars.
+pub(crate) fn propagation(change: Propagation) -> pb::Propagation {
+    pb::Propagation {
+        version: Some(config_version(change.version)),
+        event: change.event,
+        scope: change.scope,
+        appended_at_ms: change.appended_at_ms,
+        folded_ms: change.folded_ms,
+        published_ms: change.published_ms,
+        applied_p50_ms: change.p50_ms,
+        applied_p99_ms: change.p99_ms,
+        applied_last_ms: change.last_ms,
+        last_sidecar: change.last_sidecar,
+        interested: change.interested,
+        applied: change.applied,
     }
 }
 
@@ -111,6 +131,7 @@ pub(crate) fn sidecar(status: SidecarStatus) -> pb::SidecarStatus {
         wanted: Some(config_version(status.wanted)),
         applied: status.applied.map(config_version),
         lag_ms: status.lag_ms,
+        outside_bound: status.outside_bound,
         connected: status.connected,
         last_seen_ms: status.last_seen_ms,
         error: status.error,

@@ -7,6 +7,7 @@
 //!
 //! Two drive it: the sidecar, over gRPC, and the simulation of the control plane.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -25,6 +26,9 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
 pub const MISSED_MAX: u32 = 2;
 /// The longest that an ack is held back, whatever a controller asks for.
 const ACK_SPREAD_MAX: Duration = Duration::from_secs(10);
+/// Swaps that one ack tells, of those since the last one: as many as a controller takes. There are more only if changes come
+/// faster than acks, and then the next one stands for those before.
+const SWAPS_MAX: usize = 32;
 /// How long after registering, or connecting, a controller may still say that the instance is not registered: its fold
 /// may lag. After that, somebody took it out, and it registers again.
 const REGISTERED_GRACE: Duration = Duration::from_secs(5);
@@ -55,6 +59,8 @@ pub struct Session {
     ack_spread: Duration,
     /// What is to be said of what was applied; the newest word is enough.
     ack: Option<(Instant, Ack)>,
+    /// What was put in force when, since the last word of it; oldest first.
+    swaps: VecDeque<(ConfigVersion, Instant)>,
     /// What is applied and acknowledged as not on disk.
     unkept: Option<Arc<Snapshot>>,
 }
@@ -135,6 +141,7 @@ impl Session {
             again: None,
             ack_spread: Duration::ZERO,
             ack: None,
+            swaps: VecDeque::new(),
             unkept: None,
         }
     }
@@ -225,13 +232,22 @@ impl Session {
         self.head
     }
 
-    /// A snapshot is in force. It is acknowledged at a moment that is `at` (0 to 1) of the time over which the controller wants
+    /// A snapshot is in force since `now`. It is acknowledged at a moment that is `at` (0 to 1) of the time over which the controller wants
     /// acknowledgements spread.
     pub fn applied(&mut self, kept: Kept, took: Duration, now: Instant, at: f64) {
         let Kept { snapshot, unkept } = kept;
         self.unkept = unkept.is_some().then(|| Arc::clone(&snapshot));
         let error = unkept.map(|error| format!("applied, but not durable: {error}")).unwrap_or_default();
+        self.swaps.push_back((snapshot.version, now));
+        if self.swaps.len() > SWAPS_MAX {
+            self.swaps.pop_front();
+        }
         self.ack = Some((now + self.ack_spread.mul_f64(at), Ack { applied: snapshot, took, error }));
+    }
+
+    /// What was put in force when, oldest first, to be said with any acknowledgement; once.
+    pub fn take_swaps(&mut self) -> Vec<(ConfigVersion, Instant)> {
+        self.swaps.drain(..).collect()
     }
 
     /// When there is something to acknowledge.
@@ -371,6 +387,11 @@ mod tests {
         assert_eq!(session.unkept(), Some(&snapshot));
         session.kept();
         assert_eq!(session.unkept(), None);
+        assert_eq!(session.take_swaps(), [(snapshot.version, now)]);
+        for _ in 0..2 * SWAPS_MAX {
+            session.applied(Taken(Arc::clone(&snapshot)).kept(Ok(())), Duration::ZERO, now, 0.0);
+        }
+        assert_eq!(session.take_swaps().len(), SWAPS_MAX);
         session.applied(Taken(snapshot).kept(Ok(())), Duration::ZERO, now, 0.0);
         assert_eq!((session.take_ack().unwrap().error.as_str(), session.unkept()), ("", None));
     }

@@ -62,14 +62,17 @@ pub fn version(version: &v1::ConfigVersion) -> ConfigVersion {
     ConfigVersion::new(Epoch(version.epoch), Position(version.position))
 }
 
+/// A version for the wire.
+#[must_use]
+pub const fn wire_version(version: ConfigVersion) -> v1::ConfigVersion {
+    v1::ConfigVersion { epoch: version.epoch.0, position: version.position.0 }
+}
+
 /// Names a snapshot to a controller.
 #[must_use]
 pub fn header(snapshot: &Snapshot) -> v1::SnapshotHeader {
     v1::SnapshotHeader {
-        version: Some(v1::ConfigVersion {
-            epoch: snapshot.version.epoch.0,
-            position: snapshot.version.position.0,
-        }),
+        version: Some(wire_version(snapshot.version)),
         manifest_hash: snapshot.manifest_hash.0.to_vec().into(),
     }
 }

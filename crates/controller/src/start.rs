@@ -123,7 +123,7 @@ impl Controller {
             let _ = projecting.await;
         });
 
-        let acks = Arc::new(Acks::default());
+        let acks = Arc::new(Acks::new(view.clone()));
         let (acks_store, name) = (store.clone(), config.name.to_string());
         background.spawn(Arc::clone(&acks).run(acks_store, name, process, quiesce.clone()));
         let context = Context {

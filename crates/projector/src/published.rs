@@ -10,13 +10,20 @@
 //!
 //! **Feeds.** Each class has one, which tells its subscribers that something changed for them; the others sleep on.
 //!
-//! Called by the view. Read by Subscribe and Pull of the API.
+//! **Announcements.** Which classes were given which version when, for whoever follows how it reaches their sidecars.
+//!
+//! Called by the view. Read by Subscribe, Pull and the acknowledgements of the API.
+
+mod announced;
+
+pub use announced::Announced;
 
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
 use weft_routing::manifest::Changed;
@@ -24,6 +31,8 @@ use weft_routing::projection::{BuiltShard, Class, Work};
 use weft_routing::{Changes, ClassId, Hash, Manifest, Projection, ShardKey};
 
 use crate::rows::RowChanges;
+
+use announced::Announcements;
 
 /// Former manifests that are remembered per class, to answer a pull with a difference. A sidecar that is further behind
 /// than so many changes gets everything, which is then not much more.
@@ -53,6 +62,8 @@ pub struct Delta {
     pub work: Work,
     /// Whether something in it cannot wait.
     pub urgent: bool,
+    /// When the last event was folded.
+    pub(crate) folded_at: Option<Instant>,
     pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
     pub(crate) classes: BTreeMap<ClassId, Option<PublishedClass>>,
     pub(crate) sidecars: BTreeMap<InstanceId, Option<PublishedSidecar>>,
@@ -75,6 +86,7 @@ impl Delta {
             rows: Arc::new(RowChanges::new(projection, changes, scopes)),
             work: changes.work,
             urgent: false,
+            folded_at: None,
             shards: changes.shards.iter().filter_map(built).collect(),
             classes: changes.manifests.union(&changes.classes).map(class).collect(),
             sidecars: changes.sidecars.iter().map(sidecar).collect(),
@@ -93,6 +105,7 @@ impl Delta {
             rows: Arc::default(),
             work: Work::default(),
             urgent: true,
+            folded_at: None,
             shards: projection.shards().iter().map(shard).collect(),
             classes: projection.classes().iter().map(class).collect(),
             sidecars: projection.sidecars().map(sidecar).collect(),
@@ -106,6 +119,7 @@ impl Delta {
         Arc::make_mut(&mut self.rows).merge(Arc::unwrap_or_clone(next.rows));
         self.work += next.work;
         self.urgent |= next.urgent;
+        self.folded_at = next.folded_at;
         self.shards.extend(next.shards);
         self.classes.extend(next.classes);
         self.sidecars.extend(next.sidecars);
@@ -119,6 +133,8 @@ pub struct PublishedClass {
     pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
+    /// How many sidecars are in it.
+    pub members: usize,
     /// Former manifests, the newest last. They share what did not change.
     former: VecDeque<Manifest>,
     /// Those that were asked for, by the manifest that they begin with.
@@ -152,6 +168,7 @@ impl From<&Class> for PublishedClass {
         Self {
             manifest: class.manifest.clone(),
             position: class.position,
+            members: class.members.len(),
             former: VecDeque::new(),
             patches: Arc::default(),
         }
@@ -271,6 +288,7 @@ pub struct Published {
     classes: BTreeMap<ClassId, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
     feeds: BTreeMap<ClassId, watch::Sender<ConfigVersion>>,
+    announcements: Announcements,
 }
 
 impl Published {
@@ -309,6 +327,18 @@ impl Published {
         Some(self.feeds.get(&self.sidecars.get(instance)?.class)?.subscribe())
     }
 
+    /// A sidecar's class; none if it does not take part.
+    #[must_use]
+    pub fn class_of(&self, instance: &InstanceId) -> Option<ClassId> {
+        Some(self.sidecars.get(instance)?.class)
+    }
+
+    /// What was announced after the first `seen` announcements, and how many there are now.
+    #[must_use]
+    pub fn announced(&self, seen: u64) -> (u64, Vec<Announced>) {
+        self.announcements.after(seen)
+    }
+
     /// How to get to a class's newest manifest from an earlier one. None if that is not remembered, or takes much.
     #[must_use]
     pub fn patch(&self, class: &PublishedClass, base: Hash) -> Option<Arc<Patch>> {
@@ -340,9 +370,10 @@ impl Published {
         Some(Patch { base, shards })
     }
 
-    /// Makes what a batch changed part of what sidecars may be told. The caller has committed it. Says how many subscribers were
-    /// woken.
-    pub fn take_in(&mut self, delta: Delta) -> usize {
+    /// Makes what a batch changed part of what sidecars may be told, from `now` on. The caller has committed it. Says how many
+    /// subscribers were woken.
+    pub fn take_in(&mut self, delta: Delta, now: Instant) -> usize {
+        let folded_at = delta.folded_at.unwrap_or(now);
         let new_epoch = self.version.epoch != delta.version.epoch;
         self.version = delta.version;
         self.hash = delta.hash;
@@ -361,10 +392,16 @@ impl Published {
             }
         }
         let mut concerned: BTreeSet<ClassId> = delta.classes.keys().copied().collect();
+        let mut news = Vec::new();
         for (id, class) in delta.classes {
             let before = self.classes.remove(&id);
             if let Some(mut class) = class {
                 if let Some(before) = before {
+                    // Whoever joins a class has it from then on; those who were in it before learn something new.
+                    if class.position != before.position {
+                        let version = ConfigVersion::new(self.version.epoch, class.position);
+                        news.push((version, id, before.members));
+                    }
                     class.succeed(before);
                 }
                 self.classes.insert(id, class);
@@ -378,6 +415,7 @@ impl Published {
             // Who follows the class that it was in is to follow another one.
             concerned.extend(before.map(|before| before.class));
         }
+        self.announcements.push(news, folded_at, now);
         self.tell(concerned, new_epoch)
     }
 

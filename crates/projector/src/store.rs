@@ -7,12 +7,14 @@
 mod acks;
 mod checkpoint;
 mod lease;
+mod propagation;
 mod read;
 mod write;
 
-pub use acks::{Ack, SidecarStatus};
+pub use acks::{Ack, ClassAck, Serving, SidecarStatus};
 pub(crate) use checkpoint::StoredCheckpoint;
 pub use lease::{Lease, LeaseSession};
+pub use propagation::{Propagation, PropagationRow};
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgPool, Row};

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use weft_eventlog::EventHash;
 use weft_model::{ConfigVersion, Fact, Position};
 use weft_routing::{Lane, Projection};
@@ -133,7 +134,8 @@ impl View {
             let changes = projection.apply(facts).map_err(Fault::Fold)?;
             let scopes: BTreeSet<_> = facts.iter().map(|fact| &fact.scope).collect();
             let urgent = facts.iter().any(|fact| Lane::of(&fact.event) == Lane::Urgent);
-            Delta { hash, urgent, ..Delta::new(&projection, &changes, scopes) }
+            let folded_at = Some(Instant::now());
+            Delta { hash, urgent, folded_at, ..Delta::new(&projection, &changes, scopes) }
         };
         self.shared.folded.send_replace(delta.version);
         Ok(delta)
@@ -155,8 +157,9 @@ impl View {
         let Some(version) = ready.last().map(|delta| delta.version) else { return 0 };
         let told = {
             let mut published = self.shared.published.write().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
             // Who is woken twice looks once.
-            ready.into_iter().map(|delta| published.take_in(delta)).max().unwrap_or(0)
+            ready.into_iter().map(|delta| published.take_in(delta, now)).max().unwrap_or(0)
         };
         self.shared.publication.send_replace(version);
         told

@@ -5,9 +5,12 @@
 use std::time::Duration;
 use uuid::Uuid;
 use weft_eventlog::migrate;
+use weft_model::membership::Upstreams;
+use weft_model::mesh::MeshDefaults;
 use weft_model::{ConfigVersion, Epoch, Position};
 use weft_projector::rows::RowChanges;
-use weft_projector::{Ack, Commit, Lease, LeaseSession, Store};
+use weft_projector::{Ack, ClassAck, Commit, Lease, LeaseSession, PropagationRow, Serving, Store};
+use weft_routing::{ClassId, Hash, InterestClass};
 use weft_testkit::TestDatabase;
 
 const TTL: Duration = Duration::from_secs(3_600);
@@ -167,7 +170,11 @@ async fn of_two_that_write_from_one_checkpoint_one_does() {
 }
 
 fn said(instance: &str, connected: bool) -> (weft_model::InstanceId, Ack) {
-    (instance.parse().unwrap(), Ack { connected, applied: None, took_ms: None, error: None })
+    (instance.parse().unwrap(), Ack { connected, ..Ack::default() })
+}
+
+fn serving(id: Uuid) -> Serving {
+    Serving { id, name: "same".into(), sidecars: 1, known_within_ms: 500 }
 }
 
 #[tokio::test]
@@ -176,22 +183,106 @@ async fn of_two_controllers_with_one_name_each_speaks_for_its_own_sidecars() {
     let (id_a, id_b) = (Uuid::new_v4(), Uuid::new_v4());
     let client = database.connect().await;
     let row = async || {
-        let sql = "select connected, seen_at > now() - interval '1 hour' from weft.sidecar_ack";
-        let row = client.query_one(sql, &[]).await.unwrap();
-        (row.get::<_, bool>(0), row.get::<_, bool>(1))
+        client.query_one("select connected from status.sidecars", &[]).await.unwrap().get::<_, bool>(0)
     };
-    let instance = "default/api/one".parse().unwrap();
-    a.put_acks("same", id_a, &[said("default/api/one", true)]).await.unwrap();
+    client.batch_execute(WANTED).await.unwrap();
+    a.put_acks(&serving(id_a), &[said("default/api/one", true)], &[]).await.unwrap();
     // It turned up at the other one, and the first then notices that it left.
-    b.put_acks("same", id_b, &[said("default/api/one", true)]).await.unwrap();
-    a.put_acks("same", id_a, &[said("default/api/one", false)]).await.unwrap();
-    assert!(row().await.0);
+    b.put_acks(&serving(id_b), &[said("default/api/one", true)], &[]).await.unwrap();
+    a.put_acks(&serving(id_a), &[said("default/api/one", false)], &[]).await.unwrap();
+    assert!(row().await);
 
-    client.batch_execute("update weft.sidecar_ack set seen_at = now() - interval '2 hours'").await.unwrap();
-    a.refresh_acks(id_a, std::slice::from_ref(&instance)).await.unwrap();
-    assert_eq!(row().await, (true, false), "not this one's sidecar any more");
-    b.refresh_acks(id_b, &[instance]).await.unwrap();
-    assert_eq!(row().await, (true, true));
+    client.batch_execute("update weft.controller set seen_at = now() - interval '2 hours'").await.unwrap();
+    a.put_acks(&serving(id_a), &[], &[]).await.unwrap();
+    assert!(!row().await, "not this one's sidecar any more");
+    b.put_acks(&serving(id_b), &[], &[]).await.unwrap();
+    assert!(row().await);
+}
+
+/// A sidecar that should run 1.7 since ten seconds ago, when its class had run 1.5 for a day.
+const WANTED: &str = "insert into weft.projection values ('mesh', 1, 1, 10, now()); \
+     insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, '', now() - interval '10 seconds'); \
+     insert into weft.manifest_history values ('c', 5, now() - interval '1 day'), ('c', 7, now() - interval '10 seconds'); \
+     insert into weft.sidecar_class values ('default/api/one', 'c', 3, now() - interval '2 days')";
+
+/// That sidecar's class.
+fn class_id() -> ClassId {
+    InterestClass { service: "default/api".parse().unwrap(), upstreams: Upstreams::All }.id()
+}
+
+#[tokio::test]
+async fn a_class_tells_what_its_sidecars_run_and_who_is_outside_the_bound() {
+    let (database, store, _) = stores().await;
+    let (client, id) = (database.connect().await, Uuid::new_v4());
+    client.batch_execute(WANTED).await.unwrap();
+    let ack = |position| Ack {
+        connected: true,
+        applied: Some((at(position), Hash::of(b""))),
+        class: Some(class_id()),
+        ..Ack::default()
+    };
+    let one = "default/api/one".parse().unwrap();
+    let class = |position| ClassAck { class: class_id(), applied: at(position), took_ms: Some(3) };
+    store.put_acks(&serving(id), &[(one, ack(5))], &[class(4)]).await.unwrap();
+    let status = store.sidecars().await.unwrap().remove(0);
+    assert_eq!((status.applied, status.connected, status.outside_bound), (Some(at(5)), true, true));
+    assert!((10_000..3_600_000).contains(&status.lag_ms), "{}", status.lag_ms);
+    assert_eq!(store.sidecars_outside_bound().await.unwrap(), 1);
+    // The same, in a mesh that gives itself more time.
+    let bound = "insert into weft.projected_policy values \
+         ('mesh', 'mesh', 1, 9, 0, '', '{\"propagation_bound_ms\": 3600000}', '')";
+    client.batch_execute(bound).await.unwrap();
+    assert_eq!(store.sidecars_outside_bound().await.unwrap(), 0);
+    client.batch_execute("delete from weft.projected_policy").await.unwrap();
+
+    store.put_acks(&serving(id), &[], &[class(7)]).await.unwrap();
+    let status = store.sidecars().await.unwrap().remove(0);
+    assert_eq!((status.applied, status.lag_ms, status.outside_bound), (Some(at(7)), 0, false));
+    let stale = client.query("select * from status.stale", &[]).await.unwrap();
+    assert!(stale.is_empty());
+}
+
+#[tokio::test]
+async fn the_bound_is_the_models_default_until_somebody_sets_it() {
+    let (database, _, _) = stores().await;
+    let row =
+        database.connect().await.query_one("select bound_ms from weft.propagation_bound", &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>(0), i64::from(MeshDefaults::default().propagation_bound_ms));
+}
+
+#[tokio::test]
+async fn the_parts_of_several_controllers_make_one_propagation() {
+    let (database, a, b) = stores().await;
+    let (id_a, id_b) = (Uuid::new_v4(), Uuid::new_v4());
+    let ms = Duration::from_millis;
+    let published_at = tokio::time::Instant::now();
+    let row = |applied: &[(u64, u32)], last: &str| PropagationRow {
+        version: at(7),
+        folded_at: published_at,
+        published_at,
+        interested: 200,
+        applied: applied.iter().map(|(after, sidecars)| (ms(*after), *sidecars)).collect(),
+        last: applied.last().map(|(after, _)| (last.parse().unwrap(), ms(*after))),
+    };
+    a.put_propagation(id_a, &[row(&[], "default/api/a")]).await.unwrap();
+    let empty = a.propagation(5).await.unwrap().remove(0);
+    assert_eq!((empty.p50_ms, empty.last_ms, empty.applied, empty.interested), (None, None, 0, 200));
+
+    a.put_propagation(id_a, &[row(&[(2, 60), (9, 39)], "default/api/a")]).await.unwrap();
+    b.put_propagation(id_b, &[row(&[(5, 1), (40, 1), (1_500, 1)], "default/api/b")]).await.unwrap();
+    let change = a.propagation(5).await.unwrap().remove(0);
+    assert_eq!((change.version, change.applied, change.interested), (at(7), 102, 200));
+    assert_eq!(change.last_sidecar, "default/api/b");
+    // No such event is in the log, so what is known of its append is that each had folded it when it told its sidecars.
+    assert_eq!((change.p50_ms, change.p99_ms, change.last_ms), (Some(2.0), Some(40.0), Some(1_500.0)));
+    let within = "select within_bound from status.propagation";
+    assert_eq!(database.connect().await.query_one(within, &[]).await.unwrap().get::<_, i64>(0), 101);
+
+    let old =
+        "update weft.propagation set published_at = now() - interval '25 hours' where controller_id = $1";
+    database.connect().await.execute(old, &[&id_a]).await.unwrap();
+    a.forget_propagation().await.unwrap();
+    assert_eq!(a.propagation(5).await.unwrap().remove(0).applied, 3);
 }
 
 #[tokio::test]
@@ -199,7 +290,8 @@ async fn who_left_a_day_ago_is_forgotten() {
     let (database, store, _) = stores().await;
     let client = database.connect().await;
     let all = ["default/api/stays", "default/api/left", "default/api/left-just-now"];
-    store.put_acks("c1", Uuid::new_v4(), &all.map(|instance| said(instance, false))).await.unwrap();
+    let said = all.map(|instance| said(instance, false));
+    store.put_acks(&serving(Uuid::new_v4()), &said, &[]).await.unwrap();
     let age = "insert into weft.sidecar_class values ('default/api/stays', 'x', 1, now()); \
          update weft.sidecar_ack set seen_at = now() - interval '25 hours' \
          where instance <> 'default/api/left-just-now'";

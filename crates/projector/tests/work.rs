@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tokio::time::Instant;
 use weft_model::health::{Health, HealthReported};
 use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::service::{ServiceDeclared, ServicePort};
@@ -165,7 +166,7 @@ fn a_sidecar_holds_nothing_of_services_that_it_does_not_name() {
 fn what_is_published_for_a_class_is_a_manifest_of_what_it_names() {
     let mut mesh = Mesh::new(400, 1);
     let mut published = Published::default();
-    published.take_in(Delta::everything(&mesh.projection));
+    published.take_in(Delta::everything(&mesh.projection), Instant::now());
     let id = instance_of(0, 0);
     let named = |published: &Published| published.wanted(&id).unwrap().class.manifest.len();
     assert_eq!(named(&published), 6);
@@ -174,7 +175,7 @@ fn what_is_published_for_a_class_is_a_manifest_of_what_it_names() {
     for unrelated in 100..140 {
         let down = mesh.report(&instance_of(unrelated, 0), Health::Unhealthy);
         let delta = mesh.change(&down);
-        published.take_in(delta);
+        published.take_in(delta, Instant::now());
     }
     assert_eq!(hash(&published), before, "forty changes elsewhere are no change here");
     assert_eq!(published.wanted(&id).unwrap().class.remembered(), 0);

@@ -156,13 +156,13 @@ impl Subscriber {
                 }
                 () = at(session.ack_at()) => {
                     if let Some(Ack { applied, took, error }) = session.take_ack() {
-                        ack(&mut discovery, Some(&applied), took, error).await?;
+                        ack(&mut discovery, Some(&applied), took, error, session.take_swaps()).await?;
                     }
                     continue;
                 }
                 snapshot = kept(&mut self.keeper, session.unkept()) => {
                     let took = session.last_notice().elapsed();
-                    ack(&mut discovery, Some(&snapshot), took, String::new()).await?;
+                    ack(&mut discovery, Some(&snapshot), took, String::new(), session.take_swaps()).await?;
                     session.kept();
                     continue;
                 }
@@ -292,7 +292,8 @@ impl Subscriber {
                 metrics::config_refused();
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
-                ack(discovery, self.shared.snapshot().as_deref(), since.elapsed(), error).await
+                let current = self.shared.snapshot();
+                ack(discovery, current.as_deref(), since.elapsed(), error, session.take_swaps()).await
             }
         }
     }
@@ -313,11 +314,12 @@ impl Subscriber {
         let kept = taken.kept(answer);
         let snapshot = Arc::clone(kept.snapshot());
         let cut = self.shared.install(Arc::clone(&snapshot));
+        let (swapped_at, took) = (Instant::now(), since.elapsed());
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
-        tracing::info!(version = %snapshot.version, cut, took = ?since.elapsed(), "snapshot applied");
+        tracing::info!(version = %snapshot.version, cut, ?took, "snapshot applied");
         self.own.trust(&snapshot.trust).await;
-        session.applied(kept, since.elapsed(), Instant::now(), self.rng.random_range(0.0..=1.0));
+        session.applied(kept, took, swapped_at, self.rng.random_range(0.0..=1.0));
     }
 }
 
@@ -367,9 +369,15 @@ async fn ack(
     applied: Option<&Snapshot>,
     took: Duration,
     error: String,
+    swaps: Vec<(ConfigVersion, Instant)>,
 ) -> Result<(), SessionError> {
     let took_ms = u32::try_from(took.as_millis()).unwrap_or(u32::MAX);
-    let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error };
+    let swap = |(version, at): (ConfigVersion, Instant)| v1::Swap {
+        version: Some(take::wire_version(version)),
+        ago_us: u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX),
+    };
+    let swaps = swaps.into_iter().map(swap).collect();
+    let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error, swaps };
     answer(discovery.ack(request)).await?;
     Ok(())
 }

@@ -24,7 +24,7 @@ pub(crate) struct Args {
 }
 
 /// The status as programs read it. Times are RFC 3339, empty for never.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, PartialEq, Serialize)]
 pub(crate) struct Status {
     as_of: String,
     as_of_time: String,
@@ -33,6 +33,10 @@ pub(crate) struct Status {
     services: Vec<Service>,
     sidecars: Vec<Sidecar>,
     policies: Vec<Policy>,
+    /// How soon a change shall run in every sidecar.
+    propagation_bound_ms: u32,
+    /// How the last changes reached the sidecars, the newest first.
+    propagation: Vec<Propagation>,
     /// Events that were seen and are not in the log: while there is one, no change is taken.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     log_rewound: Vec<Rewind>,
@@ -82,11 +86,31 @@ struct Sidecar {
     wanted: Option<String>,
     applied: Option<String>,
     lag_ms: i64,
+    outside_bound: bool,
     connected: bool,
     last_seen: String,
     error: String,
     #[serde(skip)]
     last_seen_ms: i64,
+}
+
+/// The way of a change into the sidecars; times are milliseconds since its append.
+#[derive(Debug, PartialEq, Serialize)]
+struct Propagation {
+    version: String,
+    event: String,
+    scope: String,
+    appended_at: String,
+    folded_ms: f64,
+    published_ms: f64,
+    applied_p50_ms: Option<f64>,
+    applied_p99_ms: Option<f64>,
+    applied_last_ms: Option<f64>,
+    last_sidecar: String,
+    interested: u64,
+    applied: u64,
+    #[serde(skip)]
+    appended_at_ms: i64,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -133,6 +157,7 @@ impl Status {
             wanted: version(sidecar.wanted),
             applied: version(sidecar.applied),
             lag_ms: sidecar.lag_ms,
+            outside_bound: sidecar.outside_bound,
             connected: sidecar.connected,
             last_seen: point(sidecar.last_seen_ms),
             error: sidecar.error,
@@ -145,6 +170,21 @@ impl Status {
             actor: policy.actor,
             summary: policy.summary,
             changed_at_ms: policy.changed_at_ms,
+        };
+        let propagation = |change: v1::Propagation| Propagation {
+            version: version(change.version).unwrap_or_default(),
+            event: change.event,
+            scope: change.scope,
+            appended_at: point(change.appended_at_ms),
+            folded_ms: change.folded_ms,
+            published_ms: change.published_ms,
+            applied_p50_ms: change.applied_p50_ms,
+            applied_p99_ms: change.applied_p99_ms,
+            applied_last_ms: change.applied_last_ms,
+            last_sidecar: change.last_sidecar,
+            interested: change.interested,
+            applied: change.applied,
+            appended_at_ms: change.appended_at_ms,
         };
         let rewind = |rewind: v1::Rewind| {
             let found = rewind.found.unwrap_or_default();
@@ -164,14 +204,18 @@ impl Status {
             services: response.services.into_iter().map(service).collect(),
             sidecars: response.sidecars.into_iter().map(sidecar).collect(),
             policies: response.policies.into_iter().map(policy).collect(),
+            propagation_bound_ms: response.propagation_bound_ms,
+            propagation: response.propagation.into_iter().map(propagation).collect(),
             log_rewound: response.rewinds.into_iter().map(rewind).collect(),
         }
     }
 
-    /// Sidecars that do not run what they should, each with the reason.
+    /// Sidecars that do not run what they should, each with the reason. Who is behind within the propagation bound is not one
+    /// of them: something has just changed.
     pub(crate) fn problems(&self) -> Vec<String> {
         let problem = |sidecar: &Sidecar| {
-            let why = sidecar.trouble()?;
+            let arriving = sidecar.connected && sidecar.error.is_empty() && !sidecar.outside_bound;
+            let why = sidecar.trouble().filter(|_| !arriving)?;
             Some(format!("{}: {why}", sidecar.instance))
         };
         self.sidecars.iter().filter_map(problem).collect()
@@ -229,7 +273,10 @@ impl Sidecar {
         }
         (self.applied != self.wanted).then(|| match self.lag_ms {
             0 => "behind".to_owned(),
-            ms => format!("behind for {}", span(Duration::from_millis(ms.unsigned_abs()))),
+            ms => {
+                let bound = if self.outside_bound { ", outside the bound" } else { "" };
+                format!("behind for {}{bound}", span(Duration::from_millis(ms.unsigned_abs())))
+            }
         })
     }
 }
@@ -257,6 +304,7 @@ fn text(status: &Status, past: bool, now_ms: i64) -> String {
     section(services(status, now_ms));
     if !past {
         section(sidecars(status, now_ms));
+        section(changes(status, now_ms));
     }
     section(policies(status, now_ms));
     text
@@ -310,6 +358,29 @@ fn sidecars(status: &Status, now_ms: i64) -> Table {
             sidecar.applied.clone().unwrap_or_default(),
             sidecar.trouble().unwrap_or_else(|| "up to date".to_owned()),
             ago(now_ms, sidecar.last_seen_ms),
+        ]);
+    }
+    table
+}
+
+/// How the last changes came into the sidecars, in milliseconds since the append.
+fn changes(status: &Status, now_ms: i64) -> Table {
+    let mut table = Table::new(&[
+        "CHANGE", "WHAT", "APPENDED", "SENT MS", "P50 MS", "P99 MS", "LAST MS", "APPLIED", "LAST",
+    ]);
+    let after = |ms: Option<f64>| ms.map(|ms| format!("{ms:.1}")).unwrap_or_default();
+    for change in &status.propagation {
+        let what = format!("{} {}", change.event, change.scope);
+        table.row([
+            change.version.clone(),
+            what.trim().to_owned(),
+            ago(now_ms, change.appended_at_ms),
+            after(Some(change.published_ms)),
+            after(change.applied_p50_ms),
+            after(change.applied_p99_ms),
+            after(change.applied_last_ms),
+            format!("{} of {}", change.applied, change.interested),
+            change.last_sidecar.clone(),
         ]);
     }
     table

@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use weft_client::take;
 use weft_model::{ConfigVersion, Epoch, Position, ServiceName};
 use weft_proto::v1 as pb;
+use weft_proto::v1::change::Change;
 use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_proto::v1::mesh_client::MeshClient;
 use weft_routing::manifest::decode_entries;
@@ -116,7 +117,7 @@ async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
     let (_, answer) = api.pull().await;
     assert!(!answer.full && answer.shards.is_empty());
 
-    let ack = pb::AckRequest { applied: Some(newer.clone()), took_ms: 7, error: String::new() };
+    let ack = pb::AckRequest { applied: Some(newer.clone()), took_ms: 7, ..Default::default() };
     api.client.ack(ack).await.unwrap();
     let mut admin = mesh.admin();
     wait_until("the acknowledgement to show", LIMIT, async || {
@@ -131,6 +132,70 @@ async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
         status.sidecars.iter().all(|sidecar| !sidecar.connected)
     })
     .await;
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn the_way_of_a_change_into_the_sidecars_is_told() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    let (first, _) = api.pull().await;
+    let have = api.have.clone();
+    let subscribe = pb::SubscribeRequest { have: have.clone(), ..Default::default() };
+    let mut notices = api.client.subscribe(subscribe).await.unwrap().into_inner();
+    mesh.apply(vec![allow_from("default/api", "default/web")]).await;
+    let newer = news(&mut notices, have.as_ref()).await;
+    let (snapshot, _) = api.pull().await;
+    assert!(snapshot.version > first.version);
+    // A word that was held back for an hour is no reason to believe that the swap was before the change.
+    let swap = pb::Swap { version: newer.version, ago_us: 3_600_000_000 };
+    let ack = pb::AckRequest { applied: Some(newer.clone()), swaps: vec![swap], ..Default::default() };
+    api.client.ack(ack.clone()).await.unwrap();
+    let mut admin = mesh.admin();
+    let mut told = None;
+    wait_until("the change's way", LIMIT, async || {
+        let status = admin.status(pb::StatusRequest::default()).await.unwrap().into_inner();
+        told = status.propagation.into_iter().find(|change| change.version == newer.version);
+        told.as_ref().is_some_and(|change| change.applied == 1)
+    })
+    .await;
+    let told = told.unwrap();
+    assert_eq!((told.event.as_str(), told.interested), ("SecurityPolicySet", 1));
+    assert_eq!(told.scope, "security/default/api");
+    assert_eq!(told.last_sidecar, "default/api/one");
+    assert_eq!(told.applied_last_ms, Some(told.published_ms), "no sooner than it was published");
+    assert!(told.folded_ms <= told.published_ms);
+
+    let mut many = ack;
+    many.swaps = vec![many.swaps[0]; 33];
+    assert_eq!(api.client.ack(many).await.unwrap_err().code(), Code::InvalidArgument);
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn who_is_outside_the_propagation_bound_is_listed() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    let defaults = pb::MeshDefaults { security: pb::Action::Deny.into(), propagation_bound_ms: 10 };
+    mesh.apply(vec![Change::SetMeshDefaults(defaults)]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    api.pull().await;
+    let subscribe = pb::SubscribeRequest { have: api.have.clone(), ..Default::default() };
+    let _notices = api.client.subscribe(subscribe).await.unwrap().into_inner();
+    let mut admin = mesh.admin();
+    wait_until("the other one to be late", LIMIT, async || {
+        let status = admin.status(pb::StatusRequest::default()).await.unwrap().into_inner();
+        assert_eq!(status.propagation_bound_ms, 10);
+        let late = status.sidecars.iter().filter(|sidecar| sidecar.outside_bound);
+        let late: Vec<_> = late.map(|sidecar| sidecar.instance.as_str()).collect();
+        late == ["default/web/one"]
+    })
+    .await;
+    let client = mesh.database.connect().await;
+    let stale = client.query_one("select instance from status.stale", &[]).await.unwrap();
+    assert_eq!(stale.get::<_, String>(0), "default/web/one");
+    assert_eq!(mesh.store().sidecars_outside_bound().await.unwrap(), 1);
     mesh.controller.stop().await;
 }
 
@@ -155,7 +220,7 @@ async fn a_small_change_comes_with_the_notice_whatever_the_size_of_what_it_is_in
         let register = |n: &u16| {
             let registration =
                 crate::support::registration(&format!("default/web/web-{n}"), 20_000 + u32::from(*n));
-            pb::change::Change::RegisterInstance(registration)
+            Change::RegisterInstance(registration)
         };
         mesh.apply(group.iter().map(register).collect()).await;
     }
@@ -169,7 +234,7 @@ async fn a_small_change_comes_with_the_notice_whatever_the_size_of_what_it_is_in
     let instance = "default/api/one".parse().unwrap();
     for n in 0..3 {
         let drain = pb::DrainInstance { instance: format!("default/web/web-{}", n * 100) };
-        mesh.apply(vec![pb::change::Change::DrainInstance(drain)]).await;
+        mesh.apply(vec![Change::DrainInstance(drain)]).await;
         let notice = notice(&mut notices, &take::header(&current)).await;
         let patched = take::take_patch(&notice, &current, &instance, &current.trust.trust_domain);
         let patched = patched.unwrap().expect("a patch from what was told last");
@@ -190,7 +255,7 @@ async fn a_small_change_comes_with_the_notice_whatever_the_size_of_what_it_is_in
 async fn what_does_not_concern_a_sidecar_changes_nothing_for_it() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api", "default/web"]).await;
-    let only = pb::change::Change::RegisterInstance(pb::RegisterInstance {
+    let only = Change::RegisterInstance(pb::RegisterInstance {
         all_upstreams: false,
         upstreams: vec!["default/web".into()],
         ..crate::support::registration("default/api/two", 9100)

@@ -26,7 +26,7 @@ fn published(facts: &[Fact]) -> (Published, Vec<Snapshot>) {
         (Projection::default(), Published::default(), Vec::new());
     for fact in facts {
         let changes = projection.apply([fact]).unwrap();
-        published.take_in(Delta::new(&projection, &changes, [&fact.scope]));
+        published.take_in(Delta::new(&projection, &changes, [&fact.scope]), Instant::now());
         if let Some(wanted) = projection.wanted(&instance()) {
             let shards =
                 projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
@@ -82,7 +82,7 @@ fn a_feed_tells_what_concerns_its_class_and_nothing_else() {
     let mut publish = |published: &mut Published, facts: &[Fact]| {
         let changes = projection.apply(facts).unwrap();
         let scopes: Vec<_> = facts.iter().map(|fact| &fact.scope).collect();
-        published.take_in(Delta::new(&projection, &changes, scopes));
+        published.take_in(Delta::new(&projection, &changes, scopes), Instant::now());
     };
     publish(&mut published, &facts[..3]);
     let mut feed = published.feed(&instance()).unwrap();

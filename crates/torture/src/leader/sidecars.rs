@@ -146,7 +146,7 @@ impl Sidecar {
             self.seen.told().applied.entry(self.instance.clone()).or_default().push(snapshot.version);
             let applied = Some(take::header(&snapshot));
             *current = Some(Arc::new(snapshot));
-            let ack = pb::AckRequest { applied, took_ms: 0, error: String::new() };
+            let ack = pb::AckRequest { applied, took_ms: 0, ..Default::default() };
             if answer(discovery.ack(ack)).await.is_err() {
                 return Ok(());
             }

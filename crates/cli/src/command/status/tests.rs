@@ -31,6 +31,7 @@ fn response() -> v1::StatusResponse {
         connected,
         last_seen_ms: NOW - 1_000,
         error: String::new(),
+        outside_bound: applied == at(40),
     };
     v1::StatusResponse {
         as_of: at(42),
@@ -49,6 +50,7 @@ fn response() -> v1::StatusResponse {
             sidecar("default/db/db-1", at(42), true),
             sidecar("default/api/api-1", at(40), true),
             sidecar("default/api/api-2", at(42), false),
+            sidecar("default/api/api-3", at(41), true),
         ],
         policies: vec![v1::PolicyStatus {
             scope: "security/default/db".into(),
@@ -58,6 +60,21 @@ fn response() -> v1::StatusResponse {
             summary: "default deny; api-may-query".into(),
         }],
         rewinds: Vec::new(),
+        propagation: vec![v1::Propagation {
+            version: at(42),
+            event: "HealthReported".into(),
+            scope: "health/default/db/db-1".into(),
+            appended_at_ms: NOW - 5_000,
+            folded_ms: 1.5,
+            published_ms: 3.25,
+            applied_p50_ms: Some(5.5),
+            applied_p99_ms: Some(7.0),
+            applied_last_ms: Some(7.0),
+            last_sidecar: "default/db/db-1".into(),
+            interested: 4,
+            applied: 2,
+        }],
+        propagation_bound_ms: 1_000,
     }
 }
 
@@ -70,10 +87,14 @@ SERVICE       REACHED AT   PORTS      INSTANCE   STATE   HEALTH                 
 default/db    127.64.0.7   sql:5432   db-1       ready   unhealthy: connection refused   127.0.0.1:7411   50m left
 default/web   127.64.0.7   sql:8080   -          -       -                               -                -
 
-SIDECAR             WANTED   APPLIED   STATUS          SEEN
-default/db/db-1     1.42     1.42      up to date      1s ago
-default/api/api-1   1.42     1.40      behind for 3s   1s ago
-default/api/api-2   1.42     1.42      not connected   1s ago
+SIDECAR             WANTED   APPLIED   STATUS                             SEEN
+default/db/db-1     1.42     1.42      up to date                         1s ago
+default/api/api-1   1.42     1.40      behind for 3s, outside the bound   1s ago
+default/api/api-2   1.42     1.42      not connected                      1s ago
+default/api/api-3   1.42     1.41      behind for 3s                      1s ago
+
+CHANGE   WHAT                                    APPENDED   SENT MS   P50 MS   P99 MS   LAST MS   APPLIED   LAST
+1.42     HealthReported health/default/db/db-1   5s ago     3.2       5.5      7.0      7.0       2 of 4    default/db/db-1
 
 POLICY                VERSION   CHANGED   BY            SAYS
 security/default/db   3         60s ago   admin/admin   default deny; api-may-query
@@ -121,7 +142,9 @@ fn there_is_a_time_before_everything() {
 #[test]
 fn problems_are_told_one_by_one() {
     let problems = Status::of(response()).problems();
-    assert_eq!(problems, ["default/api/api-1: behind for 3s", "default/api/api-2: not connected"]);
+    let expected =
+        ["default/api/api-1: behind for 3s, outside the bound", "default/api/api-2: not connected"];
+    assert_eq!(problems, expected, "who is behind within the bound is about to have it");
 }
 
 #[test]
