@@ -201,7 +201,7 @@ async fn of_two_controllers_with_one_name_each_speaks_for_its_own_sidecars() {
 
 /// A sidecar that should run 1.7 since ten seconds ago, when its class had run 1.5 for a day.
 const WANTED: &str = "insert into weft.projection values ('mesh', 1, 1, 10, now()); \
-     insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, '', now() - interval '10 seconds'); \
+     insert into weft.class_manifest values ('c', 7, repeat('x', 32)::bytea, now() - interval '10 seconds'); \
      insert into weft.manifest_history values ('c', 5, now() - interval '1 day'), ('c', 7, now() - interval '10 seconds'); \
      insert into weft.sidecar_class values ('default/api/one', 'c', 3, now() - interval '2 days')";
 
