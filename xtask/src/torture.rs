@@ -20,6 +20,13 @@ pub(crate) struct Torture {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
+    /// The fold: incremental equals full over random events of every kind, here and in another process
+    #[command(disable_help_flag = true)]
+    Fold {
+        /// Passed to weft-torture; see them with --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// Several controllers: the one that leads is paused, killed and cut off
     #[command(disable_help_flag = true)]
     Leader {
@@ -39,6 +46,7 @@ enum What {
 impl Torture {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let (what, args) = match self.what {
+            What::Fold { args } => ("fold", args),
             What::Leader { args } => ("leader", args),
             What::Log { args } => ("log", args),
         };
@@ -55,7 +63,7 @@ impl Torture {
 
 /// The short forms, of programs that are built.
 pub(crate) fn passes() -> anyhow::Result<bool> {
-    for what in ["log", "leader"] {
+    for what in ["fold", "log", "leader"] {
         say(&format!("torture {what}, the short form"));
         if !run(Command::new(target_dir()?.join("debug/weft-torture")).arg(what))?.success() {
             return Ok(false);

@@ -1,7 +1,8 @@
-//! Fault injection on the event log. See the README beside this package.
+//! Fault injection on the event log, and random events on the fold. See the README beside this package.
 
 mod child;
 mod controllers;
+mod fold;
 mod frame;
 mod journal;
 mod leader;
@@ -36,6 +37,11 @@ enum Command {
     Log(Args),
     /// Several controllers: pause, kill and cut off the one that leads
     Leader(LeaderArgs),
+    /// The fold: incremental equals full over random events of every kind, here and in another process
+    Fold(fold::Args),
+    /// The other process of it
+    #[command(hide = true, name = fold::AGAIN)]
+    FoldAgain(fold::Again),
     /// A process under test; started by the others
     #[command(hide = true)]
     Worker,
@@ -175,6 +181,8 @@ fn main() -> ExitCode {
     let ended = runtime.context("no runtime").and_then(|runtime| match Cli::parse().command {
         Command::Log(args) => runtime.block_on(torture(&args)),
         Command::Leader(args) => runtime.block_on(torture_leader(&args)),
+        Command::Fold(args) => fold::run(&args),
+        Command::FoldAgain(args) => fold::again(&args).map(|()| true),
         Command::Worker => {
             let ended = runtime.block_on(async {
                 let url = std::env::vars().find(|(name, _)| name == child::URL_VARIABLE);
