@@ -1,7 +1,7 @@
 //! What can be typed.
 
 use crate::command::{
-    apply, check, completion, delete, describe, down, get, log, replay, sql, status, token, up, verify,
+    apply, check, completion, delete, describe, down, get, log, replay, sim, sql, status, token, up, verify,
     version, watchdog, why,
 };
 use crate::context::ContextArgs;
@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Replay(replay::Args),
     /// Prove that the log is whole and that the stored state follows from it, read from the database
     Verify(verify::Args),
+    /// Let a fleet of simulated sidecars join, change things, and measure how that spreads
+    Sim(sim::Args),
     /// Join tokens
     Token(token::Args),
     /// Ask the status views in SQL, read-only

@@ -9,6 +9,7 @@ pub(crate) mod down;
 pub(crate) mod get;
 pub(crate) mod log;
 pub(crate) mod replay;
+pub(crate) mod sim;
 pub(crate) mod sql;
 pub(crate) mod status;
 pub(crate) mod token;
@@ -41,6 +42,7 @@ pub(crate) async fn run(arguments: Arguments) -> Outcome<Exit> {
         Command::Why(args) => why::run(args, context).await,
         Command::Replay(args) => Box::pin(replay::run(args, context)).await,
         Command::Verify(args) => Box::pin(verify::run(args, context)).await,
+        Command::Sim(args) => Box::pin(sim::run(args, context)).await,
         Command::Token(args) => token::run(args, context).await,
         Command::Sql(args) => sql::run(args, context).await,
         Command::Version(args) => version::run(args, context).await,

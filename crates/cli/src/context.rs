@@ -105,6 +105,21 @@ impl Context {
     /// # Errors
     /// There is no usable credential, or it has expired.
     pub(crate) fn client(&self) -> Outcome<MeshClient<Channel>> {
+        let tls = self.operator()?.client_config(ExpectedPeer::Controller, weft_client::ALPN);
+        let channel = weft_client::channel(self.controllers.clone(), tls);
+        Ok(MeshClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+    }
+
+    /// The mesh, for a fleet of simulated sidecars.
+    ///
+    /// # Errors
+    /// There is no usable credential, or it has expired.
+    pub(crate) fn mesh(&self) -> Outcome<weft_fleet::Mesh> {
+        Ok(weft_fleet::Mesh { controllers: self.controllers.clone(), operator: self.operator()? })
+    }
+
+    /// Who we are.
+    fn operator(&self) -> Outcome<TlsIdentity> {
         let credential = Credential::load(&self.credential_dir).map_err(|error| {
             Failure::fault(format!(
                 "there is no usable credential in {}: {}",
@@ -114,9 +129,7 @@ impl Context {
             .next("start the mesh with `weft up`, or issue one with `weft-controller operator issue`")
         })?;
         self.check_lifetime(&credential, now_ms())?;
-        let tls = TlsIdentity::new(credential).client_config(ExpectedPeer::Controller, weft_client::ALPN);
-        let channel = weft_client::channel(self.controllers.clone(), tls);
-        Ok(MeshClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        Ok(TlsIdentity::new(credential))
     }
 
     /// Told here, since a controller that refuses an expired leaf in the handshake looks like one that is not there.

@@ -33,13 +33,15 @@ pub struct Relay {
 /// The connection, in the name of one sidecar.
 pub type Introduced = InterceptedService<Channel, SpeakAs>;
 
-/// Says of every call whose it is.
+/// Says of every call whose it is, if it is not of the connection's own leaf.
 #[derive(Clone, Debug)]
-pub struct SpeakAs(MetadataValue<Ascii>);
+pub struct SpeakAs(Option<MetadataValue<Ascii>>);
 
 impl Interceptor for SpeakAs {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert(AS, self.0.clone());
+        if let Some(number) = &self.0 {
+            request.metadata_mut().insert(AS, number.clone());
+        }
         Ok(request)
     }
 }
@@ -68,8 +70,8 @@ impl Relay {
 
     /// The connection itself, in the name of its own leaf.
     #[must_use]
-    pub const fn channel(&self) -> &Channel {
-        &self.channel
+    pub fn own(&self) -> Introduced {
+        InterceptedService::new(self.channel.clone(), SpeakAs(None))
     }
 
     /// Introduces the holder of a credential.
@@ -83,6 +85,6 @@ impl Relay {
         let leaf = credential.leaf().to_vec().into();
         let mut identity = IdentityClient::new(self.channel.clone());
         let number = identity.introduce(IntroduceRequest { leaf, proof }).await?.into_inner().number;
-        Ok(InterceptedService::new(self.channel.clone(), SpeakAs(number.into())))
+        Ok(InterceptedService::new(self.channel.clone(), SpeakAs(Some(number.into()))))
     }
 }

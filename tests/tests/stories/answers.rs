@@ -80,6 +80,14 @@ async fn every_question_has_an_answer_for_programs_and_the_past_stays() -> anyho
         ensure!(answer.contains(says), "`weft {}` does not say {says:?}:\n{answer}", args.join(" "));
     }
 
+    // A fleet of simulated sidecars comes, is measured, and leaves no trace but in the log.
+    let fleet = ["sim", "--sidecars", "6", "--endpoints", "2", "--changes", "2", "--per-connection", "3"];
+    let measured = weft.json(&fleet).await?;
+    let profiles = measured["profiles"].as_array().cloned().unwrap_or_default();
+    ensure!(profiles.len() == 5 && profiles.iter().all(|profile| profile["faults"] == 0), "{measured}");
+    let left = weft.json(&["status"]).await?;
+    ensure!(names(&left["services"], "name") == ["default/api", "default/db", "default/web"], "{left}");
+
     ensure!(up.end(Signal::SIGTERM).await?.success(), "SIGTERM is no fault");
     up.gone().await
 }

@@ -38,7 +38,7 @@ async fn each_sidecar_on_a_relay_s_connection_speaks_for_itself_alone() {
     assert_eq!(foreign.code(), Code::PermissionDenied);
 
     // The relay itself is still who its leaf says.
-    let own = MeshClient::new(relay.channel().clone());
+    let own = MeshClient::new(relay.own());
     own.clone().report_health(health("default/web/one", 1)).await.unwrap();
     let foreign = own.clone().report_health(health("default/api/one", 1)).await.unwrap_err();
     assert_eq!(foreign.code(), Code::PermissionDenied);
@@ -48,7 +48,7 @@ async fn each_sidecar_on_a_relay_s_connection_speaks_for_itself_alone() {
     elsewhere.introduce(&credential(&mesh, "default/web/one")).await.unwrap();
     let mut stray = tonic::Request::new(health("default/api/two", 3));
     stray.metadata_mut().insert("weft-as", "1".parse().unwrap());
-    let nobody = MeshClient::new(elsewhere.channel().clone()).report_health(stray).await.unwrap_err();
+    let nobody = MeshClient::new(elsewhere.own()).report_health(stray).await.unwrap_err();
     assert_eq!(nobody.code(), Code::Unauthenticated);
 }
 
