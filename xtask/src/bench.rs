@@ -9,8 +9,8 @@ use weft_pgserver::Cluster;
 use crate::cargo::{cargo, must, root, run, target_dir};
 use crate::{Database, postgres, say};
 
-/// What is run; `weft-logbench` finds the controller beside itself.
-const PROGRAMS: &[&str] = &["weft-logbench", "weft-controller"];
+/// What is built; a bench finds the controller beside itself.
+const PACKAGES: &[&str] = &["weft-bench", "weft-controller"];
 
 /// The settings of a small server that does nothing else, over those of a local mesh: with the 64 MB of the latter the
 /// indexes of one range do not stay in memory, and a checkpoint comes every few seconds.
@@ -24,17 +24,27 @@ pub(crate) struct Bench {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// The event log: how fast it appends, replays and verifies; crates/logbench/README.md explains each figure
+    /// The event log: how fast it appends, replays and verifies; crates/bench/README.md explains each figure
     Log(Log),
+    /// The control plane: how fast changes reach fleets of sidecars, and what that costs; crates/bench/README.md explains each
+    /// figure
+    Fleet(Common),
 }
 
 #[derive(Debug, clap::Args)]
 struct Log {
-    #[command(flatten)]
-    database: Database,
     /// Also with ten million events
     #[arg(long)]
     full: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What is said of every bench.
+#[derive(Debug, clap::Args)]
+struct Common {
+    #[command(flatten)]
+    database: Database,
     /// A few seconds, to see that it works; its figures mean nothing
     #[arg(long)]
     quick: bool,
@@ -49,22 +59,25 @@ struct Log {
 impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self.what {
-            What::Log(log) => log.run(),
+            What::Log(Log { full, common }) => {
+                let full: &[&str] = if full { &["--full"] } else { &[] };
+                common.run("weft-logbench", full)
+            }
+            What::Fleet(common) => common.run("weft-fleetbench", &[]),
         }
     }
 }
 
-impl Log {
-    fn run(self) -> anyhow::Result<ExitCode> {
+impl Common {
+    fn run(self, program: &str, flags: &[&str]) -> anyhow::Result<ExitCode> {
         let mut build = cargo(["build", "--release"]);
         say("building with optimisation; the first time takes some minutes");
-        must(build.args(PROGRAMS.iter().flat_map(|package| ["--package", *package])))?;
+        must(build.args(PACKAGES.iter().flat_map(|package| ["--package", *package])))?;
 
-        let mut bench = Command::new(target_dir()?.join("release/weft-logbench"));
-        for (flag, given) in [("--full", self.full), ("--quick", self.quick)] {
-            if given {
-                bench.arg(flag);
-            }
+        let mut bench = Command::new(target_dir()?.join("release").join(program));
+        bench.args(flags);
+        if self.quick {
+            bench.arg("--quick");
         }
         if let Some(keys) = &self.only {
             bench.args(["--only", keys]);
@@ -90,10 +103,15 @@ impl Log {
 /// Whether the benches run and tell all their figures, which mean nothing here: a short run without optimisation, of programs
 /// that are built.
 pub(crate) fn runs(url: &str) -> anyhow::Result<bool> {
-    say("bench log --quick, to see that it runs");
-    let mut bench = Command::new(target_dir()?.join("debug/weft-logbench"));
-    let bench = bench.arg("--quick").env("WEFT_DATABASE_URL", url).stdout(Stdio::null());
-    Ok(run(bench)?.success())
+    for program in ["weft-logbench", "weft-fleetbench"] {
+        say(&format!("{program} --quick, to see that it runs"));
+        let mut bench = Command::new(target_dir()?.join("debug").join(program));
+        let bench = bench.arg("--quick").env("WEFT_DATABASE_URL", url).stdout(Stdio::null());
+        if !run(bench)?.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// What is measured, where git can tell: the commit, and whether the tree differs from it.

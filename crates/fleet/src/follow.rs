@@ -3,6 +3,7 @@
 use prost::Message;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -23,6 +24,9 @@ use crate::member::Member;
 const FRAME_BYTES: usize = 5 + 9;
 /// Largest answer to a pull, as real sidecars take it.
 const PULL_BYTES_MAX: usize = 256 << 20;
+
+/// What an acknowledgement tells at most.
+const SWAPS_MAX: usize = 32;
 
 /// Why a session ended.
 enum End {
@@ -58,6 +62,8 @@ struct Follower {
     backoff: Backoff,
     /// The newest thing to acknowledge, when, and how long it took.
     due: Option<(Instant, Duration)>,
+    /// What was put in force since the last acknowledgement, oldest first.
+    swaps: VecDeque<(ConfigVersion, Instant)>,
     /// Whether this session counts among those that are back.
     counted: bool,
 }
@@ -74,6 +80,7 @@ pub(crate) async fn follow(shared: Arc<Shared>, member: Arc<Member>) {
         rng,
         backoff: Backoff::new(),
         due: None,
+        swaps: VecDeque::new(),
         counted: false,
     };
     let mut broken = None;
@@ -213,18 +220,27 @@ impl Follower {
     }
 
     fn apply(&mut self, snapshot: Arc<Snapshot>, began: Instant, spread: Duration) {
-        let ConfigVersion { position, .. } = snapshot.version;
+        let version = snapshot.version;
         self.current = Some(snapshot);
-        self.shared.tracker.applied(&self.member, position.0);
+        self.shared.tracker.applied(&self.member, version.position.0);
         self.is_back();
         let now = Instant::now();
+        self.swaps.push_back((version, now));
+        if self.swaps.len() > SWAPS_MAX {
+            self.swaps.pop_front();
+        }
         let held_back = spread.mul_f64(self.rng.random_range(0.0..=1.0));
         self.due = Some((now + held_back, now - began));
     }
 
     async fn ack(&mut self, discovery: &mut DiscoveryClient<Introduced>) -> Result<(), CallError> {
         let Some((_, took)) = self.due.take() else { return Ok(()) };
+        let swap = |(version, at): (ConfigVersion, Instant)| v1::Swap {
+            version: Some(v1::ConfigVersion { epoch: version.epoch.0, position: version.position.0 }),
+            ago_us: u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX),
+        };
         let request = v1::AckRequest {
+            swaps: self.swaps.drain(..).map(swap).collect(),
             applied: self.current.as_deref().map(take::header),
             took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
             ..v1::AckRequest::default()

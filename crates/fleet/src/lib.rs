@@ -220,6 +220,13 @@ impl Fleet {
         self.members.len()
     }
 
+    /// Bytes of what the interested sidecars run: its manifest and its shards, not compressed; the most of them, if they
+    /// differ.
+    #[must_use]
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.shared.snapshots.largest()
+    }
+
     /// What has happened so far.
     #[must_use]
     pub fn counts(&self) -> Counts {

@@ -30,6 +30,8 @@ pub struct Plan {
     pub endpoints: usize,
     /// Sidecars that have the target for their upstream. The others have none.
     pub interested: usize,
+    /// Other services that those have for their upstreams.
+    pub also: Vec<ServiceName>,
     /// Sidecars on one connection; with 1, each has its own.
     pub per_connection: usize,
 }
@@ -74,7 +76,9 @@ impl Plan {
             }
             let interested = self.near().contains(&index);
             let (service, number) = self.place(index)?;
-            let upstreams = if interested { vec![target.to_string()] } else { Vec::new() };
+            let upstreams =
+                interested.then(|| std::iter::once(&target).chain(&self.also)).into_iter().flatten();
+            let upstreams = upstreams.map(ToString::to_string).collect();
             let instance = format!("i{number}").parse();
             let instance =
                 instance.map_err(|error| FleetError::Plan(format!("an instance's name: {error}")))?;

@@ -73,6 +73,17 @@ impl Snapshots {
         Ok(Some(made))
     }
 
+    /// Bytes of the largest snapshot.
+    pub(crate) fn largest(&self) -> u64 {
+        let bytes = |snapshot: &Snapshot| {
+            let shards =
+                snapshot.manifest.entries().map(|(key, _)| key).filter_map(|key| snapshot.shard(key));
+            shards.map(|shard| shard.len()).sum::<usize>() + snapshot.manifest_bytes().len()
+        };
+        let largest = self.lock().snapshots.values().map(|snapshot| bytes(snapshot)).max();
+        u64::try_from(largest.unwrap_or_default()).unwrap_or(u64::MAX)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }

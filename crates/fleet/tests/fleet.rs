@@ -42,7 +42,8 @@ impl TestMesh {
 }
 
 fn plan(per_connection: usize) -> Plan {
-    Plan { namespace: "sim".parse().unwrap(), sidecars: 9, endpoints: 3, interested: 7, per_connection }
+    let (namespace, also) = ("sim".parse().unwrap(), Vec::new());
+    Plan { namespace, sidecars: 9, endpoints: 3, interested: 7, also, per_connection }
 }
 
 async fn goes_through_everything(per_connection: usize) {

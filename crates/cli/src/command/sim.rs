@@ -129,6 +129,7 @@ impl Args {
             sidecars: self.sidecars,
             endpoints: self.endpoints,
             interested: interested.max(1),
+            also: Vec::new(),
             per_connection: self.per_connection,
         })
     }

@@ -3,9 +3,9 @@
 use crate::closed_loop::closed_loop;
 use crate::figures::median;
 use crate::fleet::{Fleet, fleet};
-use crate::server::Database;
 use crate::store::{Load, Log};
 use crate::{Bench, say};
+use weft_bench::server::Database;
 
 /// Appends to a log that is long and to an empty one, in turns. Every round has an empty log of its own, and each log is open
 /// only while it is measured; the warm-up is long enough for the long log's appender to learn where its scopes are.

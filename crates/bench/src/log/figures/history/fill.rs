@@ -11,8 +11,8 @@ use weft_eventlog::lay_out;
 
 use crate::fleet::{Fleet, Lane};
 use crate::say;
-use crate::server::Database;
 use crate::store::{Log, events};
+use weft_bench::server::Database;
 
 /// Callers: enough for full batches, and few enough that a batch is no more than one.
 const CALLERS: usize = 32;

@@ -25,33 +25,45 @@ const SETTINGS: [&str; 12] = [
 ];
 
 /// A server that lets us make databases.
-pub(crate) struct Server {
+#[derive(Debug)]
+pub struct Server {
+    bench: &'static str,
     config: ConnectConfig,
     /// The databases that were made and not dropped.
     made: Mutex<Vec<String>>,
 }
 
 /// Drives a connection; ends it when dropped.
-pub(crate) struct Session(#[expect(dead_code, reason = "held for its end")] JoinSet<()>);
+#[derive(Debug)]
+pub struct Session(#[expect(dead_code, reason = "held for its end")] JoinSet<()>);
 
 /// A database that was made for a measurement.
 #[derive(Clone, Debug)]
-pub(crate) struct Database {
-    pub(crate) name: String,
-    pub(crate) config: ConnectConfig,
+pub struct Database {
+    /// Its name.
+    pub name: String,
+    /// How to connect to it.
+    pub config: ConnectConfig,
 }
 
 impl Server {
-    pub(crate) fn new(url: &str) -> anyhow::Result<Self> {
+    /// The server at a URL, for this bench.
+    ///
+    /// # Errors
+    /// The URL is malformed.
+    pub fn new(bench: &'static str, url: &str) -> anyhow::Result<Self> {
         let config = url.parse().context(
             "the database URL is malformed; its form is postgres://user:password@host:port/database",
         )?;
-        Ok(Self { config, made: Mutex::new(Vec::new()) })
+        Ok(Self { bench, config, made: Mutex::new(Vec::new()) })
     }
 
     /// Makes an empty database.
-    pub(crate) async fn create(&self, what: &str) -> anyhow::Result<Database> {
-        let name = format!("weft_logbench_{}_{what}", std::process::id());
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn create(&self, what: &str) -> anyhow::Result<Database> {
+        let name = format!("weft_{}bench_{}_{what}", self.bench, std::process::id());
         self.drop_by_name(&name).await?;
         self.root().run(&format!("create database {name} template template0")).await?;
         self.made.lock().map_err(|_| anyhow::anyhow!("a measurement ended badly"))?.push(name.clone());
@@ -61,7 +73,10 @@ impl Server {
     }
 
     /// Drops a database, whoever is connected to it.
-    pub(crate) async fn drop(&self, database: &Database) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn drop(&self, database: &Database) -> anyhow::Result<()> {
         self.drop_by_name(&database.name).await?;
         self.made
             .lock()
@@ -71,7 +86,10 @@ impl Server {
     }
 
     /// Drops what is left.
-    pub(crate) async fn clean(&self) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn clean(&self) -> anyhow::Result<()> {
         let made =
             std::mem::take(&mut *self.made.lock().map_err(|_| anyhow::anyhow!("a measurement ended badly"))?);
         for name in made {
@@ -90,7 +108,10 @@ impl Server {
     }
 
     /// Its version and settings.
-    pub(crate) async fn describe(&self) -> anyhow::Result<Value> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn describe(&self) -> anyhow::Result<Value> {
         const SQL: &str = "select name, current_setting(name) from pg_settings where name = any($1)";
         let (client, _session) = self.root().connect().await?;
         let mut described = Map::new();
@@ -103,7 +124,10 @@ impl Server {
     }
 
     /// The server's first process, if it runs on this machine.
-    pub(crate) async fn process(&self) -> anyhow::Result<Option<u32>> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn process(&self) -> anyhow::Result<Option<u32>> {
         let (client, _session) = self.root().connect().await?;
         let backend: i32 = client.query_one("select pg_backend_pid()", &[]).await?.get(0);
         Ok(crate::cpu::parent(backend.cast_unsigned(), "postgres"))
@@ -111,7 +135,11 @@ impl Server {
 }
 
 impl Database {
-    pub(crate) async fn connect(&self) -> anyhow::Result<(Client, Session)> {
+    /// A connection.
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn connect(&self) -> anyhow::Result<(Client, Session)> {
         let (client, connection) =
             self.config.connect(NoTls).await.context("cannot connect to PostgreSQL")?;
         let mut task = JoinSet::new();
@@ -120,33 +148,51 @@ impl Database {
         Ok((client, Session(task)))
     }
 
-    pub(crate) async fn run(&self, sql: &str) -> anyhow::Result<()> {
+    /// Runs statements.
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn run(&self, sql: &str) -> anyhow::Result<()> {
         let (client, _session) = self.connect().await?;
         client.batch_execute(sql).await.with_context(|| format!("PostgreSQL refused: {sql}"))
     }
 
     /// One number.
-    pub(crate) async fn number(&self, sql: &str) -> anyhow::Result<i64> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn number(&self, sql: &str) -> anyhow::Result<i64> {
         let (client, _session) = self.connect().await?;
         let row = client.query_one(sql, &[]).await.with_context(|| format!("PostgreSQL refused: {sql}"))?;
         Ok(row.get(0))
     }
 
     /// Makes the log's tables.
-    pub(crate) async fn migrate(&self) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn migrate(&self) -> anyhow::Result<()> {
         migrate(&self.config).await.context("cannot make the log's tables")
     }
 
-    pub(crate) async fn open_log(&self) -> anyhow::Result<EventLog> {
+    ///
+    /// # Errors
+    /// The server does not answer, or refuses.
+    pub async fn open_log(&self) -> anyhow::Result<EventLog> {
         EventLog::open(LogConfig::new(self.config.clone())).await.context("cannot open the log")
     }
 
-    pub(crate) fn reader(&self) -> Reader {
+    /// Reads the log.
+    #[must_use]
+    pub fn reader(&self) -> Reader {
         Reader::new(self.config.clone())
     }
 
     /// The database's URL, for a program that is told one. Holds the password.
-    pub(crate) fn url(&self, of_server: &str) -> anyhow::Result<String> {
+    ///
+    /// # Errors
+    /// The server's URL has no scheme.
+    pub fn url(&self, of_server: &str) -> anyhow::Result<String> {
         let (scheme, rest) = of_server.split_once("://").context("the database URL has no scheme")?;
         let (address, parameters) =
             rest.split_once('?').map_or((rest, ""), |(address, rest)| (address, rest));

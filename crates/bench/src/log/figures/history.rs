@@ -13,8 +13,8 @@ use weft_eventlog::{ArchiveConfig, archive};
 use weft_model::Position;
 
 use crate::fleet::{Fleet, fleet};
-use crate::server::Database;
 use crate::{Bench, say};
+use weft_bench::server::Database;
 
 /// The figure that says a million in its name is of so many, or with `--quick` of few.
 const MILLION: &str = "1000000";

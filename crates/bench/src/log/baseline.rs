@@ -10,8 +10,8 @@ use tokio_postgres::{Client, Statement};
 use uuid::Uuid;
 
 use crate::fleet::Lane;
-use crate::server::{Database, Session};
 use crate::store::{Load, Store, Written};
+use weft_bench::server::{Database, Session};
 
 /// Which category a stream of the baseline is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

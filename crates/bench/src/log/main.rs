@@ -7,13 +7,10 @@
 
 mod baseline;
 mod closed_loop;
-mod cpu;
 mod figures;
 mod fleet;
 mod open_loop;
 mod plan;
-mod report;
-mod server;
 mod store;
 
 use std::path::PathBuf;
@@ -24,8 +21,8 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::plan::{Part, Plan};
-use crate::report::Report;
-use crate::server::Server;
+use weft_bench::report::{Aim, Better, Report, aim, aim_of};
+use weft_bench::server::Server;
 
 /// The default seed: any number would do, as long as it stays the same.
 const SEED: u64 = 20_260_101;
@@ -58,6 +55,21 @@ struct Cli {
     #[arg(long, value_name = "REVISION")]
     revision: Option<String>,
 }
+
+/// What the figures must be, and what they should be.
+const AIMS: &[Aim] = &[
+    aim_of("appends_per_s", "256", "appends/s, 256 callers", 15_000.0, 25_000.0, Better::More),
+    aim("baseline_ratio_256", "times the baseline, 256 callers", 5.0, 10.0, Better::More),
+    aim("batch100_events_per_s", "events/s, 100 per request", 40_000.0, 80_000.0, Better::More),
+    aim("p99_ms_at_5000", "p99 at 5,000/s, ms", 20.0, 10.0, Better::Less),
+    aim("conflict_loss", "loss with 20 % conflicts", 0.2, 0.1, Better::Less),
+    aim_of("slowdown", "1000000", "slowdown at 1 M events", 0.15, 0.05, Better::Less),
+    aim_of("slowdown", "10000000", "slowdown at 10 M events", 0.15, 0.05, Better::Less),
+    aim("replay_rows_events_per_s", "replay + fold from rows, events/s", 200_000.0, 350_000.0, Better::More),
+    aim("replay_sealed_events_per_s", "replay + fold sealed, events/s", 500_000.0, 1_000_000.0, Better::More),
+    aim("verify_events_per_s", "verify, events/s", 300_000.0, 1_000_000.0, Better::More),
+    aim("cold_start_1m_s", "cold start with 1 M events, s", 2.0, 0.5, Better::Less),
+];
 
 /// What every measurement needs.
 struct Bench {
@@ -107,8 +119,8 @@ impl Bench {
             Some(path) => path,
             None => std::env::current_exe()?.with_file_name("weft-controller"),
         };
-        let mut report = Report::default();
-        let (machine, cores) = cpu::machine();
+        let mut report = Report::new(AIMS);
+        let (machine, cores) = weft_bench::cpu::machine();
         report.set("machine", machine);
         report.set("cores", cores);
         report.set("scale", plan.scale);
@@ -117,7 +129,7 @@ impl Bench {
         report.set("seed", cli.seed);
         report.set("scopes", fleet::SCOPES);
         report.set("revision", cli.revision.map_or(serde_json::Value::Null, |revision| json!(revision)));
-        let server = Server::new(&cli.database_url)?;
+        let server = Server::new("log", &cli.database_url)?;
         Ok(Self { server, url: cli.database_url, plan, seed: cli.seed, controller, report })
     }
 

@@ -9,8 +9,9 @@ use weft_model::Position;
 use weft_projector::{FoldFrom, fold_to};
 
 use crate::figures::median;
-use crate::server::Database;
-use crate::{Bench, cpu, say};
+use crate::{Bench, say};
+use weft_bench::cpu;
+use weft_bench::server::Database;
 
 /// What a walk took.
 struct Walk {

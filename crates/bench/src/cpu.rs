@@ -1,4 +1,4 @@
-//! CPU time, as Linux accounts for it; elsewhere there is none to tell.
+//! CPU time and memory, as Linux accounts for it; elsewhere there is none to tell.
 
 use std::fs;
 
@@ -9,12 +9,27 @@ const STATE_TO_PARENT: usize = 1;
 const STATE_TO_UTIME: usize = 11;
 
 /// Seconds of CPU time that this process has taken.
-pub(crate) fn own_seconds() -> Option<f64> {
+#[must_use]
+pub fn own_seconds() -> Option<f64> {
     Some(ticks(&stat("self")?.1, 2) / TICKS_PER_SECOND)
 }
 
+/// Seconds of CPU time that one process has taken.
+#[must_use]
+pub fn process_seconds(process: u32) -> Option<f64> {
+    Some(ticks(&stat(&process.to_string())?.1, 2) / TICKS_PER_SECOND)
+}
+
+/// Memory of a process that is resident, in KiB.
+#[must_use]
+pub fn resident_kib(process: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok())
+}
+
 /// Seconds that a server has taken: its first process, and its children that live and that have ended.
-pub(crate) fn server_seconds(postmaster: u32) -> Option<f64> {
+#[must_use]
+pub fn server_seconds(postmaster: u32) -> Option<f64> {
     // The first process's own time and that of the children it has waited for.
     let mut total = ticks(&stat(&postmaster.to_string())?.1, 4);
     for entry in fs::read_dir("/proc").ok()?.flatten() {
@@ -28,7 +43,8 @@ pub(crate) fn server_seconds(postmaster: u32) -> Option<f64> {
 }
 
 /// The parent of a process, if it runs here under this name.
-pub(crate) fn parent(process: u32, name: &str) -> Option<u32> {
+#[must_use]
+pub fn parent(process: u32, name: &str) -> Option<u32> {
     let (found, fields) = stat(&process.to_string())?;
     if found != name {
         return None;
@@ -37,7 +53,8 @@ pub(crate) fn parent(process: u32, name: &str) -> Option<u32> {
 }
 
 /// What the machine is called and how many cores it has.
-pub(crate) fn machine() -> (String, usize) {
+#[must_use]
+pub fn machine() -> (String, usize) {
     let described = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = described.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

@@ -4,9 +4,9 @@ use crate::baseline::{Baseline, Categories};
 use crate::closed_loop::closed_loop;
 use crate::figures::median;
 use crate::fleet::fleet;
-use crate::server::Database;
 use crate::store::{Load, Log};
 use crate::{Bench, say};
+use weft_bench::server::Database;
 
 /// Connections of the baseline. More callers share them: each connection is a process of the server, and beyond this they
 /// only wait for one another.

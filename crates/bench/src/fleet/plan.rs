@@ -1,0 +1,44 @@
+//! What is measured, and how large.
+
+/// The figures, and how much is done for each.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    quick: bool,
+    only: Vec<String>,
+}
+
+/// All figures that can be asked for.
+const KEYS: &[&str] = &[
+    "convergence_p50_ms",
+    "convergence_p99_ms",
+    "bytes_per_endpoint_change",
+    "shards_rebuilt_per_change",
+    "cpu_per_change_ratio_1000_vs_10_services",
+    "reconnect_10000_s",
+    "memory_kib_per_sidecar",
+    "leader_kill_to_publish_p99_s",
+    "unused_services_bytes",
+];
+
+impl Plan {
+    pub(crate) fn new(quick: bool, only: Vec<String>) -> anyhow::Result<Self> {
+        if let Some(unknown) = only.iter().find(|key| !KEYS.contains(&key.as_str())) {
+            anyhow::bail!("there is no figure {unknown}; there are {}", KEYS.join(", "));
+        }
+        Ok(Self { quick, only })
+    }
+
+    pub(crate) const fn scale(&self) -> &'static str {
+        if self.quick { "quick" } else { "whole" }
+    }
+
+    /// Whether any of these figures is asked for.
+    pub(crate) fn wants(&self, keys: &[&str]) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| keys.contains(&only.as_str()))
+    }
+
+    /// A number, or less of it.
+    pub(crate) const fn of(&self, whole: usize, quick: usize) -> usize {
+        if self.quick { quick } else { whole }
+    }
+}

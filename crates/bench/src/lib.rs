@@ -1,0 +1,6 @@
+//! What the benches share: the server that is measured, controllers as processes, CPU time and memory, the report.
+
+pub mod controller;
+pub mod cpu;
+pub mod report;
+pub mod server;
