@@ -225,7 +225,12 @@ impl Control {
             };
             tasks.spawn(loopback.run(self.shared.subscribe(), stop_outbound.clone()));
         }
-        tasks.spawn(health::run(Arc::clone(&self.shared), self.config.probe, self.sessions.subscribe()));
+        tasks.spawn(health::run(
+            Arc::clone(&self.shared),
+            Arc::clone(&self.status),
+            self.config.probe,
+            self.sessions.subscribe(),
+        ));
         let (keeper, writing) = Keeper::new(self.config.state_dir.clone(), self.config.instance.clone());
         tasks.spawn(writing);
         let subscriber = Subscriber {

@@ -94,16 +94,16 @@ struct Args {
     /// Where connection records go, one JSON object per line; - is stdout
     #[arg(long, env = "WEFT_CONNECTION_LOG", value_name = "PATH", default_value = "-")]
     connection_log: PathBuf,
-    /// How often the local app is probed
+    /// How often the local app is probed, give or take a tenth
     #[arg(long, env = "WEFT_PROBE_INTERVAL", value_parser = humantime::parse_duration, default_value = "5s")]
     probe_interval: Duration,
-    /// How long a probe may take
+    /// How long a probe may take; longer while the sidecar has reason to doubt itself
     #[arg(long, env = "WEFT_PROBE_TIMEOUT", value_parser = humantime::parse_duration, default_value = "1s")]
     probe_timeout: Duration,
-    /// Good probes in a row that make the app healthy
-    #[arg(long, env = "WEFT_PROBE_RISE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Good probes in a row that make the app healthy again; the first one of all counts by itself
+    #[arg(long, env = "WEFT_PROBE_RISE", value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     probe_rise: u32,
-    /// Bad probes in a row that make the app unhealthy
+    /// Bad probes in a row that make the app unhealthy; one refused connection does by itself
     #[arg(long, env = "WEFT_PROBE_FALL", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     probe_fall: u32,
     /// How long a stop may take before the connections that are left are cut
@@ -172,9 +172,9 @@ pub struct Probe {
     pub interval: Duration,
     /// How long one may take.
     pub timeout: Duration,
-    /// Good ones in a row that make the app healthy; at least 1.
+    /// Good ones in a row that make the app healthy again; at least 1.
     pub rise: u32,
-    /// Bad ones in a row that make it unhealthy; at least 1.
+    /// Bad ones in a row, other than refused connections, that make it unhealthy; at least 1.
     pub fall: u32,
 }
 

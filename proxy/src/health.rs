@@ -1,20 +1,29 @@
 //! The health of the local app: probed by connecting to it, reported with a rising revision.
 //!
-//! [`Observer`] is pure: probe results in, what changed out. The task around it reports changes, and the whole state again
+//! [`Observer`] and [`Doubt`] are pure: probe results in, what changed out. The task around it reports changes, and the whole state again
 //! after every registration, since a mesh that forgot the instance has forgotten its health too. A report that does not
 //! get through is made again with the next probe. Nothing is reported before there is a snapshot: a healthy app behind a
 //! sidecar that refuses everything would draw connections into refusals.
+
+mod doubt;
+mod observer;
 
 use crate::clock;
 use crate::config::Probe;
 use crate::discovery::{Session, Sessions};
 use crate::metrics;
 use crate::shared::Shared;
+use crate::status::Status;
+use doubt::Doubt;
+use observer::{Observer, Probed};
+use rand::RngExt;
+use rand::rngs::SmallRng;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use weft_client::{CallError, command};
 use weft_model::health::{DETAIL_BYTES_MAX, Health};
 use weft_proto::v1;
@@ -22,39 +31,6 @@ use weft_proto::v1::mesh_client::MeshClient;
 
 /// Longest that a report may take before it is given up until the next probe.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Counts probe results: so many good ones in a row make the app healthy, so many bad ones unhealthy.
-#[derive(Debug)]
-struct Observer {
-    rise: u32,
-    fall: u32,
-    health: Health,
-    /// Results in a row that speak against `health`, the last one good or bad.
-    against: (bool, u32),
-}
-
-impl Observer {
-    const fn new(rise: u32, fall: u32) -> Self {
-        Self { rise, fall, health: Health::Unknown, against: (false, 0) }
-    }
-
-    /// Takes a result in. True if the health changed.
-    const fn observe(&mut self, good: bool) -> bool {
-        let settled = matches!((good, self.health), (true, Health::Healthy) | (false, Health::Unhealthy));
-        if settled {
-            self.against = (good, 0);
-            return false;
-        }
-        let count = if self.against.0 == good { self.against.1 + 1 } else { 1 };
-        self.against = (good, count);
-        if count < if good { self.rise } else { self.fall } {
-            return false;
-        }
-        self.health = if good { Health::Healthy } else { Health::Unhealthy };
-        self.against = (good, 0);
-        true
-    }
-}
 
 /// Orders the reports of this instance. Starts at the clock, so that it rises across restarts; if somebody reported a
 /// higher one all the same, jumps above that.
@@ -73,28 +49,37 @@ impl Revision {
 }
 
 /// Probes and reports until the task is aborted. Without an app there is nothing to say: nobody is sent here.
-pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Sessions) {
+pub(crate) async fn run(shared: Arc<Shared>, status: Arc<Status>, probe: Probe, mut sessions: Sessions) {
     if shared.apps.is_empty() {
         return;
     }
+    let mut rng: SmallRng = rand::make_rng();
     let mut snapshots = shared.subscribe();
     let mut reporter = Reporter { shared, revision: Revision(0) };
     let mut observer = Observer::new(probe.rise, probe.fall);
     let mut detail = String::new();
     let mut reported = 0;
     let mut failure = String::new();
-    let mut ticks = interval(probe.interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut doubt = Doubt::default();
+    let mut due = Instant::now();
     loop {
         tokio::select! {
-            _ = ticks.tick() => {
-                let result = probe_all(&reporter.shared, probe.timeout).await;
-                if observer.observe(result.is_ok()) {
-                    detail = result.err().unwrap_or_default();
-                    metrics::app_healthy(observer.health == Health::Healthy);
-                    tracing::info!(health = observer.health.as_str(), detail, "the app's health changed");
+            () = sleep_until(due) => {
+                let begun = Instant::now();
+                doubt.fired(begun - due);
+                doubt.set_cut_off(status.is_stale());
+                metrics::self_doubt(doubt.score());
+                let (probed, why) = probe_all(&reporter.shared, doubt.timeout(probe.timeout)).await;
+                if observer.observe(probed, doubt.score()) {
+                    detail = why;
+                    metrics::app_healthy(observer.health() == Health::Healthy);
+                    let (health, doubt) = (observer.health().as_str(), doubt.score());
+                    tracing::info!(health, detail, doubt, "the app's health changed");
                     reported = 0;
                 }
+                // Spread, so that the sidecars of one machine do not probe in step. A probe that took longer than that is
+                // followed by the next one at once.
+                due = (begun + probe.interval.mul_f64(rng.random_range(0.9..=1.1))).max(Instant::now());
             }
             changed = sessions.changed() => if changed.is_err() { return },
             changed = snapshots.changed() => if changed.is_err() { return },
@@ -102,11 +87,11 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
         let session = sessions.borrow_and_update().clone();
         if let Some(session) = session
             && session.number != reported
-            && observer.health != Health::Unknown
+            && observer.health() != Health::Unknown
             && snapshots.borrow_and_update().is_some()
             && !reporter.shared.draining()
         {
-            match reporter.report(&session, observer.health, &detail).await {
+            match reporter.report(&session, observer.health(), doubt.score(), &detail).await {
                 Ok(()) => {
                     reported = session.number;
                     failure.clear();
@@ -120,23 +105,31 @@ pub(crate) async fn run(shared: Arc<Shared>, probe: Probe, mut sessions: Session
                     }
                 }
             }
+            // That a probe waited for a report is no sign of anything.
+            due = due.max(Instant::now());
         }
     }
 }
 
-/// Connects to the app on every port. The error says what failed.
-async fn probe_all(shared: &Shared, limit: Duration) -> Result<(), String> {
+/// Connects to the app on every port. Says what failed, if something did.
+async fn probe_all(shared: &Shared, limit: Duration) -> (Probed, String) {
     for (port, address) in &shared.apps {
-        probe_one(*address, limit).await.map_err(|error| format!("port {port} at {address}: {error}"))?;
+        let (probed, why) = probe_one(*address, limit).await;
+        if probed != Probed::Good {
+            return (probed, format!("port {port} at {address}: {why}"));
+        }
     }
-    Ok(())
+    (Probed::Good, String::new())
 }
 
-async fn probe_one(address: SocketAddr, limit: Duration) -> Result<(), String> {
+async fn probe_one(address: SocketAddr, limit: Duration) -> (Probed, String) {
     match timeout(limit, TcpStream::connect(address)).await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("not accepted within {limit:?}")),
+        Ok(Ok(_)) => (Probed::Good, String::new()),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            (Probed::Refused, error.to_string())
+        }
+        Ok(Err(error)) => (Probed::Bad, error.to_string()),
+        Err(_) => (Probed::Bad, format!("not accepted within {limit:?}")),
     }
 }
 
@@ -146,7 +139,13 @@ struct Reporter {
 }
 
 impl Reporter {
-    async fn report(&mut self, session: &Session, health: Health, detail: &str) -> Result<(), CallError> {
+    async fn report(
+        &mut self,
+        session: &Session,
+        health: Health,
+        doubt: u8,
+        detail: &str,
+    ) -> Result<(), CallError> {
         let detail: String = detail.chars().filter(|char| !char.is_control()).collect();
         let mut request = v1::ReportHealthRequest {
             meta: None,
@@ -158,6 +157,7 @@ impl Reporter {
             }
             .into(),
             revision: 0,
+            doubt: doubt.into(),
             detail: detail[..detail.floor_char_boundary(DETAIL_BYTES_MAX)].to_owned(),
         };
         // Twice: a stale revision is put right once; if it is stale again, somebody else reports for this instance.
@@ -187,34 +187,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    #[test]
-    fn so_many_in_a_row_decide() {
-        let mut observer = Observer::new(2, 3);
-        let healths: Vec<_> = [true, true, false, false, true, false, false, false, true, false, true, true]
-            .into_iter()
-            .map(|good| {
-                observer.observe(good);
-                observer.health.as_str().as_bytes()[1]
-            })
-            .collect();
-        // unknown, healthy from the 2nd on, unhealthy from the 8th on, healthy again at the last
-        assert_eq!(String::from_utf8(healths).unwrap(), "neeeeeennnne");
-    }
-
     proptest! {
-        #[test]
-        fn a_change_is_told_exactly_when_there_is_one(results: Vec<bool>, rise in 1u32..5, fall in 1u32..5) {
-            let mut observer = Observer::new(rise, fall);
-            for (index, good) in results.iter().enumerate() {
-                let before = observer.health;
-                prop_assert_eq!(observer.observe(*good), observer.health != before);
-                let run = results[..=index].iter().rev().take_while(|other| *other == good).count();
-                if run >= if *good { rise } else { fall } as usize {
-                    prop_assert_eq!(observer.health == Health::Healthy, *good);
-                }
-            }
-        }
-
         #[test]
         fn revisions_rise_whatever_the_clock_does(steps: Vec<(u32, Option<u32>)>) {
             let mut revision = Revision(0);

@@ -25,6 +25,9 @@ const LEAF_EXPIRY: &str = "weft_leaf_expiry_timestamp_seconds";
 const RECORDS_DROPPED: &str = "weft_records_dropped_total";
 const LISTENERS_FAILED: &str = "weft_listeners_failed";
 const APP_HEALTHY: &str = "weft_app_healthy";
+const SELF_DOUBT: &str = "weft_self_doubt";
+const PANIC: &str = "weft_services_in_panic";
+const PANIC_PICKS: &str = "weft_panic_picks_total";
 
 /// From a loopback connect to the longest connect timeout that a policy may give.
 const CONNECT_BUCKETS: [f64; 12] =
@@ -73,6 +76,9 @@ fn describe() {
     );
     describe_gauge!(LISTENERS_FAILED, "Local addresses of upstream services that cannot be listened on");
     describe_gauge!(APP_HEALTHY, "1 if the last probes of the local app succeeded, 0 if they failed");
+    describe_gauge!(SELF_DOUBT, "How much the sidecar doubts its own view of the app's health, 0 to 7");
+    describe_gauge!(PANIC, "Upstream services so few of whose endpoints are healthy that all are tried");
+    describe_counter!(PANIC_PICKS, "Endpoints chosen whatever their health, because their service is in panic");
 }
 
 pub(crate) fn opened(direction: Direction) {
@@ -162,6 +168,19 @@ pub(crate) fn listeners_failed(count: usize) {
 
 pub(crate) fn app_healthy(healthy: bool) {
     gauge!(APP_HEALTHY).set(f64::from(u8::from(healthy)));
+}
+
+pub(crate) fn self_doubt(score: u8) {
+    gauge!(SELF_DOUBT).set(f64::from(score));
+}
+
+pub(crate) fn services_in_panic(count: usize) {
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; there are at most some thousand")]
+    gauge!(PANIC).set(count as f64);
+}
+
+pub(crate) fn panic_pick() {
+    counter!(PANIC_PICKS).increment(1);
 }
 
 /// Brings what is counted on demand up to date; to be called before the metrics are rendered.

@@ -154,7 +154,10 @@ fn choose(
     let instance = InstanceId { service: target.service.clone(), instance: chosen.endpoint.instance.clone() };
     facts.endpoint = Some(chosen.endpoint.address);
     facts.endpoint_identity = Some(instance.clone());
-    facts.pick = Some(pick_word(policy.balance, tried));
+    facts.pick = Some(pick_word(policy.balance, shard.panic, tried));
+    if shard.panic {
+        metrics::panic_pick();
+    }
     facts.attempts += 1;
     Ok(Some(Attempt {
         instance,
@@ -166,8 +169,12 @@ fn choose(
 }
 
 /// Why an endpoint was chosen, for the record.
-const fn pick_word(balance: Balance, tried: &[Name]) -> &'static str {
-    if tried.is_empty() { balance.as_str() } else { "retry" }
+const fn pick_word(balance: Balance, panic: bool, tried: &[Name]) -> &'static str {
+    match (tried.is_empty(), panic) {
+        (true, true) => "panic",
+        (true, false) => balance.as_str(),
+        (false, _) => "retry",
+    }
 }
 
 fn no_endpoint(target: &Target) -> Close {

@@ -2,8 +2,9 @@
 //! once for each snapshot; counts of services and endpoints that stay are carried over.
 
 use crate::balance;
+use crate::metrics;
 use rand::Rng;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use weft_model::traffic::Balance;
@@ -88,7 +89,24 @@ impl Routes {
         Self { services: services.collect(), snapshot: Arc::clone(snapshot) }
     }
 
-    /// Chooses among the eligible endpoints of a service that were not tried yet; those that failed lately only if no
+    /// Says which services are in panic that were not before, and which are not any more.
+    pub(crate) fn tell_panic(&self, previous: Option<&Self>) {
+        let in_panic = |routes: &Self| -> BTreeSet<ServiceName> {
+            let endpoints = routes.snapshot.endpoints.iter();
+            endpoints.filter(|(_, shard)| shard.panic).map(|(service, _)| service.clone()).collect()
+        };
+        let (now, before) = (in_panic(self), previous.map(in_panic).unwrap_or_default());
+        metrics::services_in_panic(now.len());
+        for service in now.difference(&before) {
+            let eligible = self.snapshot.endpoints.get(service).map_or(0, |shard| shard.eligible().count());
+            tracing::warn!(%service, eligible, "PANIC: too few endpoints are healthy; connections go to unhealthy ones as well");
+        }
+        for service in before.difference(&now) {
+            tracing::info!(%service, "panic is over: connections go to healthy endpoints only");
+        }
+    }
+
+    /// Chooses among the endpoints that a service takes connections at and that were not tried yet; those that failed lately only if no
     /// others are left.
     pub(crate) fn choose(
         &self,
@@ -104,7 +122,7 @@ impl Routes {
             .endpoints
             .iter()
             .zip(&counts.endpoints)
-            .filter(|(endpoint, _)| endpoint.eligible() && !tried.contains(&endpoint.instance))
+            .filter(|(endpoint, _)| shard.takes(endpoint) && !tried.contains(&endpoint.instance))
             .collect();
         let sound =
             |count: &Count| (now.0 - count.failed_at.load(Ordering::Relaxed)).unsigned_abs() >= FAILED_MS;

@@ -69,7 +69,9 @@ impl Shared {
     /// Swaps a snapshot in, then cuts what it does not allow any more. Returns how many connections that were. The caller
     /// makes sure that it is newer than the one in use; there is one caller at a time.
     pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> usize {
-        let routes = Routes::new(&snapshot, self.routes.load().as_deref());
+        let previous = self.routes.load();
+        let routes = Routes::new(&snapshot, previous.as_deref());
+        routes.tell_panic(previous.as_deref());
         self.routes.store(Some(Arc::new(routes)));
         let mut cut = 0;
         self.connections.for_each(|connection| {

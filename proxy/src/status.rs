@@ -89,6 +89,11 @@ impl Status {
         }
     }
 
+    /// Whether no notice came for two heartbeats.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.lock().stale_since.is_some()
+    }
+
     /// A controller says that the log lost what this sidecar, or another one, has seen.
     pub(crate) fn set_rewound(&self, error: &str) {
         metrics::log_rewound(true);

@@ -12,6 +12,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 use uuid::Uuid;
 use weft_eventlog::UnixMicros;
+use weft_model::damping::DampingSettings;
 use weft_model::health::{Health, HealthReported};
 use weft_model::membership::{
     InstanceRegistered, METADATA_ENTRIES_MAX, MembershipCommand, UPSTREAMS_MAX, Upstreams,
@@ -251,7 +252,11 @@ fn action(field: &str, wire: i32) -> Result<Option<Action>, ApiError> {
 fn mesh_defaults(wire: pb::MeshDefaults) -> Result<MeshDefaults, ApiError> {
     let security = action("security", wire.security)?;
     let security = security.ok_or_else(|| ApiError::invalid("security", "allow or deny"))?;
-    Ok(MeshDefaults { security, propagation_bound_ms: wire.propagation_bound_ms })
+    let damping = wire.damping.map_or_else(DampingSettings::default, |wire| {
+        let pb::Damping { enabled, half_life_ms, suppress, reuse, hold_max_ms } = wire;
+        DampingSettings { enabled, half_life_ms, suppress, reuse, hold_max_ms }
+    });
+    Ok(MeshDefaults { security, propagation_bound_ms: wire.propagation_bound_ms, damping })
 }
 
 /// An observation of an instance.
@@ -268,7 +273,9 @@ pub(crate) fn health_report(
     if i64::try_from(request.revision).is_err() {
         return Err(ApiError::invalid("revision", "below 2^63"));
     }
-    let report = HealthReported { health, revision: request.revision, detail: request.detail.clone() };
+    let doubt = u8::try_from(request.doubt).map_err(|_| ApiError::invalid("doubt", "from 0 to 7"))?;
+    let detail = request.detail.clone();
+    let report = HealthReported { health, revision: request.revision, doubt: Some(doubt), detail };
     Ok((name("instance", &request.instance)?, report))
 }
 

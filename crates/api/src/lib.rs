@@ -2,7 +2,7 @@
 //! errors become messages.
 //!
 //! [`commands`] decides and appends; [`mesh`] answers operators and takes what sidecars report; [`discovery`] tells
-//! sidecars what to run; [`identity`] hands out leaves. [`caller`] says who may call what, [`convert`] maps wire and
+//! sidecars what to run; [`identity`] hands out leaves; [`flaps`] counts what only flaps. [`caller`] says who may call what, [`convert`] maps wire and
 //! model, [`status`] maps errors to codes: each of the three is the only place that does.
 //!
 //! Deliberately absent: sockets and TLS (the controller's listener puts a [`caller::Peer`] beside every request), what a
@@ -16,6 +16,7 @@ pub mod caller;
 pub mod commands;
 pub mod convert;
 pub mod discovery;
+pub mod flaps;
 mod health;
 pub mod history;
 pub mod identity;
@@ -44,6 +45,7 @@ use weft_proto::v1::mesh_server::MeshServer;
 use acks::Acks;
 use commands::Commands;
 use discovery::Discovery;
+use flaps::Flaps;
 use identity::Identity;
 use mesh::Mesh;
 use past::Past;
@@ -72,6 +74,8 @@ pub struct Context {
     pub clock: Clock,
     /// What sidecars say is kept here until it is written.
     pub acks: Arc<Acks>,
+    /// What sidecars report while their endpoints flap is counted here.
+    pub flaps: Arc<Flaps>,
     /// What sidecars have seen of the log.
     pub witnesses: Arc<Witnesses>,
     /// Ends streams when the controller shuts down.

@@ -8,15 +8,17 @@ use tonic::{Request, Response, Status};
 use weft_identity::token::JoinToken;
 use weft_model::token::{JoinTokenCreated, TokenCommand};
 use weft_model::version::ExpectedVersion;
-use weft_model::{Command, ConfigVersion, InstanceId};
+use weft_model::{Command, ConfigVersion, InstanceId, Scope};
 use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_server;
 use weft_routing::Projection;
+use weft_routing::damping::counting::Taken;
 
 use crate::Context;
 use crate::caller::{Caller, Need};
 use crate::commands::{self, Change, Commands, Outcome, fingerprint};
 use crate::convert::{self, config_version};
+use crate::flaps;
 use crate::history;
 use crate::log;
 use crate::past::Past;
@@ -102,6 +104,42 @@ impl Mesh {
         self.one(caller, operation, fingerprinted, meta, change).await
     }
 
+    async fn observe(
+        &self,
+        caller: &Caller,
+        message: pb::ReportHealthRequest,
+    ) -> Result<Response<pb::ApplyResponse>, ApiError> {
+        let (instance, report) = convert::health_report(&message)?;
+        caller.require(Need::Observe(&instance))?;
+        let flaps = &self.context.flaps;
+        let taken = flaps.take(&self.context, &instance, report);
+        let command = match taken.map_err(|rejection| flaps::refused(&instance, rejection))? {
+            Taken::Counted => return Ok(Response::new(self.nothing_changed(&instance))),
+            Taken::Record(command) => command,
+        };
+        // The revision orders observations; the scope's version would only make a late one conflict twice.
+        let change = Change {
+            expected: ExpectedVersion::Any,
+            command: Command::Health(instance.clone(), command.clone()),
+        };
+        let result = self.one(caller, "report_health", &message, message.meta.clone(), change).await;
+        flaps.settle(&self.context.clock, &instance, &command, &result);
+        result
+    }
+
+    fn nothing_changed(&self, instance: &InstanceId) -> pb::ApplyResponse {
+        let scope = Scope::Health(instance.clone());
+        self.context.view.read(|projection| pb::ApplyResponse {
+            version: Some(config_version(projection.version())),
+            outcomes: vec![pb::ScopeOutcome {
+                version: projection.state().source(&scope).version.0,
+                scope: scope.to_string(),
+                changed: false,
+            }],
+            repeated: false,
+        })
+    }
+
     async fn create_token(
         &self,
         request: Request<pb::CreateJoinTokenRequest>,
@@ -155,7 +193,8 @@ impl Mesh {
         let (head, (leader, sidecars, changes), rewinds) = (head?, projected?, rewinds?);
         let head = ConfigVersion::new(head.epoch, head.position);
         let sidecars = sidecars.into_iter().map(reads::sidecar).collect();
-        let status = self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars));
+        let now = (self.context.clock)();
+        let status = self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars, now));
         let rewinds = rewinds.into_iter().map(reads::rewind).collect();
         let propagation = changes.into_iter().map(reads::propagation).collect();
         Ok(pb::StatusResponse { rewinds, propagation, ..status })
@@ -170,7 +209,8 @@ impl Mesh {
         let (head, leader) = tokio::join!(self.context.reader.head(), self.context.store.leader());
         let head = head?;
         let head = ConfigVersion::new(head.epoch, head.position);
-        Ok(reads::status(&projection, head, &leader?, reads::past_sidecars(&projection)))
+        let then = projection.state().at();
+        Ok(reads::status(&projection, head, &leader?, reads::past_sidecars(&projection), then))
     }
 }
 
@@ -274,11 +314,7 @@ impl mesh_server::Mesh for Mesh {
     ) -> Result<Response<pb::ApplyResponse>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let (instance, report) = convert::health_report(&message)?;
-        caller.require(Need::Observe(&instance))?;
-        // The revision orders observations; the scope's version would only make a late one conflict twice.
-        let change = Change { expected: ExpectedVersion::Any, command: Command::Health(instance, report) };
-        Ok(self.one(&caller, "report_health", &message, message.meta.clone(), change).await?)
+        Ok(self.observe(&caller, message).await?)
     }
 
     async fn create_join_token(

@@ -1,10 +1,11 @@
 //! Get, Status and Why: questions about the mesh at one moment, answered from one projection.
 
 use weft_eventlog::Rewind;
-use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName};
+use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName, Timestamp};
 use weft_projector::rows::{security_summary, traffic_summary};
 use weft_projector::{LeaderStatus, Propagation, SidecarStatus};
 use weft_proto::v1 as pb;
+use weft_routing::damping::Damping;
 use weft_routing::why::{Explanation, explain};
 use weft_routing::{Projection, RoutingState};
 
@@ -67,12 +68,13 @@ where
     }
 }
 
-/// The mesh at a glance.
+/// The mesh at a glance, at a moment.
 pub(crate) fn status(
     projection: &Projection,
     head: ConfigVersion,
     leader: &LeaderStatus,
     sidecars: Vec<pb::SidecarStatus>,
+    now: Timestamp,
 ) -> pb::StatusResponse {
     let state = projection.state();
     pb::StatusResponse {
@@ -90,6 +92,7 @@ pub(crate) fn status(
         rewinds: Vec::new(),
         propagation: Vec::new(),
         propagation_bound_ms: state.mesh().state.propagation_bound_ms,
+        flapping: state.damped().filter_map(|(id, damping)| flapping(state, &id, damping, now)).collect(),
     }
 }
 
@@ -109,6 +112,30 @@ pub(crate) fn propagation(change: Propagation) -> pb::Propagation {
         interested: change.interested,
         applied: change.applied,
     }
+}
+
+/// How an endpoint flaps, as long as it has points left.
+fn flapping(
+    state: &RoutingState,
+    id: &InstanceId,
+    damping: &Damping,
+    now: Timestamp,
+) -> Option<pb::FlappingStatus> {
+    let settings = &state.mesh().state.damping;
+    let penalty = damping.penalty_at(now, settings).points();
+    if penalty == 0 && damping.held.is_none() {
+        return None;
+    }
+    Some(pb::FlappingStatus {
+        instance: id.to_string(),
+        penalty,
+        suppress: settings.suppress,
+        reported: resources::health(damping.reported).into(),
+        held_since_ms: damping.held.map_or(0, |held| held.since.0),
+        held_by: damping.held.map_or(0, |held| held.source.position.0),
+        hidden: damping.held.map_or(0, |held| held.hidden),
+        release_at_ms: damping.release_at(settings).map_or(0, |at| at.0),
+    })
 }
 
 /// What somebody has seen and the log does not have.

@@ -134,9 +134,12 @@ impl Controller {
             authority: Arc::clone(&authority),
             clock,
             acks,
+            flaps: Arc::default(),
             witnesses: Arc::new(Witnesses::new(view.clone(), log.reader(), Arc::clone(&authority))),
             drain: drain.clone(),
         };
+        let flaps = Arc::clone(&context.flaps);
+        background.spawn(flaps.run(context.clone(), actor(&config), drain.clone()));
         let history = History::default();
 
         let mut last = JoinSet::new();
@@ -267,6 +270,12 @@ async fn join(tasks: &mut JoinSet<()>) {
     while tasks.join_next().await.is_some() {}
 }
 
+/// This controller, as the log names it.
+fn actor(config: &Config) -> String {
+    let subject = Subject::Controller(config.name.clone());
+    SpiffeId { trust_domain: config.trust_domain.clone(), subject }.to_string()
+}
+
 /// Waits for the database, and brings its tables up to date.
 async fn reach_and_migrate(connect: &ConnectConfig) -> anyhow::Result<()> {
     let deadline = Instant::now() + DATABASE_WAIT_MAX;
@@ -356,12 +365,10 @@ async fn announce_root(
     let sha256 = authority.root_fingerprint();
     let root =
         RootAdded { trust_domain: config.trust_domain.clone(), certificate_pem, sha256: sha256.to_string() };
-    let subject = Subject::Controller(config.name.clone());
-    let actor = SpiffeId { trust_domain: config.trust_domain.clone(), subject }.to_string();
     let request = commands::Request {
         command_id: Uuid::now_v7(),
         reason: Some("a controller started with this root".into()),
-        actor,
+        actor: actor(config),
         fingerprint: *sha256.as_bytes(),
         changes: vec![Change { expected: ExpectedVersion::Any, command: Command::Ca(root) }],
     };

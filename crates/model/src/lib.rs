@@ -11,6 +11,7 @@
 pub mod ca;
 pub mod chain;
 pub mod command;
+pub mod damping;
 pub mod event;
 pub mod health;
 pub mod id;

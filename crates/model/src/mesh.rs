@@ -1,8 +1,12 @@
 //! The `mesh` scope: defaults that hold where nothing nearer says otherwise, and what happened to the mesh as a whole.
 
+mod past;
+
+use crate::damping::{self, DampingSettings};
 use crate::event::event_family;
 use crate::rejection::Rejection;
 use crate::security::Action;
+use past::MeshDefaultsSetV1;
 use serde::{Deserialize, Serialize};
 
 /// Bounds of the propagation bound, in milliseconds: below, a healthy mesh would always be late; above, the
@@ -11,7 +15,7 @@ const PROPAGATION_BOUND_MS: std::ops::RangeInclusive<u32> = 10..=3_600_000;
 
 event_family! {
     /// What can happen in the `mesh` scope.
-    MeshEvent { MeshDefaultsSet = 1, HistoryAdopted = 1 }
+    MeshEvent { MeshDefaultsSet = 2 from [MeshDefaultsSetV1], HistoryAdopted = 1 }
 }
 
 /// These defaults hold from now on.
@@ -41,12 +45,14 @@ pub struct MeshDefaults {
     pub security: Action,
     /// How soon after its append a change shall be applied by every sidecar, in milliseconds.
     pub propagation_bound_ms: u32,
+    /// How endpoints are damped whose health flaps.
+    pub damping: DampingSettings,
 }
 
 impl Default for MeshDefaults {
-    /// Nobody may connect until a rule says so; one second to reach everybody.
+    /// Nobody may connect until a rule says so; one second to reach everybody; flapping endpoints are damped.
     fn default() -> Self {
-        Self { security: Action::Deny, propagation_bound_ms: 1_000 }
+        Self { security: Action::Deny, propagation_bound_ms: 1_000, damping: DampingSettings::default() }
     }
 }
 
@@ -64,6 +70,7 @@ pub fn decide(state: &MeshState, wanted: &MeshCommand) -> Result<Vec<MeshEvent>,
     if !PROPAGATION_BOUND_MS.contains(&wanted.propagation_bound_ms) {
         return Err(Rejection::invalid("propagation_bound", "from 10 ms to 1 h"));
     }
+    damping::check(&wanted.damping)?;
     if wanted == state { Ok(Vec::new()) } else { Ok(vec![MeshDefaultsSet { defaults: *wanted }.into()]) }
 }
 

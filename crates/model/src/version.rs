@@ -85,7 +85,7 @@ impl FromStr for ConfigVersion {
 }
 
 /// Where a scope stood when something was taken from it: its version, and the event that made it so.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ScopeVersion {
     /// The scope's version; zero if it has no event.
     pub version: Version,

@@ -12,6 +12,7 @@ use weft_model::membership::Upstreams;
 use weft_model::security::{Action, Mode, SecurityPolicy};
 use weft_model::traffic::TrafficPolicy;
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
+use weft_routing::damping::Damping;
 use weft_routing::projection::{BuiltShard, Class};
 use weft_routing::state::Entry;
 use weft_routing::{Changes, ClassId, Hash, InterestClass, Projection, ShardKey};
@@ -83,6 +84,18 @@ pub struct InstanceRow {
     pub(crate) leaf_not_after_ms: Option<i64>,
 }
 
+/// A row of `weft.projected_flapping`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlappingRow {
+    pub(crate) penalty_milli: i64,
+    pub(crate) charged_at_ms: i64,
+    pub(crate) reported: String,
+    pub(crate) reported_since_ms: i64,
+    pub(crate) held_since_ms: Option<i64>,
+    pub(crate) held_by: Option<i64>,
+    pub(crate) hidden: i64,
+}
+
 /// A row of `weft.projected_policy`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyRow {
@@ -101,6 +114,7 @@ pub struct RowChanges {
     pub(crate) sidecars: Table<SidecarRow>,
     pub(crate) services: Table<ServiceRow>,
     pub(crate) instances: Table<InstanceRow>,
+    pub(crate) flapping: Table<FlappingRow>,
     pub(crate) policies: Table<PolicyRow>,
 }
 
@@ -163,6 +177,7 @@ impl RowChanges {
         self.sidecars.extend(next.sidecars);
         self.services.extend(next.services);
         self.instances.extend(next.instances);
+        self.flapping.extend(next.flapping);
         self.policies.extend(next.policies);
     }
 
@@ -176,6 +191,7 @@ impl RowChanges {
             sidecars: difference(&stored.sidecars, &self.sidecars),
             services: difference(&stored.services, &self.services),
             instances: difference(&stored.instances, &self.instances),
+            flapping: difference(&stored.flapping, &self.flapping),
             policies: difference(&stored.policies, &self.policies),
         }
     }
@@ -189,6 +205,7 @@ impl RowChanges {
             + self.sidecars.len()
             + self.services.len()
             + self.instances.len()
+            + self.flapping.len()
             + self.policies.len()
     }
 
@@ -222,6 +239,7 @@ impl RowChanges {
             }
             Scope::Membership(instance) | Scope::Health(instance) | Scope::Identity(instance) => {
                 self.instances.insert(instance.to_string(), instance_row(projection, instance));
+                self.flapping.insert(instance.to_string(), flapping_row(projection, instance));
             }
             Scope::Traffic(traffic) => {
                 self.policies.insert(scope.to_string(), traffic_row(projection, traffic));
@@ -240,6 +258,7 @@ impl RowChanges {
     fn drop_absent(&mut self) {
         self.services.retain(|_, row| row.is_some());
         self.instances.retain(|_, row| row.is_some());
+        self.flapping.retain(|_, row| row.is_some());
         self.policies.retain(|_, row| row.is_some());
     }
 }
@@ -314,6 +333,20 @@ fn instance_row(projection: &Projection, instance: &InstanceId) -> Option<Instan
     })
 }
 
+fn flapping_row(projection: &Projection, instance: &InstanceId) -> Option<FlappingRow> {
+    let Damping { penalty, charged_at, reported, reported_since, held } =
+        projection.state().damping(instance)?;
+    Some(FlappingRow {
+        penalty_milli: penalty.milli().cast_signed(),
+        charged_at_ms: charged_at.0,
+        reported: reported.as_str().into(),
+        reported_since_ms: reported_since.0,
+        held_since_ms: held.map(|held| held.since.0),
+        held_by: held.map(|held| held.source.position.0.cast_signed()),
+        hidden: held.map_or(0, |held| held.hidden.cast_signed()),
+    })
+}
+
 fn traffic_row(projection: &Projection, scope: &TrafficScope) -> Option<PolicyRow> {
     let entry = projection.state().traffic_policy(scope)?;
     let policy = entry.state.as_ref()?;
@@ -343,9 +376,10 @@ fn mesh_row(projection: &Projection) -> Option<PolicyRow> {
     }
     let defaults = &entry.state;
     let summary = format!(
-        "default {}; changes reach everybody within {} ms",
+        "default {}; changes reach everybody within {} ms; flapping endpoints are {}",
         defaults.security.as_str(),
-        defaults.propagation_bound_ms
+        defaults.propagation_bound_ms,
+        if defaults.damping.enabled { "damped" } else { "not damped" }
     );
     Some(PolicyRow { kind: "mesh".into(), writer: Writer::of(entry), spec: json(defaults), summary })
 }

@@ -192,6 +192,7 @@ fn tables(computed: &RowChanges, stored: &RowChanges) -> Vec<Difference> {
     differences.extend(table("weft.sidecar_class", &computed.sidecars, &stored.sidecars));
     differences.extend(table("weft.projected_service", &computed.services, &stored.services));
     differences.extend(table("weft.projected_instance", &computed.instances, &stored.instances));
+    differences.extend(table("weft.projected_flapping", &computed.flapping, &stored.flapping));
     differences.extend(table("weft.projected_policy", &computed.policies, &stored.policies));
     differences
 }

@@ -1,7 +1,7 @@
 //! A projection as bytes and back, so that a start folds the end of the log and not all of it.
 //!
 //! **Content.** Every scope's state, and what else follows from the log's *order* and not from the state: loopback
-//! addresses, what the data plane sees of health, the positions of shards, the event that put a sidecar into its class. What
+//! addresses, what the data plane sees of health, how endpoints are damped, the positions of shards, the event that put a sidecar into its class. What
 //! follows from those (shards, manifests, who lives) is built again, by the code that runs, so a checkpoint cannot
 //! bring an old encoding of them back.
 //!
@@ -33,7 +33,7 @@ use weft_model::{ConfigVersion, InstanceId, Position};
 
 /// Names what the fold makes of events and how a checkpoint writes it down. Raise it with every change of either: a
 /// checkpoint of another version is not read, and the log is folded from its first event.
-pub const FOLD_VERSION: u32 = 1;
+pub const FOLD_VERSION: u32 = 2;
 
 /// A projection, as far as it cannot be built again.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,10 +2,11 @@
 //! other scopes. All commands of a batch are decided against the state before it, as if they came at once, so a batch
 //! may declare a service and its policies together.
 
+use crate::damping;
 use crate::state::RoutingState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use weft_model::health::HealthState;
+use weft_model::health::{HealthCommand, HealthState};
 use weft_model::membership::{MembershipCommand, MembershipState};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
 use weft_model::{
@@ -132,15 +133,7 @@ impl<'a> BatchView<'a> {
                 let current = state.membership(instance).map(|entry| entry.state.clone()).unwrap_or_default();
                 into_events(membership::decide(instance, &current, command)?)
             }
-            Command::Health(instance, report) => {
-                let current: HealthState = state.health(instance).and_then(|entry| entry.state.clone());
-                let events = health::decide(&current, report)?;
-                if events.is_empty() && state.health_seen(instance) != report.health {
-                    // The repeat of a report that was forgotten when the instance left or moved: it must be made anew.
-                    return Err(Rejection::StaleObservation { current: report.revision });
-                }
-                into_events(events)
-            }
+            Command::Health(instance, command) => self.decide_health(instance, command, now),
             Command::Traffic(scope, command) => {
                 let current = state.traffic_policy(scope).and_then(|entry| entry.state);
                 into_events(traffic::decide(scope, &current, command)?)
@@ -156,6 +149,30 @@ impl<'a> BatchView<'a> {
             }
             Command::Ca(root) => into_events(ca::decide(&state.ca().state, root)?),
             Command::Mesh(defaults) => into_events(mesh::decide(&state.mesh().state, defaults)?),
+        }
+    }
+
+    fn decide_health(
+        &self,
+        instance: &InstanceId,
+        command: &HealthCommand,
+        now: Timestamp,
+    ) -> Result<Vec<Event>, Rejection> {
+        let state = self.state;
+        let current: HealthState = state.health(instance).and_then(|entry| entry.state.clone());
+        match command {
+            HealthCommand::Report(report) => {
+                let events = health::decide(&current, report)?;
+                if events.is_empty() && state.health_reported(instance) != report.health {
+                    // The repeat of a report that was forgotten when the instance left or moved: it must be made anew.
+                    return Err(Rejection::StaleObservation { current: report.revision });
+                }
+                into_events(events)
+            }
+            HealthCommand::Summarize(summary) => into_events(health::decide_summary(&current, summary)?),
+            HealthCommand::Reconsider => {
+                into_events(damping::reconsider(state, instance, now).into_iter().collect())
+            }
         }
     }
 

@@ -1,4 +1,7 @@
-//! Snapshots for unit tests, folded from events as the projector does. Only with the feature `fixture`.
+//! Snapshots for unit tests, folded from events as the projector does, and a mesh whose endpoints flap. Only with the
+//! feature `fixture`.
+
+pub mod flaps;
 
 use std::collections::{BTreeMap, BTreeSet};
 use weft_model::ca::RootAdded;

@@ -4,7 +4,8 @@
 //! service's endpoints, one service's inbound policy, the trust bundle), each encoded once in canonical bytes and
 //! hashed, and **manifests**, the lists of shards that the sidecars of one interest class run. [`Snapshot`] is the
 //! other end: a manifest and its shards, decoded and checked, as a sidecar holds it. [`verdict`] is the one
-//! evaluator; the sidecar asks it for every connection and [`why`] asks it for people.
+//! evaluator; the sidecar asks it for every connection and [`why`] asks it for people. [`damping`] holds endpoints down
+//! whose health flaps.
 //!
 //! Invariants kept here: I2 (the same facts give the same bytes, however they were batched), I3 (a snapshot is
 //! whole or refused), I8 (one verdict). Pure: no I/O, no clock, no randomness. Called by the projector, the API and the
@@ -12,6 +13,7 @@
 
 mod address;
 pub mod checkpoint;
+pub mod damping;
 pub mod decide;
 #[cfg(feature = "fixture")]
 #[expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "for tests only")]

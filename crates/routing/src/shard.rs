@@ -39,6 +39,9 @@ pub struct EndpointsShard {
     pub ports: Vec<ServicePort>,
     /// Every ready or draining instance, sorted by name.
     pub endpoints: Vec<Endpoint>,
+    /// So few of them are healthy that new connections go to unhealthy ones as well: the few would not bear what all did, and
+    /// so much sickness at once is more likely an error of who looks. Who may connect is another matter, and stays as it is.
+    pub panic: bool,
     /// The service-wide policy, if there is one.
     pub traffic: Option<ResolvedTraffic>,
     /// Policies for connections from one service; each replaces the service-wide one for it.
@@ -128,9 +131,16 @@ impl EndpointsShard {
         self.ports.iter().any(|declared| declared.port == port)
     }
 
-    /// The endpoints that new connections may go to.
+    /// The endpoints that are ready and healthy.
     pub fn eligible(&self) -> impl Iterator<Item = &Endpoint> {
         self.endpoints.iter().filter(|endpoint| endpoint.eligible())
+    }
+
+    /// Whether new connections may go to an endpoint of this service: it is eligible, or the service is in panic and it is
+    /// ready and known to be unhealthy. One that nobody observed is never taken.
+    #[must_use]
+    pub fn takes(&self, endpoint: &Endpoint) -> bool {
+        endpoint.eligible() || self.panic && !endpoint.draining && endpoint.health == Health::Unhealthy
     }
 }
 

@@ -1,11 +1,13 @@
 //! The fold: every scope's state. What an event does to it, and which shards it touches, is in `state/apply.rs`.
 
 mod apply;
+mod health;
 mod instances;
 
 pub use apply::{FoldError, Touched, TouchedShards};
 
 use crate::address::Addresses;
+use crate::damping::Damping;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -71,6 +73,8 @@ pub struct RoutingState {
     pub(crate) addresses: Addresses,
     /// The instances that are ready or draining; what an instance costs ends with it.
     pub(crate) live: BTreeMap<ServiceName, BTreeSet<Name>>,
+    /// The endpoints that damping holds down.
+    pub(crate) held: BTreeSet<InstanceId>,
 }
 
 impl RoutingState {
@@ -197,6 +201,32 @@ impl RoutingState {
 
     pub(crate) fn effective_health(&self, instance: &InstanceId) -> EffectiveHealth {
         self.instances.get(instance).map(|it| it.seen).unwrap_or_default()
+    }
+
+    /// What is reported of an instance's health since it takes part.
+    #[must_use]
+    pub fn health_reported(&self, instance: &InstanceId) -> Health {
+        self.instances.get(instance).map(Instance::reported).unwrap_or_default()
+    }
+
+    /// How much an endpoint flapped; none if it never got points since it takes part.
+    #[must_use]
+    pub fn damping(&self, instance: &InstanceId) -> Option<&Damping> {
+        self.instances.get(instance)?.damping.as_deref()
+    }
+
+    /// The endpoints that damping holds down, by name.
+    pub fn held(&self) -> impl ExactSizeIterator<Item = &InstanceId> {
+        self.held.iter()
+    }
+
+    /// Every endpoint that got points since it takes part, by name.
+    pub fn damped(&self) -> impl Iterator<Item = (InstanceId, &Damping)> {
+        self.live_instances().filter_map(|id| Some((id.clone(), self.damping(&id)?)))
+    }
+
+    pub(crate) fn instance(&self, instance: &InstanceId) -> Option<&Instance> {
+        self.instances.get(instance)
     }
 
     /// What the data plane sees of an instance's health.

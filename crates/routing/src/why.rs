@@ -1,8 +1,10 @@
 //! Explains a verdict to people: the questions that the data plane asks on the way of a connection, in its order, with
 //! the events that the answers rest on. Evaluates the very shards that sidecars get.
 
+use crate::damping::Penalty;
 use crate::projection::Projection;
-use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey};
+use crate::shard::{Endpoint, EndpointsShard, InboundShard, ShardError, ShardKey};
+use crate::state::Instance;
 use crate::verdict::{Decider, authorize};
 use weft_model::health::Health;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, Scope, ScopeVersion, ServiceName};
@@ -56,6 +58,7 @@ pub fn explain(
         in_view(projection, source, destination),
         has_endpoint(projection, destination, endpoints.as_ref()),
     ];
+    steps.extend(flapping(projection, destination));
     steps.extend(inbound.iter().map(|inbound| allowed(inbound, source, port)));
 
     let stop = steps.iter().find(|step| step.refusal.is_some());
@@ -132,20 +135,29 @@ fn in_view(projection: &Projection, source: &ServiceName, destination: &ServiceN
 
 fn has_endpoint(projection: &Projection, service: &ServiceName, endpoints: Option<&EndpointsShard>) -> Step {
     let all = endpoints.map(|shard| shard.endpoints.as_slice()).unwrap_or_default();
-    let eligible = all.iter().filter(|endpoint| endpoint.eligible()).count();
+    let takes = |endpoint: &Endpoint| endpoints.is_some_and(|shard| shard.takes(endpoint));
+    let taking = all.iter().filter(|endpoint| takes(endpoint)).count();
+    let held = |endpoint: &Endpoint| {
+        let id = InstanceId { service: service.clone(), instance: endpoint.instance.clone() };
+        projection.state().held.contains(&id)
+    };
     let ailing: Vec<_> = all
         .iter()
         .filter(|endpoint| !endpoint.eligible())
         .map(|endpoint| match (endpoint.draining, endpoint.health) {
             (true, _) => format!("{} is draining", endpoint.instance),
             (false, Health::Unknown) => format!("{} was not observed yet", endpoint.instance),
+            (false, _) if held(endpoint) => format!("{} is held down, because it flaps", endpoint.instance),
             (false, health) => format!("{} is {}", endpoint.instance, health.as_str()),
         })
         .collect();
     let mut answer = match all.len() {
         0 => "it has no instance".to_owned(),
-        all => format!("{eligible} of {all}"),
+        all => format!("{taking} of {all}"),
     };
+    if endpoints.is_some_and(|shard| shard.panic) {
+        answer = format!("{answer}, in panic: so few are healthy that unhealthy ones are tried as well");
+    }
     if !ailing.is_empty() {
         answer = format!("{answer}; {}", ailing.join(", "));
     }
@@ -153,7 +165,7 @@ fn has_endpoint(projection: &Projection, service: &ServiceName, endpoints: Optio
     Step {
         question: format!("how many endpoints of {service} take new connections?"),
         answer,
-        refusal: (eligible == 0).then_some(CloseReason::NoHealthyEndpoint),
+        refusal: (taking == 0).then_some(CloseReason::NoHealthyEndpoint),
         rests_on: newest.and_then(|endpoint| {
             let id = InstanceId { service: service.clone(), instance: endpoint.instance.clone() };
             let membership = projection.state().membership(&id)?.source;
@@ -165,6 +177,46 @@ fn has_endpoint(projection: &Projection, service: &ServiceName, endpoints: Optio
             })
         }),
     }
+}
+
+/// Endpoints that flap: which events hold them down, or why they are not held. No connection is refused for that alone.
+fn flapping(projection: &Projection, service: &ServiceName) -> Vec<Step> {
+    /// One that has more than this has other worries.
+    const SHOWN_MAX: usize = 8;
+    let state = projection.state();
+    let settings = &state.mesh().state.damping;
+    let step = |(id, instance): (InstanceId, &Instance)| {
+        let damping = instance.damping.as_ref()?;
+        let penalty = damping.penalty_at(state.at(), settings);
+        let too_many = penalty > Penalty::of(settings.suppress.into());
+        let (points, suppress, reuse) = (penalty.points(), settings.suppress, settings.reuse);
+        let (answer, source) = match damping.held {
+            Some(held) => {
+                let end = match damping.release_at(settings) {
+                    Some(at) => format!("let go in {} s if it stays up", at.since(state.at()).as_secs()),
+                    None => "let go once it is up and calm".to_owned(),
+                };
+                let hidden = held.hidden;
+                let answer = format!(
+                    "it went down with more than {suppress} points, so it is held down until it is calm and has fewer \
+                     than {reuse}; it has {points}; {hidden} change(s) were not published; {end}"
+                );
+                (answer, held.source)
+            }
+            None if too_many && settings.enabled => {
+                let answer = format!("{points} points, more than {suppress}, but its service needs it: not held");
+                (answer, instance.health.source)
+            }
+            None => return None,
+        };
+        Some(Step {
+            question: format!("does {} flap?", id.instance),
+            answer,
+            refusal: None,
+            rests_on: Some((Scope::Health(id), source)),
+        })
+    };
+    state.live_of(service).filter_map(step).take(SHOWN_MAX).collect()
 }
 
 fn allowed(inbound: &InboundShard, source: &ServiceName, port: Port) -> Step {

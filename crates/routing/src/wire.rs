@@ -36,6 +36,8 @@ pub(crate) struct Endpoints {
     /// The service-wide policy first if there is one, then those for one source, sorted.
     #[prost(message, repeated, tag = "5")]
     pub(crate) traffic: Vec<Traffic>,
+    #[prost(bool, tag = "6")]
+    pub(crate) panic: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
-use weft_model::health::{Health, HealthReported};
+use std::time::Duration;
+use weft_model::health::{FlapsSummarized, Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
@@ -77,7 +78,7 @@ fn check_checkpoints(file: &Path, computed: &BTreeMap<String, Hash>, accept: boo
 }
 
 fn run(script: &str) -> (String, Hash) {
-    let mut mesh = Mesh::default();
+    let mut mesh = Mesh { projection: Projection::default(), now: Timestamp(1_000), shown: String::new() };
     for (number, line) in script.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
@@ -90,6 +91,9 @@ fn run(script: &str) -> (String, Hash) {
             ["show", "sidecar", instance] => mesh.show_sidecar(&instance.parse().unwrap()),
             ["why", source, destination, port] => {
                 mesh.why(&source.parse().unwrap(), &destination.parse().unwrap(), port.parse().unwrap());
+            }
+            ["wait", seconds] => {
+                mesh.now = mesh.now.after(Duration::from_secs(seconds.parse().unwrap()));
             }
             _ => {
                 let commands = line.split(" + ").map(|text| {
@@ -104,15 +108,15 @@ fn run(script: &str) -> (String, Hash) {
     (mesh.shown, Hash::of(&checkpoint))
 }
 
-#[derive(Default)]
 struct Mesh {
     projection: Projection,
+    now: Timestamp,
     shown: String,
 }
 
 impl Mesh {
     fn execute(&mut self, line: &str, batch: &[Command]) {
-        let now = Timestamp(1_000);
+        let now = self.now;
         let decisions = match decide(self.projection.state(), batch, now) {
             Ok(decisions) => decisions,
             Err(refused) => {
@@ -159,6 +163,9 @@ impl Mesh {
             let (name, address, position) = (&endpoint.instance, endpoint.address, endpoint.position);
             writeln!(self.shown, "    {name} {address} {state} {health} eligible={eligible} by {position}")
                 .unwrap();
+        }
+        if shard.panic {
+            writeln!(self.shown, "    in panic").unwrap();
         }
         let sources = shard.overrides.iter().map(|(source, resolved)| (source.to_string(), resolved));
         for (source, resolved) in shard.traffic.iter().map(|wide| ("*".into(), wide)).chain(sources) {
@@ -262,9 +269,19 @@ fn command(text: &str) -> Option<Command> {
         }
         ["health", instance, health, revision] => {
             let health = if health == "healthy" { Health::Healthy } else { Health::Unhealthy };
-            let report = HealthReported { health, revision: revision.parse().ok()?, detail: String::new() };
-            Command::Health(instance.parse().ok()?, report)
+            let revision = revision.parse().ok()?;
+            let report = HealthReported { health, revision, doubt: Some(0), detail: String::new() };
+            Command::Health(instance.parse().ok()?, HealthCommand::Report(report))
         }
+        ["summary", instance, downs, ups, health, revision] => {
+            let health = if health == "healthy" { Health::Healthy } else { Health::Unhealthy };
+            let revision = revision.parse().ok()?;
+            let last = HealthReported { health, revision, doubt: Some(0), detail: String::new() };
+            let (downs, ups) = (downs.parse().ok()?, ups.parse().ok()?);
+            let summary = FlapsSummarized { downs, ups, over_ms: 10_000, last };
+            Command::Health(instance.parse().ok()?, HealthCommand::Summarize(summary))
+        }
+        ["reconsider", instance] => Command::Health(instance.parse().ok()?, HealthCommand::Reconsider),
         ["traffic", scope, balance, timeout_ms, retries] => {
             let balance = match balance {
                 "round_robin" => Balance::RoundRobin,

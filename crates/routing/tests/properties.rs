@@ -6,7 +6,7 @@ use proptest::sample::select;
 use proptest::test_runner::FileFailurePersistence;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use weft_model::health::{Health, HealthReported};
+use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
@@ -505,7 +505,7 @@ fn command() -> impl Strategy<Value = Command> {
         2 => Just(MembershipCommand::Deregister),
     ];
     let health = (select(&[Health::Healthy, Health::Unhealthy][..]), 1..40_u64)
-        .prop_map(|(health, revision)| HealthReported { health, revision, detail: String::new() });
+        .prop_map(|(health, revision)| HealthReported { health, revision, doubt: Some(0), detail: String::new() });
     let service_command = prop_oneof![
         3 => prop::collection::btree_set(select(&PORTS[..]), 1..3)
             .prop_map(|ports| declare(&ports.into_iter().collect::<Vec<_>>())),
@@ -518,12 +518,12 @@ fn command() -> impl Strategy<Value = Command> {
     let security = prop_oneof![3 => security_policy().prop_map(SecurityCommand::Put), 1 => Just(SecurityCommand::Delete)];
     prop_oneof![
         6 => (instance(), membership).prop_map(|(id, command)| Command::Membership(id, command)),
-        6 => (instance(), health).prop_map(|(id, report)| Command::Health(id, report)),
+        6 => (instance(), health).prop_map(|(id, report)| Command::Health(id, HealthCommand::Report(report))),
         2 => (service(), service_command).prop_map(|(name, command)| Command::Service(name, command)),
         2 => (traffic_scope, traffic).prop_map(|(scope, command)| Command::Traffic(scope, command)),
         3 => (security_scope(), security).prop_map(|(scope, command)| Command::Security(scope, command)),
         1 => (action(), 10..2_000_u32).prop_map(|(security, bound)| {
-            Command::Mesh(MeshDefaults { security, propagation_bound_ms: bound })
+            Command::Mesh(MeshDefaults { security, propagation_bound_ms: bound, ..MeshDefaults::default() })
         }),
     ]
 }

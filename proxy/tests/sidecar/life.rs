@@ -7,7 +7,7 @@ use crate::support::{App, Controller, LIMIT, Sidecar};
 use std::net::TcpListener;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use weft_model::health::{Health, HealthReported};
+use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::{Command, InstanceId, Port};
 use weft_proto::v1;
 use weft_proxy::{JoinError, Proxy, StartError};
@@ -137,9 +137,13 @@ async fn health_is_reported_with_a_rising_revision() {
     let app = App::echo().await;
     let mut sidecar = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
     wait_until("the first report", LIMIT, async || !reports(&controller).is_empty()).await;
-    let report =
-        HealthReported { health: Health::Unhealthy, revision: ahead, detail: "not by the sidecar".into() };
-    controller.commit(Command::Health(db_1(), report));
+    let report = HealthReported {
+        health: Health::Unhealthy,
+        revision: ahead,
+        doubt: Some(0),
+        detail: "not by the sidecar".into(),
+    };
+    controller.commit(Command::Health(db_1(), HealthCommand::Report(report)));
 
     app.gone().await;
     wait_until("the app's end", LIMIT, async || reports(&controller).len() == 2).await;

@@ -1,6 +1,7 @@
 //! The resources of the mesh: what exists, each with its last writer.
 
 use weft_identity::spiffe::{SpiffeId, Subject};
+use weft_model::damping::DampingSettings;
 use weft_model::health::Health;
 use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::mesh::MeshDefaults;
@@ -76,8 +77,11 @@ pub(crate) fn security_policy(state: &RoutingState, scope: &SecurityScope) -> Op
 /// Also where nobody ever set them: they hold all the same.
 pub(crate) fn mesh_defaults(state: &RoutingState) -> pb::Resource {
     let entry = state.mesh();
-    let MeshDefaults { security, propagation_bound_ms } = entry.state;
-    let spec = pb::MeshDefaults { security: action(Some(security)).into(), propagation_bound_ms };
+    let MeshDefaults { security, propagation_bound_ms, damping } = entry.state;
+    let DampingSettings { enabled, half_life_ms, suppress, reuse, hold_max_ms } = damping;
+    let damping = pb::Damping { enabled, half_life_ms, suppress, reuse, hold_max_ms };
+    let security = action(Some(security)).into();
+    let spec = pb::MeshDefaults { security, propagation_bound_ms, damping: Some(damping) };
     resource(&Scope::Mesh, entry, Spec::MeshDefaults(spec))
 }
 
@@ -96,7 +100,7 @@ fn register_instance(id: &InstanceId, registration: &InstanceRegistered) -> pb::
     }
 }
 
-const fn health(health: Health) -> pb::Health {
+pub(crate) const fn health(health: Health) -> pb::Health {
     match health {
         Health::Unknown => pb::Health::Unknown,
         Health::Healthy => pb::Health::Healthy,

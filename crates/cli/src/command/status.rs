@@ -37,6 +37,9 @@ pub(crate) struct Status {
     propagation_bound_ms: u32,
     /// How the last changes reached the sidecars, the newest first.
     propagation: Vec<Propagation>,
+    /// Endpoints whose health flaps or did so lately.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    flapping: Vec<Flapping>,
     /// Events that were seen and are not in the log: while there is one, no change is taken.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     log_rewound: Vec<Rewind>,
@@ -111,6 +114,22 @@ struct Propagation {
     applied: u64,
     #[serde(skip)]
     appended_at_ms: i64,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Flapping {
+    endpoint: String,
+    state: &'static str,
+    penalty: u64,
+    reported: &'static str,
+    held_since: String,
+    held_by: u64,
+    hidden_transitions: u64,
+    release_estimate: String,
+    #[serde(skip)]
+    held_since_ms: i64,
+    #[serde(skip)]
+    release_at_ms: i64,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -206,6 +225,7 @@ impl Status {
             policies: response.policies.into_iter().map(policy).collect(),
             propagation_bound_ms: response.propagation_bound_ms,
             propagation: response.propagation.into_iter().map(propagation).collect(),
+            flapping: response.flapping.into_iter().map(Flapping::of).collect(),
             log_rewound: response.rewinds.into_iter().map(rewind).collect(),
         }
     }
@@ -262,6 +282,27 @@ impl Instance {
     }
 }
 
+impl Flapping {
+    fn of(flapping: v1::FlappingStatus) -> Self {
+        Self {
+            state: match (flapping.held_since_ms, flapping.penalty > flapping.suppress.into()) {
+                (1.., _) => "held down",
+                (_, true) => "needed, not held",
+                (_, false) => "watched",
+            },
+            penalty: flapping.penalty,
+            reported: health(flapping.reported()),
+            held_since: point(flapping.held_since_ms),
+            held_by: flapping.held_by,
+            hidden_transitions: flapping.hidden,
+            release_estimate: point(flapping.release_at_ms),
+            held_since_ms: flapping.held_since_ms,
+            release_at_ms: flapping.release_at_ms,
+            endpoint: flapping.instance,
+        }
+    }
+}
+
 impl Sidecar {
     /// Why it does not run what it should; none if it does.
     fn trouble(&self) -> Option<String> {
@@ -306,6 +347,7 @@ fn text(status: &Status, past: bool, now_ms: i64) -> String {
         section(sidecars(status, now_ms));
         section(changes(status, now_ms));
     }
+    section(flapping(status, now_ms));
     section(policies(status, now_ms));
     text
 }
@@ -381,6 +423,31 @@ fn changes(status: &Status, now_ms: i64) -> Table {
             after(change.applied_last_ms),
             format!("{} of {}", change.applied, change.interested),
             change.last_sidecar.clone(),
+        ]);
+    }
+    table
+}
+
+fn flapping(status: &Status, now_ms: i64) -> Table {
+    let mut table = Table::new(&["FLAPPING", "STATE", "POINTS", "REPORTS", "HELD", "BY", "HIDDEN", "LET GO"]);
+    for flapping in &status.flapping {
+        let held = flapping.held_since_ms != 0;
+        let left = u64::try_from(flapping.release_at_ms.saturating_sub(now_ms)).unwrap_or(0);
+        let release = match (held, flapping.release_at_ms) {
+            (false, _) => String::new(),
+            (true, 0) => "once it is up".to_owned(),
+            (true, _) => format!("in {}", span(Duration::from_millis(left))),
+        };
+        let shown = |text: String| if held { text } else { String::new() };
+        table.row([
+            flapping.endpoint.clone(),
+            flapping.state.to_owned(),
+            flapping.penalty.to_string(),
+            flapping.reported.to_owned(),
+            shown(ago(now_ms, flapping.held_since_ms)),
+            shown(flapping.held_by.to_string()),
+            shown(flapping.hidden_transitions.to_string()),
+            release,
         ]);
     }
     table

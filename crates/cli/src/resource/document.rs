@@ -44,7 +44,18 @@ pub(crate) enum Document {
         version: u64,
         security: &'static str,
         propagation_bound: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        damping: Option<Damping>,
     },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Damping {
+    enabled: bool,
+    half_life: String,
+    suppress: u32,
+    reuse: u32,
+    hold_max: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -202,6 +213,13 @@ pub(crate) fn document(resource: &v1::Resource) -> Option<Document> {
             version,
             security: action(defaults.security()).unwrap_or("deny"),
             propagation_bound: written(defaults.propagation_bound_ms),
+            damping: defaults.damping.map(|damping| Damping {
+                enabled: damping.enabled,
+                half_life: written(damping.half_life_ms),
+                suppress: damping.suppress,
+                reuse: damping.reuse,
+                hold_max: written(damping.hold_max_ms),
+            }),
         },
     })
 }

@@ -5,6 +5,7 @@ use crate::resource::node::{FileError, Node};
 use crate::resource::{Kind, Resource};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use weft_model::damping::{self, DampingSettings};
 use weft_model::membership::{self, InstanceRegistered, MembershipCommand, MembershipState, Upstreams};
 use weft_model::mesh::{self, MeshDefaults};
 use weft_model::security::{self, Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
@@ -25,6 +26,7 @@ pub(crate) const FIELDS: &[(&str, &[&str])] = &[
     ("SecurityPolicy rules", RULE),
     ("SecurityPolicy rules from", SOURCES),
     ("MeshDefaults", MESH),
+    ("MeshDefaults damping", DAMPING),
 ];
 const SERVICE: &[&str] = &["kind", "version", "name", "ports", "address"];
 const PORT: &[&str] = &["name", "port"];
@@ -34,7 +36,8 @@ const CONNECT: &[&str] = &["timeout", "retries"];
 const SECURITY: &[&str] = &["kind", "version", "scope", "default", "mode", "rules"];
 const RULE: &[&str] = &["name", "action", "from", "ports"];
 const SOURCES: &[&str] = &["any", "services", "namespaces"];
-const MESH: &[&str] = &["kind", "version", "security", "propagation_bound"];
+const MESH: &[&str] = &["kind", "version", "security", "propagation_bound", "damping"];
+const DAMPING: &[&str] = &["enabled", "half_life", "suppress", "reuse", "hold_max"];
 
 /// All kinds of fields, to find the `kind` among them before it is known which are allowed.
 const ANY_FIELD: &[&str] = &[
@@ -53,6 +56,7 @@ const ANY_FIELD: &[&str] = &[
     "rules",
     "security",
     "propagation_bound",
+    "damping",
 ];
 
 const ACTIONS: &[(&str, Action)] = &[("allow", Action::Allow), ("deny", Action::Deny)];
@@ -220,7 +224,32 @@ fn read_mesh(node: &Node) -> Result<Read, FileError> {
     if let Some(field) = fields.optional("propagation_bound") {
         defaults.propagation_bound_ms = field.duration_ms()?;
     }
+    if let Some(field) = fields.optional("damping") {
+        defaults.damping = read_damping(field)?;
+    }
     Ok(("mesh".to_owned(), expected(&fields)?, Command::Mesh(defaults)))
+}
+
+fn read_damping(field: Field<'_>) -> Result<DampingSettings, FileError> {
+    let fields = field.fields(DAMPING)?;
+    let mut damping = DampingSettings::default();
+    if let Some(field) = fields.optional("enabled") {
+        damping.enabled = field.word(BOOLEANS)?;
+    }
+    for (name, milliseconds) in
+        [("half_life", &mut damping.half_life_ms), ("hold_max", &mut damping.hold_max_ms)]
+    {
+        if let Some(field) = fields.optional(name) {
+            *milliseconds = field.duration_ms()?;
+        }
+    }
+    for (name, points) in [("suppress", &mut damping.suppress), ("reuse", &mut damping.reuse)] {
+        if let Some(field) = fields.optional(name) {
+            let number = field.number(1..=u64::from(damping::POINTS_MAX))?;
+            *points = u32::try_from(number).unwrap_or(damping::POINTS_MAX);
+        }
+    }
+    Ok(damping)
 }
 
 /// The model's own rules, as far as they need no state.

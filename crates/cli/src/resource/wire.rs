@@ -1,6 +1,7 @@
 //! The border between resources and the wire.
 
 use crate::resource::{Kind, Resource};
+use weft_model::damping::DampingSettings;
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy};
@@ -137,7 +138,9 @@ fn rule(rule: &Rule) -> v1::Rule {
 }
 
 fn mesh(defaults: MeshDefaults) -> v1::MeshDefaults {
+    let DampingSettings { enabled, half_life_ms, suppress, reuse, hold_max_ms } = defaults.damping;
     v1::MeshDefaults {
+        damping: Some(v1::Damping { enabled, half_life_ms, suppress, reuse, hold_max_ms }),
         security: action(defaults.security).into(),
         propagation_bound_ms: defaults.propagation_bound_ms,
     }

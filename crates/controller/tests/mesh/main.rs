@@ -4,6 +4,7 @@
 
 mod authorization;
 mod commands;
+mod damping;
 mod discovery;
 mod joins;
 mod projection;

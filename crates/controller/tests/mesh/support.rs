@@ -243,6 +243,7 @@ pub(crate) fn health(instance: &str, revision: u64) -> pb::ReportHealthRequest {
         instance: instance.into(),
         health: pb::Health::Healthy.into(),
         revision,
+        doubt: 0,
         detail: String::new(),
     }
 }

@@ -188,7 +188,7 @@ fn a_scope_reads_only_events_of_its_family() {
     assert!(Event::decode(&Scope::Mesh, "MeshDefaultsSet", 1, payload).is_ok());
     assert!(matches!(Event::decode(&Scope::Ca, "MeshDefaultsSet", 1, payload), Err(DecodeError::Type)));
     assert!(matches!(
-        Event::decode(&Scope::Mesh, "MeshDefaultsSet", 2, payload),
+        Event::decode(&Scope::Mesh, "MeshDefaultsSet", 3, payload),
         Err(DecodeError::Newer { schema: 2, known: 1 })
     ));
 }

@@ -12,7 +12,7 @@ fn instance() -> InstanceId {
 fn facts(reports: u64) -> Vec<Fact> {
     let report = |revision: u64| {
         let health = if revision.is_multiple_of(2) { Health::Unhealthy } else { Health::Healthy };
-        let report = HealthReported { health, revision, detail: String::new() };
+        let report = HealthReported { health, revision, doubt: Some(0), detail: String::new() };
         (Scope::Health(instance()), Event::Health(report.into()))
     };
     let mut events = fixture::events(&instance());

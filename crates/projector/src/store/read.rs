@@ -9,7 +9,7 @@ use weft_routing::Hash;
 
 use super::{PROJECTION, StoreError, failed, version};
 use crate::rows::{
-    ClassRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
+    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
     Writer,
 };
 
@@ -66,6 +66,24 @@ pub(super) async fn all(connection: &mut PgConnection) -> Result<(ConfigVersion,
              from weft.projected_instance",
             "weft.projected_instance",
             |row| Some(instance(row)),
+        )
+        .await?,
+        flapping: table(
+            connection,
+            "select instance, penalty_milli, charged_at_ms, reported, reported_since_ms, held_since_ms, held_by, hidden \
+             from weft.projected_flapping",
+            "weft.projected_flapping",
+            |row| {
+                Some(FlappingRow {
+                    penalty_milli: row.get(1),
+                    charged_at_ms: row.get(2),
+                    reported: row.get(3),
+                    reported_since_ms: row.get(4),
+                    held_since_ms: row.get(5),
+                    held_by: row.get(6),
+                    hidden: row.get(7),
+                })
+            },
         )
         .await?,
         policies: table(

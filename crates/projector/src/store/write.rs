@@ -3,7 +3,7 @@
 use sqlx::PgConnection;
 
 use crate::rows::{
-    ClassRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
+    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
     Writer,
 };
 
@@ -45,6 +45,7 @@ pub(super) async fn rows(connection: &mut PgConnection, changes: &RowChanges) ->
     sidecars(connection, &changes.sidecars).await?;
     services(connection, &changes.services).await?;
     instances(connection, &changes.instances).await?;
+    flapping(connection, &changes.flapping).await?;
     policies(connection, &changes.policies).await
 }
 
@@ -195,6 +196,32 @@ async fn instances(connection: &mut PgConnection, table: &Table<InstanceRow>) ->
         .bind(column(&rows, |row| row.health_at_ms))
         .bind(column(&rows, |row| row.leaf_serial.clone()))
         .bind(column(&rows, |row| row.leaf_not_after_ms));
+    put.execute(connection).await.map(|_| ())
+}
+
+async fn flapping(connection: &mut PgConnection, table: &Table<FlappingRow>) -> Result<(), sqlx::Error> {
+    const PUT: &str = "insert into weft.projected_flapping (instance, penalty_milli, charged_at_ms, reported, \
+         reported_since_ms, held_since_ms, held_by, hidden) \
+         select * from unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], \
+         $7::bigint[], $8::bigint[]) \
+         on conflict (instance) do update set penalty_milli = excluded.penalty_milli, \
+         charged_at_ms = excluded.charged_at_ms, reported = excluded.reported, \
+         reported_since_ms = excluded.reported_since_ms, held_since_ms = excluded.held_since_ms, \
+         held_by = excluded.held_by, hidden = excluded.hidden";
+    let (keys, rows, gone) = split(table);
+    remove(connection, "delete from weft.projected_flapping where instance = any($1)", &gone).await?;
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let put = sqlx::query(PUT)
+        .bind(keys)
+        .bind(column(&rows, |row| row.penalty_milli))
+        .bind(column(&rows, |row| row.charged_at_ms))
+        .bind(column(&rows, |row| row.reported.clone()))
+        .bind(column(&rows, |row| row.reported_since_ms))
+        .bind(column(&rows, |row| row.held_since_ms))
+        .bind(column(&rows, |row| row.held_by))
+        .bind(column(&rows, |row| row.hidden));
     put.execute(connection).await.map(|_| ())
 }
 

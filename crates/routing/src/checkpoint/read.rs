@@ -3,6 +3,7 @@
 
 use super::wire::{Header, Record};
 use super::{Checkpoint, CheckpointError, FOLD_VERSION};
+use crate::damping::Damping;
 use crate::shard::ShardKey;
 use crate::state::{EffectiveHealth, Entry, RoutingState};
 use prost::Message;
@@ -112,24 +113,38 @@ impl Reading {
 
     fn take_membership(&mut self, id: &InstanceId, record: &mut Record) -> Result<(), CheckpointError> {
         let membership = self.entry::<MembershipState>(record)?;
+        let damping: Option<Box<Damping>> = match record.damping.as_str() {
+            "" => None,
+            text => Some(serde_json::from_str(text).map_err(|source| self.unfit(source))?),
+        };
+        if damping.is_some() && membership.state.registration().is_none() {
+            return Err(self.malformed("damping"));
+        }
         let state = &mut self.checkpoint.state;
         if membership.state.registration().is_some() {
             state.live.entry(id.service.clone()).or_default().insert(id.instance.clone());
             self.checkpoint.since.insert(id.clone(), Position(record.since));
         }
-        state.instances.make(id).membership = membership;
+        if damping.as_ref().is_some_and(|damping| damping.held.is_some()) {
+            state.held.insert(id.clone());
+        }
+        let instance = state.instances.make(id);
+        (instance.membership, instance.damping) = (membership, damping);
         Ok(())
     }
 
     fn entry<S: DeserializeOwned>(&self, record: &mut Record) -> Result<Entry<S>, CheckpointError> {
-        let state = serde_json::from_str(&record.state)
-            .map_err(|source| CheckpointError::State { record: self.record, source })?;
+        let state = serde_json::from_str(&record.state).map_err(|source| self.unfit(source))?;
         Ok(Entry {
             state,
             source: scope_version(record.version, record.position),
             at: Timestamp(record.at_ms),
             actor: std::mem::take(&mut record.actor),
         })
+    }
+
+    const fn unfit(&self, source: serde_json::Error) -> CheckpointError {
+        CheckpointError::State { record: self.record, source }
     }
 
     const fn malformed(&self, field: &'static str) -> CheckpointError {

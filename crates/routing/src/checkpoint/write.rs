@@ -23,6 +23,7 @@ pub(super) fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
     for (id, instance) in state.instances.iter() {
         records.push(&Scope::Membership(id.clone()), &instance.membership, |record| {
             record.since = checkpoint.since.get(id).map_or(0, |since| since.0);
+            record.damping = instance.damping.as_ref().map(json).unwrap_or_default();
         });
     }
     for (id, instance) in state.instances.iter() {
@@ -69,6 +70,12 @@ pub(super) const fn health(health: Health) -> u32 {
     }
 }
 
+/// No state has a key that is not text or a number that is not finite, so this does not fail; if it did, the checkpoint would
+/// be refused when it is read, and the log folded instead.
+fn json(state: &impl Serialize) -> String {
+    serde_json::to_string(state).unwrap_or_default()
+}
+
 #[derive(Default)]
 struct Records {
     count: u64,
@@ -87,9 +94,7 @@ impl Records {
             position: entry.source.position.0,
             at_ms: entry.at.0,
             actor: entry.actor.clone(),
-            // No state has a key that is not text or a number that is not finite, so this does not fail; if it did, the
-            // checkpoint would be refused when it is read, and the log folded instead.
-            state: serde_json::to_string(&entry.state).unwrap_or_default(),
+            state: json(&entry.state),
             ..Record::default()
         };
         more(&mut record);

@@ -1,8 +1,10 @@
 //! Routing state to shards.
 
 use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, ShardKey, TrustShard};
+use crate::damping::guard;
 use crate::state::{Instance, RoutingState};
 use std::net::SocketAddr;
+use weft_model::health::Health;
 use weft_model::membership::MembershipState;
 use weft_model::security::Action;
 use weft_model::service::ServicePort;
@@ -27,11 +29,13 @@ fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsSha
     };
     let wide = TrafficScope { source: None, destination: service.clone() };
     let narrow = state.traffic_to(service);
+    let endpoints = if declared { service_endpoints(state, service) } else { Vec::new() };
     Some(EndpointsShard {
         service: service.clone(),
         address: state.address(service),
         ports: ports(state, service),
-        endpoints: if declared { service_endpoints(state, service) } else { Vec::new() },
+        panic: in_panic(&endpoints),
+        endpoints,
         traffic: resolved(&wide),
         overrides: narrow.filter_map(|(scope, _)| Some((scope.source.clone()?, resolved(scope)?))).collect(),
     })
@@ -50,6 +54,12 @@ fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoin
         })
     };
     state.live_of(service).filter_map(endpoint).collect()
+}
+
+fn in_panic(endpoints: &[Endpoint]) -> bool {
+    let observed = endpoints.iter().filter(|it| !it.draining && it.health != Health::Unknown);
+    let (usable, of) = observed.fold((0, 0), |(usable, of), it| (usable + usize::from(it.eligible()), of + 1));
+    guard::panics(usable, of)
 }
 
 fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {

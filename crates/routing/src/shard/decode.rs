@@ -58,6 +58,7 @@ impl EndpointsShard {
             address: (shard.address != 0).then(|| Ipv4Addr::from(shard.address)),
             ports: shard.ports.iter().map(service_port).collect::<Result<_, _>>()?,
             endpoints: shard.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
+            panic: shard.panic,
             traffic: service_wide,
             overrides,
         };

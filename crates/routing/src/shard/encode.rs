@@ -21,6 +21,7 @@ impl EndpointsShard {
             ports: self.ports.iter().map(port).collect(),
             endpoints: self.endpoints.iter().map(endpoint).collect(),
             traffic: wide.chain(narrow).collect(),
+            panic: self.panic,
         }
         .encode_to_vec()
     }

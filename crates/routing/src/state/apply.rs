@@ -7,7 +7,6 @@ use super::{EffectiveHealth, Entry, RoutingState};
 use std::collections::BTreeMap;
 use std::collections::btree_map;
 use std::sync::Arc;
-use weft_model::health::{self, HealthEvent};
 use weft_model::membership::{self, MembershipEvent, MembershipState};
 use weft_model::service::{self, ServiceEvent};
 use weft_model::{
@@ -200,27 +199,35 @@ impl RoutingState {
         id: &'a InstanceId,
         event: &MembershipEvent,
     ) -> Result<Touched<'a>, FoldError> {
-        let place = |state: &MembershipState| state.registration().map(|it| (it.address, it.port));
         follows(self.instances.get(id).map(|it| it.membership.source), fact)?;
+        let place = |state: &MembershipState| state.registration().map(|it| (it.address, it.port));
         let instance = self.instances.make(id);
         let before = place(&instance.membership.state);
+        let described_anew = match (event, instance.membership.state.registration()) {
+            (MembershipEvent::InstanceRegistered(after), Some(before)) => after.metadata != before.metadata,
+            (MembershipEvent::InstanceRegistered(_), None)
+            | (MembershipEvent::InstanceDraining(_) | MembershipEvent::InstanceDeregistered(_), _) => false,
+        };
         fold(&mut instance.membership, fact, |state| membership::apply(state, event));
         let after = place(&instance.membership.state);
-        if before != after {
-            // Nobody looked at what is reached there now.
-            instance.seen = EffectiveHealth::default();
-        }
         match (before, after) {
             (None, Some(_)) => {
                 self.live.entry(id.service.clone()).or_default().insert(id.instance.clone());
             }
             (Some(_), None) => self.leave(id),
-            (None, None) | (Some(_), Some(_)) => {}
+            (Some(before), Some(after)) => self.stay(id, before != after, described_anew, fact.at),
+            (None, None) => {}
         }
         Ok(Touched { shards: TouchedShards::Endpoints(&id.service), instance: Some(id) })
     }
 
+    /// What was known of its health goes with it: who comes back is observed anew, and starts without points.
     fn leave(&mut self, id: &InstanceId) {
+        if let Some(instance) = self.instances.get_mut(id) {
+            instance.seen = EffectiveHealth::default();
+            instance.damping = None;
+        }
+        self.held.remove(id);
         if let Some(names) = self.live.get_mut(&id.service) {
             names.remove(&id.instance);
             if names.is_empty() {
@@ -228,36 +235,10 @@ impl RoutingState {
             }
         }
     }
-
-    fn apply_health<'a>(
-        &mut self,
-        fact: &Fact,
-        id: &'a InstanceId,
-        event: &HealthEvent,
-    ) -> Result<Touched<'a>, FoldError> {
-        let instance = match self.instances.get_mut(id) {
-            Some(instance) => {
-                follows(Some(instance.health.source), fact)?;
-                instance
-            }
-            None => {
-                follows(None, fact)?;
-                self.instances.make(id)
-            }
-        };
-        fold(&mut instance.health, fact, |state| health::apply(state, event));
-        let HealthEvent::HealthReported(report) = event;
-        let takes_part = instance.membership.state.registration().is_some();
-        if !takes_part || instance.seen.health == report.health {
-            return Ok(Touched::default());
-        }
-        instance.seen = EffectiveHealth { health: report.health, source: instance.health.source };
-        Ok(Touched::shards(TouchedShards::Endpoints(&id.service)))
-    }
 }
 
 impl<'a> Touched<'a> {
-    const fn shards(shards: TouchedShards<'a>) -> Self {
+    pub(super) const fn shards(shards: TouchedShards<'a>) -> Self {
         Self { shards, instance: None }
     }
 }
@@ -281,7 +262,7 @@ fn next<'m, K: Ord + Clone, S: Default>(
 }
 
 /// Checks that an event is the next one of its scope, which is at `source`.
-fn follows(source: Option<ScopeVersion>, fact: &Fact) -> Result<(), FoldError> {
+pub(super) fn follows(source: Option<ScopeVersion>, fact: &Fact) -> Result<(), FoldError> {
     let last = source.unwrap_or_default().version;
     if fact.version == last.next() {
         return Ok(());
@@ -290,7 +271,7 @@ fn follows(source: Option<ScopeVersion>, fact: &Fact) -> Result<(), FoldError> {
     Err(FoldError::Version { position, scope, last, found: fact.version })
 }
 
-fn fold<S: Default>(entry: &mut Entry<S>, fact: &Fact, apply: impl FnOnce(S) -> S) {
+pub(super) fn fold<S: Default>(entry: &mut Entry<S>, fact: &Fact, apply: impl FnOnce(S) -> S) {
     entry.state = apply(std::mem::take(&mut entry.state));
     entry.source = ScopeVersion { version: fact.version, position: fact.position };
     entry.at = fact.at;

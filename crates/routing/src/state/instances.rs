@@ -8,13 +8,14 @@
 //! beside the fold.
 
 use super::{EffectiveHealth, Entry};
+use crate::damping::Damping;
 use foldhash::fast::FixedState;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use weft_model::InstanceId;
-use weft_model::health::HealthState;
+use weft_model::health::{Health, HealthState};
 use weft_model::identity::IdentityState;
 use weft_model::membership::MembershipState;
+use weft_model::{InstanceId, Timestamp};
 
 /// Where each instance is.
 ///
@@ -30,6 +31,32 @@ pub(crate) struct Instance {
     pub(crate) health: Entry<HealthState>,
     pub(crate) identity: Entry<IdentityState>,
     pub(crate) seen: EffectiveHealth,
+    /// None until it gets points; most instances never do.
+    pub(crate) damping: Option<Box<Damping>>,
+}
+
+impl Instance {
+    /// What is reported of its health since it takes part; what is seen differs while it is held.
+    pub(crate) fn reported(&self) -> Health {
+        self.damping.as_ref().map_or(self.seen.health, |damping| damping.reported)
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.damping.as_ref().is_some_and(|damping| damping.held.is_some())
+    }
+
+    pub(crate) fn damping_mut(&mut self, now: Timestamp) -> &mut Damping {
+        let reported = self.seen.health;
+        self.damping.get_or_insert_with(|| Box::new(Damping::new(reported, now)))
+    }
+
+    pub(crate) fn forget_health(&mut self, now: Timestamp) {
+        self.seen = EffectiveHealth::default();
+        if let Some(damping) = &mut self.damping {
+            damping.reported = Health::Unknown;
+            damping.reported_since = now;
+        }
+    }
 }
 
 /// See the module's documentation.

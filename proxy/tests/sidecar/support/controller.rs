@@ -14,7 +14,7 @@ use weft_identity::credential::Credential;
 use weft_identity::spiffe::Subject;
 use weft_identity::token::JoinToken;
 use weft_model::ca::RootAdded;
-use weft_model::health::{Health, HealthReported};
+use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::security::{Action, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
@@ -210,8 +210,9 @@ impl Controller {
             metadata: BTreeMap::new(),
         };
         self.commit(Command::Membership(instance.clone(), MembershipCommand::Register(registered)));
-        let health = HealthReported { health: Health::Healthy, revision: 1, detail: String::new() };
-        self.commit(Command::Health(instance, health));
+        let health =
+            HealthReported { health: Health::Healthy, revision: 1, doubt: Some(0), detail: String::new() };
+        self.commit(Command::Health(instance, HealthCommand::Report(health)));
     }
 
     /// A token for this instance.

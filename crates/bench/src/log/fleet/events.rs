@@ -43,7 +43,8 @@ impl Lane {
             "tcp connect to the app on port {} took {connect_us} us; 3 of 3 probes agree, 0 of the last 600 failed; probe {probe:016x}; release {}; node-{node:03}.cluster.internal in zone-{zone}",
             known.port, known.release,
         );
-        HealthEvent::from(HealthReported { health, revision: known.revision, detail }).into()
+        let (revision, doubt) = (known.revision, Some(0));
+        HealthEvent::from(HealthReported { health, revision, doubt, detail }).into()
     }
 
     pub(super) fn registration(&mut self, instance: usize) -> anyhow::Result<Event> {

@@ -2,6 +2,7 @@
 
 use super::events::EPOCH_MS;
 use super::*;
+use weft_model::health::HealthCommand;
 use weft_model::health::HealthEvent;
 use weft_model::identity::IdentityEvent;
 use weft_model::membership::{MembershipCommand, MembershipEvent};
@@ -27,7 +28,7 @@ fn cause(scope: Scope, event: Event) -> Command {
             },
         ),
         (Event::Health(HealthEvent::HealthReported(report)), Scope::Health(id)) => {
-            Command::Health(id, report)
+            Command::Health(id, HealthCommand::Report(report))
         }
         (Event::Traffic(TrafficEvent::TrafficPolicySet(set)), Scope::Traffic(id)) => {
             Command::Traffic(id, TrafficCommand::Put(set.policy))

@@ -55,6 +55,13 @@ fn resources() -> Vec<v1::Resource> {
         resource(Spec::MeshDefaults(v1::MeshDefaults {
             security: v1::Action::Deny.into(),
             propagation_bound_ms: 1_000,
+            damping: Some(v1::Damping {
+                enabled: true,
+                half_life_ms: 30_000,
+                suppress: 3_000,
+                reuse: 750,
+                hold_max_ms: 150_000,
+            }),
         })),
     ]
 }

@@ -75,6 +75,25 @@ fn response() -> v1::StatusResponse {
             applied: 2,
         }],
         propagation_bound_ms: 1_000,
+        flapping: vec![
+            v1::FlappingStatus {
+                instance: "default/db/db-1".into(),
+                penalty: 3_736,
+                suppress: 3_000,
+                reported: v1::Health::Healthy.into(),
+                held_since_ms: NOW - 7_000,
+                held_by: 41,
+                hidden: 5,
+                release_at_ms: NOW + 69_000,
+            },
+            v1::FlappingStatus {
+                instance: "default/web/web-1".into(),
+                penalty: 4_000,
+                suppress: 3_000,
+                reported: v1::Health::Unhealthy.into(),
+                ..v1::FlappingStatus::default()
+            },
+        ],
     }
 }
 
@@ -95,6 +114,10 @@ default/api/api-3   1.42     1.41      behind for 3s                      1s ago
 
 CHANGE   WHAT                                    APPENDED   SENT MS   P50 MS   P99 MS   LAST MS   APPLIED   LAST
 1.42     HealthReported health/default/db/db-1   5s ago     3.2       5.5      7.0      7.0       2 of 4    default/db/db-1
+
+FLAPPING            STATE              POINTS   REPORTS     HELD     BY   HIDDEN   LET GO
+default/db/db-1     held down          3736     healthy     7s ago   41   5        in 69s
+default/web/web-1   needed, not held   4000     unhealthy   -        -    -        -
 
 POLICY                VERSION   CHANGED   BY            SAYS
 security/default/db   3         60s ago   admin/admin   default deny; api-may-query

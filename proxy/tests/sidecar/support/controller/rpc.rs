@@ -22,7 +22,7 @@ use weft_identity::certificate::PeerIdentity;
 use weft_identity::public_key::PublicKey;
 use weft_identity::spiffe::Subject;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity, peer_identity};
-use weft_model::health::{Health, HealthReported};
+use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::{Command, InstanceId, Port, Rejection};
 use weft_proto::v1;
@@ -334,8 +334,9 @@ impl Mesh for Api {
             v1::Health::Unhealthy => Health::Unhealthy,
             v1::Health::Unknown => Health::Unknown,
         };
-        let reported = HealthReported { health, revision: report.revision, detail: report.detail };
-        let answered = answer(self, Command::Health(instance.clone(), reported))?;
+        let (revision, doubt) = (report.revision, u8::try_from(report.doubt).ok());
+        let reported = HealthReported { health, revision, doubt, detail: report.detail };
+        let answered = answer(self, Command::Health(instance.clone(), HealthCommand::Report(reported)))?;
         self.state().calls.push(Call::Health(instance, health, report.revision));
         Ok(answered)
     }
