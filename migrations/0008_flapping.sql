@@ -61,4 +61,6 @@ comment on column status.flapping.release_estimate is 'When it will be let go if
 comment on column status.flapping.hidden_transitions is 'Changes of its health since it is held, none of which was published.';
 comment on column status.flapping.reporter is 'Whose sidecar reports its health: always its own.';
 
-grant select on weft.projected_flapping, status.flapping to weft_reader;
+grant select, insert, update, delete on weft.projected_flapping to weft_projector;
+grant select on weft.projected_flapping to weft_reader;
+grant select on status.flapping to weft_reader, weft_projector;

@@ -78,7 +78,10 @@ fn describe() {
     describe_gauge!(APP_HEALTHY, "1 if the last probes of the local app succeeded, 0 if they failed");
     describe_gauge!(SELF_DOUBT, "How much the sidecar doubts its own view of the app's health, 0 to 7");
     describe_gauge!(PANIC, "Upstream services so few of whose endpoints are healthy that all are tried");
-    describe_counter!(PANIC_PICKS, "Endpoints chosen whatever their health, because their service is in panic");
+    describe_counter!(
+        PANIC_PICKS,
+        "Endpoints chosen whatever their health, because their service is in panic"
+    );
 }
 
 pub(crate) fn opened(direction: Direction) {

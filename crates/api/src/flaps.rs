@@ -52,8 +52,9 @@ impl Flaps {
             return Ok(Taken::Record(HealthCommand::Report(report)));
         }
         let now = (context.clock)();
-        let taken =
-            context.view.read(|mesh| self.with(|counting| counting.take(mesh.state(), instance, report, now)))?;
+        let taken = context
+            .view
+            .read(|mesh| self.with(|counting| counting.take(mesh.state(), instance, report, now)))?;
         if taken == Taken::Counted {
             metrics::counter!("weft_health_reports_counted_total").increment(1);
         }

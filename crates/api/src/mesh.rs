@@ -194,7 +194,8 @@ impl Mesh {
         let head = ConfigVersion::new(head.epoch, head.position);
         let sidecars = sidecars.into_iter().map(reads::sidecar).collect();
         let now = (self.context.clock)();
-        let status = self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars, now));
+        let status =
+            self.context.view.read(|projection| reads::status(projection, head, &leader, sidecars, now));
         let rewinds = rewinds.into_iter().map(reads::rewind).collect();
         let propagation = changes.into_iter().map(reads::propagation).collect();
         Ok(pb::StatusResponse { rewinds, propagation, ..status })

@@ -246,9 +246,6 @@ mod tests {
         let state = Some(report(Health::Unhealthy, 5));
         let events = decide_summary(&state, &summary(6)).unwrap();
         assert_eq!(apply(state.clone(), &events[0]), Some(report(Health::Healthy, 6)));
-        assert_eq!(
-            decide_summary(&state, &summary(5)),
-            Err(Rejection::StaleObservation { current: 5 })
-        );
+        assert_eq!(decide_summary(&state, &summary(5)), Err(Rejection::StaleObservation { current: 5 }));
     }
 }

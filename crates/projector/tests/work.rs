@@ -70,7 +70,7 @@ impl Mesh {
 
     fn report(&mut self, id: &InstanceId, health: Health) -> Fact {
         let revision = self.versions.get(&Scope::Health(id.clone())).map_or(1, |version| version + 1);
-        let report = HealthReported { health, revision, detail: String::new() };
+        let report = HealthReported { health, revision, doubt: Some(0), detail: String::new() };
         self.fact(Scope::Health(id.clone()), Event::Health(report.into()))
     }
 

@@ -204,7 +204,8 @@ fn flapping(projection: &Projection, service: &ServiceName) -> Vec<Step> {
                 (answer, held.source)
             }
             None if too_many && settings.enabled => {
-                let answer = format!("{points} points, more than {suppress}, but its service needs it: not held");
+                let answer =
+                    format!("{points} points, more than {suppress}, but its service needs it: not held");
                 (answer, instance.health.source)
             }
             None => return None,

@@ -79,12 +79,7 @@ fn four_downs_in_a_burst_hold_for_a_good_minute() {
     assert_eq!(types(&mesh, from)[7..], ["FlapsSummarized"]);
     assert_eq!(published(&mesh, &id), Health::Unhealthy);
     assert_eq!(mesh.projection.state().health_reported(&id), Health::Healthy);
-    let why = explain(
-        &mesh.projection,
-        &mesh.service,
-        &mesh.service,
-        weft_model::Port::new(80).unwrap(),
-    );
+    let why = explain(&mesh.projection, &mesh.service, &mesh.service, weft_model::Port::new(80).unwrap());
     let steps = why.unwrap().steps;
     let step = steps.iter().find(|step| step.question == "does e2 flap?").unwrap();
     let (scope, source) = step.rests_on.clone().unwrap();

@@ -504,8 +504,10 @@ fn command() -> impl Strategy<Value = Command> {
         1 => Just(MembershipCommand::Drain),
         2 => Just(MembershipCommand::Deregister),
     ];
-    let health = (select(&[Health::Healthy, Health::Unhealthy][..]), 1..40_u64)
-        .prop_map(|(health, revision)| HealthReported { health, revision, doubt: Some(0), detail: String::new() });
+    let health =
+        (select(&[Health::Healthy, Health::Unhealthy][..]), 1..40_u64).prop_map(|(health, revision)| {
+            HealthReported { health, revision, doubt: Some(0), detail: String::new() }
+        });
     let service_command = prop_oneof![
         3 => prop::collection::btree_set(select(&PORTS[..]), 1..3)
             .prop_map(|ports| declare(&ports.into_iter().collect::<Vec<_>>())),

@@ -66,11 +66,13 @@ async fn a_flapping_endpoint_is_held_counted_and_let_go_once() {
 
     // What is counted is recorded: the last report too, which says that it is up. It stays down for everybody.
     mesh.advance(Duration::from_secs(11));
-    let health = || mesh.controller.view().read(|mesh| {
-        let (state, id) = (mesh.state(), FLAPPER.parse().unwrap());
-        let revision = state.health(&id).and_then(|entry| Some(entry.state.as_ref()?.revision));
-        (revision, state.health_reported(&id).as_str(), state.health_seen(&id).as_str())
-    });
+    let health = || {
+        mesh.controller.view().read(|mesh| {
+            let (state, id) = (mesh.state(), FLAPPER.parse().unwrap());
+            let revision = state.health(&id).and_then(|entry| Some(entry.state.as_ref()?.revision));
+            (revision, state.health_reported(&id).as_str(), state.health_seen(&id).as_str())
+        })
+    };
     let counted = (Some(69), "healthy", "unhealthy");
     wait_until("the last report to be recorded", LIMIT, async || health() == counted).await;
     let (types, changes) = since(&mesh, begun.0).await;

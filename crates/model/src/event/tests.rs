@@ -189,6 +189,6 @@ fn a_scope_reads_only_events_of_its_family() {
     assert!(matches!(Event::decode(&Scope::Ca, "MeshDefaultsSet", 1, payload), Err(DecodeError::Type)));
     assert!(matches!(
         Event::decode(&Scope::Mesh, "MeshDefaultsSet", 3, payload),
-        Err(DecodeError::Newer { schema: 2, known: 1 })
+        Err(DecodeError::Newer { schema: 3, known: 2 })
     ));
 }

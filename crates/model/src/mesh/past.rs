@@ -22,6 +22,8 @@ struct MeshDefaultsV1 {
 impl From<MeshDefaultsSetV1> for MeshDefaultsSet {
     fn from(past: MeshDefaultsSetV1) -> Self {
         let MeshDefaultsSetV1 { defaults: MeshDefaultsV1 { security, propagation_bound_ms } } = past;
-        Self { defaults: MeshDefaults { security, propagation_bound_ms, damping: DampingSettings::default() } }
+        Self {
+            defaults: MeshDefaults { security, propagation_bound_ms, damping: DampingSettings::default() },
+        }
     }
 }

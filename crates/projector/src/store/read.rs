@@ -9,8 +9,8 @@ use weft_routing::Hash;
 
 use super::{PROJECTION, StoreError, failed, version};
 use crate::rows::{
-    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
-    Writer,
+    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow,
+    Table, Writer,
 };
 
 const DOING: &str = "read the projection";

@@ -3,8 +3,8 @@
 use sqlx::PgConnection;
 
 use crate::rows::{
-    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow, Table,
-    Writer,
+    ClassRow, FlappingRow, InstanceRow, ManifestRow, PolicyRow, RowChanges, ServiceRow, ShardRow, SidecarRow,
+    Table, Writer,
 };
 
 /// Manifests whose time is remembered per class. A sidecar that is further behind shows the lag since the oldest.

@@ -87,12 +87,12 @@ impl Counting {
         all: bool,
     ) -> Vec<(InstanceId, HealthCommand)> {
         // Of an instance that left there is nothing to say.
-        self.entries.retain(|id, _| {
-            state.membership(id).is_some_and(|entry| entry.state.registration().is_some())
-        });
-        let due = self.entries.iter().filter(|(id, entry)| {
-            all || now.since(entry.since) >= SUMMARY_EVERY || !counts(state, id, now)
-        });
+        self.entries
+            .retain(|id, _| state.membership(id).is_some_and(|entry| entry.state.registration().is_some()));
+        let due = self
+            .entries
+            .iter()
+            .filter(|(id, entry)| all || now.since(entry.since) >= SUMMARY_EVERY || !counts(state, id, now));
         due.map(|(id, entry)| (id.clone(), entry.command(now))).collect()
     }
 

@@ -75,7 +75,9 @@ pub(crate) fn overridden(state: &RoutingState, service: &ServiceName, now: Times
     let mut held: Vec<_> = state
         .live_of(service)
         // Letting one go that is down would help nobody.
-        .filter(|(_, instance)| counted(instance) && instance.is_held() && instance.reported() == Health::Healthy)
+        .filter(|(_, instance)| {
+            counted(instance) && instance.is_held() && instance.reported() == Health::Healthy
+        })
         .filter_map(|(id, instance)| Some((instance.damping.as_ref()?.penalty_at(now, settings), id)))
         .collect();
     held.sort();

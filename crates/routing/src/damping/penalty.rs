@@ -18,9 +18,7 @@ const ROOTS: [u64; DIGITS] = roots();
 const HALF_LIVES_MAX: u64 = 64;
 
 /// Points. See the module's documentation.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Penalty(u64);
 

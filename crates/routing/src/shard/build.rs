@@ -58,7 +58,8 @@ fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoin
 
 fn in_panic(endpoints: &[Endpoint]) -> bool {
     let observed = endpoints.iter().filter(|it| !it.draining && it.health != Health::Unknown);
-    let (usable, of) = observed.fold((0, 0), |(usable, of), it| (usable + usize::from(it.eligible()), of + 1));
+    let (usable, of) =
+        observed.fold((0, 0), |(usable, of), it| (usable + usize::from(it.eligible()), of + 1));
     guard::panics(usable, of)
 }
 
