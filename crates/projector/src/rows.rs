@@ -239,7 +239,11 @@ impl RowChanges {
             }
             Scope::Membership(instance) | Scope::Health(instance) | Scope::Identity(instance) => {
                 self.instances.insert(instance.to_string(), instance_row(projection, instance));
-                self.flapping.insert(instance.to_string(), flapping_row(projection, instance));
+                let flapping = flapping_row(projection, instance);
+                // Points end with the membership and with nothing else, so most events have no row to take away.
+                if flapping.is_some() || matches!(scope, Scope::Membership(_)) {
+                    self.flapping.insert(instance.to_string(), flapping);
+                }
             }
             Scope::Traffic(traffic) => {
                 self.policies.insert(scope.to_string(), traffic_row(projection, traffic));

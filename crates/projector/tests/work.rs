@@ -113,8 +113,8 @@ fn one_change(services: usize, wildcards: usize) -> (Work, usize) {
 #[test]
 fn one_change_takes_as_much_in_a_large_mesh_as_in_a_small_one() {
     let small = one_change(10, 0);
-    // The four services that name this one; the shard's row, its instance's, and one for each manifest.
-    assert_eq!(small, (Work { shards: 1, lists: 4, manifests: 4 }, 6));
+    // The four services that name this one; the shard's row, its instance's, that of its points, and one for each manifest.
+    assert_eq!(small, (Work { shards: 1, lists: 4, manifests: 4 }, 7));
     assert_eq!(one_change(400, 0), small);
 }
 
