@@ -36,24 +36,32 @@ impl Lane {
             | Event::Security(
                 SecurityEvent::SecurityPolicySet(_) | SecurityEvent::SecurityPolicyDeleted(_),
             )
+            // A service needs it.
+            | Event::Health(HealthEvent::DampingOverridden(_))
             // It ends an outage.
             | Event::Mesh(MeshEvent::HistoryAdopted(_)) => Self::Urgent,
-            Event::Health(HealthEvent::HealthReported(report)) => match report.health {
-                Health::Unhealthy | Health::Unknown => Self::Urgent,
-                Health::Healthy => Self::Coalesced,
-            },
+            Event::Health(HealthEvent::HealthReported(report)) => Self::of_health(report.health),
+            Event::Health(HealthEvent::FlapsSummarized(summary)) => Self::of_health(summary.last.health),
             Event::Mesh(MeshEvent::MeshDefaultsSet(set)) => match set.defaults.security {
                 Action::Deny => Self::Urgent,
                 Action::Allow => Self::Coalesced,
             },
             Event::Service(ServiceEvent::ServiceDeclared(_))
             | Event::Membership(MembershipEvent::InstanceRegistered(_))
+            | Event::Health(HealthEvent::DampingReleased(_))
             | Event::Traffic(TrafficEvent::TrafficPolicySet(_) | TrafficEvent::TrafficPolicyDeleted(_))
             | Event::Ca(CaEvent::RootAdded(_))
             | Event::Identity(IdentityEvent::LeafIssued(_))
             | Event::Token(TokenEvent::JoinTokenCreated(_) | TokenEvent::JoinTokenRedeemed(_)) => {
                 Self::Coalesced
             }
+        }
+    }
+
+    const fn of_health(health: Health) -> Self {
+        match health {
+            Health::Unhealthy | Health::Unknown => Self::Urgent,
+            Health::Healthy => Self::Coalesced,
         }
     }
 }
@@ -68,8 +76,10 @@ mod tests {
 
     #[test]
     fn who_loses_something_does_not_wait() {
-        let report =
-            |health| Event::Health(HealthReported { health, revision: 1, detail: String::new() }.into());
+        let report = |health| {
+            let detail = String::new();
+            Event::Health(HealthReported { health, revision: 1, doubt: Some(0), detail }.into())
+        };
         let defaults = |security| {
             let defaults = MeshDefaults { security, ..MeshDefaults::default() };
             Event::Mesh(MeshDefaultsSet { defaults }.into())

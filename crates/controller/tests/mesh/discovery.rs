@@ -177,7 +177,8 @@ async fn the_way_of_a_change_into_the_sidecars_is_told() {
 async fn who_is_outside_the_propagation_bound_is_listed() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api", "default/web"]).await;
-    let defaults = pb::MeshDefaults { security: pb::Action::Deny.into(), propagation_bound_ms: 10 };
+    let defaults =
+        pb::MeshDefaults { security: pb::Action::Deny.into(), propagation_bound_ms: 10, damping: None };
     mesh.apply(vec![Change::SetMeshDefaults(defaults)]).await;
     let mut api = Sidecar::new(&mesh, "default/api/one");
     api.pull().await;
