@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use std::ops::Range;
 use std::time::Duration;
 use weft_model::ca::RootAdded;
-use weft_model::health::{Health, HealthReported};
+use weft_model::damping::DampingSettings;
+use weft_model::health::{FlapsSummarized, Health, HealthCommand, HealthReported};
 use weft_model::identity::LeafIssued;
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::{HistoryAdopted, MeshDefaults};
@@ -102,7 +103,7 @@ impl Life {
     fn command(&mut self) -> Command {
         // A mesh begins with services; what asks for one that is not there is refused anyway.
         match self.rng.random_range(0..10_000) {
-            0..4_500 => Command::Health(self.instance(), self.report()),
+            0..4_500 => Command::Health(self.instance(), self.health()),
             4_500..7_400 => Command::Membership(self.instance(), self.membership()),
             7_400..8_200 => Command::Identity(self.instance(), self.leaf()),
             8_200..8_700 => {
@@ -119,6 +120,7 @@ impl Life {
             9_960..9_980 => Command::Mesh(MeshDefaults {
                 security: self.action(),
                 propagation_bound_ms: self.rng.random_range(10..5_000),
+                damping: DampingSettings { enabled: self.rng.random_bool(0.8), ..DampingSettings::default() },
             }),
             _ => Command::Ca(self.root()),
         }
@@ -151,12 +153,27 @@ impl Life {
         name(["80", "443", "5432"][self.rng.random_range(0..3)])
     }
 
+    fn health(&mut self) -> HealthCommand {
+        match self.rng.random_range(0..20) {
+            0 => HealthCommand::Reconsider,
+            1 | 2 => HealthCommand::Summarize(FlapsSummarized {
+                downs: self.rng.random_range(0..8),
+                ups: self.rng.random_range(0..8),
+                over_ms: self.rng.random_range(0..20_000),
+                last: self.report(),
+            }),
+            _ => HealthCommand::Report(self.report()),
+        }
+    }
+
     fn report(&mut self) -> HealthReported {
         let health = if self.rng.random() { Health::Healthy } else { Health::Unhealthy };
         // Now and then one that came too late.
         let late = if self.rng.random_bool(0.02) { 1_000 } else { 0 };
         let revision = u64::try_from((self.tick - late).max(1)).unwrap_or(1);
-        HealthReported { health, revision, detail: format!("probe {}", self.tick % 100) }
+        // Now and then one that damping does not count.
+        let doubt = self.rng.random_bool(0.9).then_some(0);
+        HealthReported { health, revision, doubt, detail: format!("probe {}", self.tick % 100) }
     }
 
     fn membership(&mut self) -> MembershipCommand {
