@@ -101,6 +101,7 @@ impl Member {
             instance: self.instance.to_string(),
             health: health.into(),
             revision: self.revision.fetch_add(1, Ordering::Relaxed),
+            doubt: 0,
             detail: String::new(),
         };
         let reported = retry(|| {
