@@ -150,13 +150,13 @@ impl Acks {
         let class = self.view.published(|published| published.class_of(instance));
         let mut state = self.lock();
         state.catch_up(&self.view);
-        let before = state.fleet.say(instance, class, |ack| {
+        let before = state.fleet.say(instance, class.map(|(class, _)| class), |ack| {
             ack.applied = applied;
             edit(ack);
         });
         // Who ran nothing before starts; that is not a change's way.
-        if let (Some(class), Some((applied, _)), Some(before)) = (class, applied, before) {
-            let word = Word { before, applied, swaps, came_at };
+        if let (Some((class, since)), Some((applied, _)), Some(before)) = (class, applied, before) {
+            let word = Word { since, before, applied, swaps, came_at };
             state.propagation.hear(instance, class, word);
         }
     }

@@ -133,8 +133,6 @@ pub struct PublishedClass {
     pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
-    /// How many sidecars are in it.
-    pub members: usize,
     /// Former manifests, the newest last. They share what did not change.
     former: VecDeque<Manifest>,
     /// Those that were asked for, by the manifest that they begin with.
@@ -168,7 +166,6 @@ impl From<&Class> for PublishedClass {
         Self {
             manifest: class.manifest.clone(),
             position: class.position,
-            members: class.members.len(),
             former: VecDeque::new(),
             patches: Arc::default(),
         }
@@ -288,6 +285,8 @@ pub struct Published {
     classes: BTreeMap<ClassId, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
     feeds: BTreeMap<ClassId, watch::Sender<ConfigVersion>>,
+    /// How many sidecars are in each class.
+    members: BTreeMap<ClassId, usize>,
     announcements: Announcements,
 }
 
@@ -327,10 +326,11 @@ impl Published {
         Some(self.feeds.get(&self.sidecars.get(instance)?.class)?.subscribe())
     }
 
-    /// A sidecar's class; none if it does not take part.
+    /// A sidecar's class, and the event that put it there; none if it does not take part.
     #[must_use]
-    pub fn class_of(&self, instance: &InstanceId) -> Option<ClassId> {
-        Some(self.sidecars.get(instance)?.class)
+    pub fn class_of(&self, instance: &InstanceId) -> Option<(ClassId, Position)> {
+        let PublishedSidecar { class, since } = self.sidecars.get(instance)?;
+        Some((*class, *since))
     }
 
     /// What was announced after the first `seen` announcements, and how many there are now.
@@ -400,7 +400,7 @@ impl Published {
                     // Whoever joins a class has it from then on; those who were in it before learn something new.
                     if class.position != before.position {
                         let version = ConfigVersion::new(self.version.epoch, class.position);
-                        news.push((version, id, before.members));
+                        news.push((version, id, self.members.get(&id).copied().unwrap_or_default()));
                     }
                     class.succeed(before);
                 }
@@ -409,9 +409,20 @@ impl Published {
         }
         for (instance, sidecar) in delta.sidecars {
             let before = match sidecar {
-                Some(sidecar) => self.sidecars.insert(instance, sidecar),
+                Some(sidecar) => {
+                    *self.members.entry(sidecar.class).or_default() += 1;
+                    self.sidecars.insert(instance, sidecar)
+                }
                 None => self.sidecars.remove(&instance),
             };
+            if let Some(PublishedSidecar { class, .. }) = &before
+                && let Some(members) = self.members.get_mut(class)
+            {
+                *members -= 1;
+                if *members == 0 {
+                    self.members.remove(class);
+                }
+            }
             // Who follows the class that it was in is to follow another one.
             concerned.extend(before.map(|before| before.class));
         }

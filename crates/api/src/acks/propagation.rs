@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 use tokio::time::Instant;
-use weft_model::{ConfigVersion, InstanceId};
+use weft_model::{ConfigVersion, InstanceId, Position};
 use weft_projector::{Announced, PropagationRow};
 use weft_routing::ClassId;
 
@@ -48,6 +48,8 @@ struct Version {
 /// A sidecar's word.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Word<'a> {
+    /// The event that put it into its class: what the class was told before is none of its business.
+    pub(super) since: Position,
     /// What it said before that it runs.
     pub(super) before: ConfigVersion,
     /// What it runs now.
@@ -84,7 +86,8 @@ impl Propagation {
     pub(super) fn hear(&mut self, instance: &InstanceId, class: ClassId, word: Word<'_>) {
         let Some(versions) = self.classes.get(&class) else { return };
         let covered = versions.iter().rev().skip_while(|version| **version > word.applied);
-        for covered in covered.take_while(|version| **version > word.before) {
+        let news = |version: &ConfigVersion| *version > word.before && version.position > word.since;
+        for covered in covered.take_while(|version| news(version)) {
             let Some(version) = self.versions.get_mut(covered) else { continue };
             let swap = word.swaps.iter().find(|(swapped, _)| swapped >= covered);
             let at = swap.map_or(word.came_at, |(_, at)| *at);
@@ -145,8 +148,8 @@ fn rounded(after: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use weft_model::Epoch;
     use weft_model::membership::Upstreams;
-    use weft_model::{Epoch, Position};
     use weft_routing::InterestClass;
 
     fn class(name: &str) -> ClassId {
@@ -176,7 +179,7 @@ mod tests {
         swaps: &'a [(ConfigVersion, Instant)],
         came_at: Instant,
     ) -> Word<'a> {
-        Word { before: at(before), applied: at(applied), swaps, came_at }
+        Word { since: Position(4), before: at(before), applied: at(applied), swaps, came_at }
     }
 
     #[test]
@@ -212,6 +215,17 @@ mod tests {
         let expected =
             [(6, vec![]), (7, vec![(ms(2), 1)]), (8, vec![(ms(5), 1)]), (9, vec![])].map(|(p, a)| (at(p), a));
         assert_eq!(applied, expected);
+    }
+
+    #[test]
+    fn who_joined_later_has_no_part_in_what_came_before() {
+        let start = Instant::now();
+        let mut propagation = Propagation::default();
+        [3, 5].iter().for_each(|position| announce(&mut propagation, *position, start));
+        let one: InstanceId = "default/api/one".parse().unwrap();
+        propagation.hear(&one, class("c"), word((2, 5), &[], start));
+        let counts: Vec<_> = propagation.unwritten().iter().map(|row| row.applied.len()).collect();
+        assert_eq!(counts, [0, 1]);
     }
 
     #[test]

@@ -139,13 +139,20 @@ async fn a_sidecar_learns_pulls_assembles_and_acknowledges() {
 async fn the_way_of_a_change_into_the_sidecars_is_told() {
     let mesh = TestMesh::start().await;
     mesh.declare(&["default/api", "default/web"]).await;
+    // Two that join later change no manifest of their class, and one of them leaves again.
+    mesh.apply(vec![register("default/api/two", 9001), register("default/api/three", 9002)]).await;
+    let gone = pb::DeregisterInstance { instance: "default/api/three".into() };
+    mesh.apply(vec![Change::DeregisterInstance(gone)]).await;
     let mut api = Sidecar::new(&mesh, "default/api/one");
     let (first, _) = api.pull().await;
     let have = api.have.clone();
     let subscribe = pb::SubscribeRequest { have: have.clone(), ..Default::default() };
     let mut notices = api.client.subscribe(subscribe).await.unwrap().into_inner();
-    mesh.apply(vec![allow_from("default/api", "default/web")]).await;
-    let newer = news(&mut notices, have.as_ref()).await;
+    let changed = mesh.apply(vec![allow_from("default/api", "default/web")]).await.version;
+    let mut newer = news(&mut notices, have.as_ref()).await;
+    while newer.version != changed {
+        newer = news(&mut notices, Some(&newer)).await;
+    }
     let (snapshot, _) = api.pull().await;
     assert!(snapshot.version > first.version);
     // A word that was held back for an hour is no reason to believe that the swap was before the change.
@@ -161,7 +168,7 @@ async fn the_way_of_a_change_into_the_sidecars_is_told() {
     })
     .await;
     let told = told.unwrap();
-    assert_eq!((told.event.as_str(), told.interested), ("SecurityPolicySet", 1));
+    assert_eq!((told.event.as_str(), told.interested), ("SecurityPolicySet", 2));
     assert_eq!(told.scope, "security/default/api");
     assert_eq!(told.last_sidecar, "default/api/one");
     assert_eq!(told.applied_last_ms, Some(told.published_ms), "no sooner than it was published");
