@@ -1,7 +1,8 @@
 //! Accepts connections and finishes their TLS handshakes, so that the services see only peers whose names are proven.
 //!
-//! Handshakes run beside the accept loop, each under a time limit; how many may be under way is bounded, and whoever
-//! comes when all places are taken waits in the kernel's queue. A finished connection carries its
+//! Handshakes run beside the accept loop, each under a time limit; how many may be under way is bounded, and the others wait
+//! for their turn, in the order in which they came. A fleet that comes back at once is accepted at once: the kernel
+//! would drop what its queue does not hold, and those would come again a second later. A finished connection carries its
 //! [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
 //!
 //! Connections are bounded, too; who comes when all places are taken is cut off at once, so that it turns to another
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
@@ -41,6 +42,8 @@ const READY_MAX: usize = 64;
 /// How long a connection without a certificate may last: a join takes well under a second, and a client that waits for
 /// the control plane makes a new connection as a matter of course.
 const STRANGER_AGE_MAX: Duration = Duration::from_secs(30);
+/// Connections that the kernel has made and that wait to be accepted; the most that Linux takes unless told otherwise.
+const BACKLOG: u32 = 4_096;
 /// Pause after the system refused to accept, for want of file descriptors as a rule.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
@@ -55,8 +58,12 @@ impl Listener {
     ///
     /// # Errors
     /// What the system says, such as that the address is in use.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
-        Ok(Self { socket: TcpListener::bind(address).await? })
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // As a listener's address is taken over from one that ended just now.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok(Self { socket: socket.listen(BACKLOG)? })
     }
 
     /// Where it listens.
@@ -89,7 +96,6 @@ async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<
     let mut handshakes = JoinSet::new();
     loop {
         while handshakes.try_join_next().is_some() {}
-        let Ok(permit) = Arc::clone(&handshaking).acquire_owned().await else { return };
         let (stream, address) = match socket.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -103,12 +109,13 @@ async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<
             continue;
         };
         let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        let turn = Arc::clone(&handshaking).acquire_owned();
         handshakes.spawn(async move {
+            let Ok(_turn) = turn.await else { return };
             if let Some(connection) = handshake(&acceptor, stream, address, place).await {
                 // Only a server that ends does not take it.
                 let _ = ready.send(Ok(connection)).await;
             }
-            drop(permit);
         });
     }
 }

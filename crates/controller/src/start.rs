@@ -85,7 +85,6 @@ impl Controller {
         metrics: Option<PrometheusHandle>,
     ) -> anyhow::Result<Self> {
         let listener = Listener::bind(config.listen)
-            .await
             .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
         let admin_socket = TcpListener::bind(config.admin_listen).await.with_context(|| {
             format!("cannot listen on {}; choose another --admin-listen", config.admin_listen)
