@@ -119,10 +119,15 @@ impl Acks {
         Some(Connected { acks: Arc::clone(self), instance: instance.clone() })
     }
 
+    /// Streams that are open.
+    pub(crate) fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+
     /// Over how long acknowledgements of one publication should come, so that they do not keep this controller from the next
     /// one.
     pub(crate) fn spread(&self) -> Duration {
-        ACK_EVERY.saturating_mul(u32::try_from(self.streams.load(Ordering::Relaxed)).unwrap_or(u32::MAX))
+        ACK_EVERY.saturating_mul(u32::try_from(self.streams()).unwrap_or(u32::MAX))
     }
 
     /// A sidecar says what it runs now, or why it refused what it should.

@@ -19,6 +19,7 @@ use weft_model::{ConfigVersion, InstanceId};
 use weft_projector::View;
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_server;
+use weft_routing::Hash;
 
 use crate::Context;
 use crate::acks::{Acks, Connected, Said};
@@ -29,11 +30,16 @@ use crate::status::ApiError;
 use crate::telling::Telling;
 use crate::witness::Witnesses;
 
-/// Full snapshots that are put together at once; a reconnecting fleet with known manifests needs none.
+/// Whole manifests that are put together at once, with all shards or with those that a caller lacks; a reconnecting fleet with known
+/// manifests needs none.
 const FULL_PULLS_MAX: usize = 64;
 /// How long a pull waits for a registration to be published. With a leader that takes milliseconds; without one, the
 /// next comes after a lease at most.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How far apart streams end when this controller shuts down: what greeting one costs another controller.
+const LEAVE_EVERY: Duration = Duration::from_micros(500);
+/// Over how long they end at most: within the time that a controller gives requests under way.
+const LEAVE_MAX: Duration = Duration::from_secs(3);
 /// Advice to a full pull that found no place.
 const FULL_PULL_RETRY_MS: u64 = 100;
 /// Advice to a sidecar whose earlier streams have not ended yet: a dead connection is noticed within twenty seconds.
@@ -97,13 +103,13 @@ impl Discovery {
     async fn pull(&self, request: Request<pb::PullRequest>) -> Result<Response<pb::PullResponse>, ApiError> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
-        let have = convert::header("have", request.into_inner().have)?;
+        let pb::PullRequest { have, held } = request.into_inner();
+        let have = convert::header("have", have)?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
         self.wait_until_published(instance).await?;
-        let plan = self.context.view.published(|published| pull::plan(published, instance, have))?;
-        let kind = if plan.full { "full" } else { "difference" };
-        metrics::counter!("weft_api_pulls_total", "kind" => kind).increment(1);
-        let _place = if plan.full {
+        let plan = self.context.view.published(|published| pull::plan(published, instance, have, &held))?;
+        metrics::counter!("weft_api_pulls_total", "kind" => plan.against.name()).increment(1);
+        let _place = if plan.against.is_whole() {
             let place = self.full_pulls.try_acquire();
             Some(place.map_err(|_| ApiError::Overloaded { retry_after_ms: FULL_PULL_RETRY_MS })?)
         } else {
@@ -122,6 +128,8 @@ struct Subscription {
     feed: watch::Receiver<ConfigVersion>,
     telling: Telling,
     drain: CancellationToken,
+    /// Whether this controller is shutting down, and `ends` is this stream's turn.
+    leaving: bool,
     /// When the leaf that this stream came with ends, and the stream with it.
     ends: Instant,
     _connected: Connected,
@@ -146,7 +154,10 @@ impl Subscription {
                 return Some(news.notice(witness.unwrap_or_default(), self.acks.spread()));
             }
             tokio::select! {
-                () = self.drain.cancelled() => return None,
+                () = self.drain.cancelled(), if !self.leaving => {
+                    self.leaving = true;
+                    self.ends = self.ends.min(Instant::now() + self.turn());
+                }
                 () = sleep_until(self.ends) => return None,
                 () = sleep_until(self.telling.next_heartbeat()) => {}
                 changed = self.feed.changed() => if changed.is_err() {
@@ -155,6 +166,18 @@ impl Subscription {
                 }
             }
         }
+    }
+}
+
+impl Subscription {
+    /// How long this stream goes on when the controller shuts down. Its caller goes to another controller then, which should not have
+    /// to greet all of them at once.
+    fn turn(&self) -> Duration {
+        let streams = u32::try_from(self.acks.streams()).unwrap_or(u32::MAX);
+        let spread = LEAVE_EVERY.saturating_mul(streams).min(LEAVE_MAX);
+        // Any number that differs from caller to caller will do.
+        let place = Hash::of(self.telling.instance().to_string().as_bytes()).prefix();
+        spread.mul_f64(f64::from(place) / f64::from(u32::MAX))
     }
 }
 
@@ -183,6 +206,7 @@ impl discovery_server::Discovery for Discovery {
             acks: Arc::clone(&self.context.acks),
             telling: Telling::new(instance.clone(), have, Instant::now()),
             drain: self.context.drain.clone(),
+            leaving: false,
             ends: caller.ends((self.context.clock)()),
             _connected: connected,
         };

@@ -1,6 +1,7 @@
 //! What a pull answers: the difference between what a sidecar has and what it should run. Pure: it looks at what is
 //! published. The [`discovery`](crate::discovery) service and the simulation of the control plane ask it.
 
+use std::collections::BTreeSet;
 use weft_model::{ConfigVersion, InstanceId};
 use weft_projector::{Patch, Published, PublishedShard, ShardPatch};
 use weft_proto::v1 as pb;
@@ -14,15 +15,43 @@ use crate::status::ApiError;
 #[derive(Debug)]
 pub struct Plan {
     version: ConfigVersion,
-    /// The newest manifest, and the one that the caller has.
     newest: Manifest,
-    known: Option<Manifest>,
-    /// The caller's manifest is not known any more: it gets everything.
-    pub(crate) full: bool,
+    pub(crate) against: Against,
     shards: Vec<(ShardKey, PublishedShard)>,
 }
 
-/// What a sidecar needs that has `have`.
+/// What an answer is a difference to.
+#[derive(Debug)]
+pub(crate) enum Against {
+    /// A former manifest.
+    Known(Manifest),
+    /// A manifest that is not known here: the caller is to tell what it holds.
+    Unknown,
+    /// What the caller told that it holds.
+    Held,
+    /// Nothing; it gets everything.
+    Nothing,
+}
+
+impl Against {
+    /// For the metric of pulls.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Known(_) => "difference",
+            Self::Unknown => "unknown",
+            Self::Held => "held",
+            Self::Nothing => "full",
+        }
+    }
+
+    /// Whether the answer lists the whole manifest, and may be large.
+    pub(crate) const fn is_whole(&self) -> bool {
+        matches!(self, Self::Held | Self::Nothing)
+    }
+}
+
+/// What a sidecar needs that has `have`. If that is not known here, `held` counts: first bytes of the hashes of the shards that
+/// it holds. Should two shards ever agree in these, the sidecar finds that one is missing, and pulls everything.
 ///
 /// # Errors
 /// If it does not take part; if it has something newer than is published here, since it is to get nothing older (I4).
@@ -30,24 +59,36 @@ pub fn plan(
     published: &Published,
     instance: &InstanceId,
     have: Option<(ConfigVersion, Hash)>,
+    held: &[u32],
 ) -> Result<Plan, ApiError> {
     let wanted = published.wanted(instance).ok_or_else(|| not_registered(instance))?;
     if have.is_some_and(|(version, _)| version > wanted.version) {
         return Err(ApiError::Unavailable("this controller is behind what you run; try again".into()));
     }
     let newest = wanted.class.manifest.clone();
-    let known = have.and_then(|(_, hash)| wanted.class.manifest_with(hash)).cloned();
+    let against = match have.map(|(_, hash)| wanted.class.manifest_with(hash)) {
+        Some(Some(known)) => Against::Known(known.clone()),
+        Some(None) if held.is_empty() => Against::Unknown,
+        Some(None) => Against::Held,
+        None => Against::Nothing,
+    };
     let nothing = Manifest::default();
+    let (before, held): (_, BTreeSet<u32>) = match &against {
+        Against::Known(known) => (known, BTreeSet::new()),
+        Against::Unknown => (&newest, BTreeSet::new()),
+        Against::Held => (&nothing, held.iter().copied().collect()),
+        Against::Nothing => (&nothing, BTreeSet::new()),
+    };
     let mut shards = Vec::new();
-    for Changed { key, entry, before } in newest.since(known.as_ref().unwrap_or(&nothing)).changed {
-        if before.is_some_and(|before| before.hash == entry.hash) {
+    for Changed { key, entry, before } in newest.since(before).changed {
+        if before.is_some_and(|before| before.hash == entry.hash) || held.contains(&entry.hash.prefix()) {
             continue;
         }
         let shard = published.shard(key).filter(|shard| shard.built.hash == entry.hash);
         let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
         shards.push((key.clone(), shard.clone()));
     }
-    Ok(Plan { version: wanted.version, full: known.is_none(), newest, known, shards })
+    Ok(Plan { version: wanted.version, newest, against, shards })
 }
 
 /// Whether what a sidecar runs is beyond all that the log has, which ends at `head`: then the log lost its end.
@@ -72,20 +113,22 @@ impl Plan {
             let length = length.map_err(|_| ApiError::Internal(format!("shard {key} is too large")))?;
             Ok(pb::Shard { key: key.to_string(), body_zstd, length })
         };
-        let (manifest, removed) = match &self.known {
-            Some(known) => {
+        let (manifest, removed) = match &self.against {
+            Against::Known(known) => {
                 let difference = self.newest.since(known);
                 let entries = difference.changed.iter().map(|changed| (changed.key, changed.entry));
                 (encode_entries(entries), difference.removed.iter().map(ToString::to_string).collect())
             }
-            None => (self.newest.encode(), Vec::new()),
+            Against::Unknown => (Vec::new(), Vec::new()),
+            Against::Held | Against::Nothing => (self.newest.encode(), Vec::new()),
         };
         Ok(pb::PullResponse {
             header: Some(header(self.version, self.newest.hash())),
-            full: self.full,
+            full: self.against.is_whole(),
             manifest: manifest.into(),
             shards: self.shards.into_iter().map(shard).collect::<Result<_, ApiError>>()?,
             removed,
+            held_wanted: matches!(self.against, Against::Unknown),
         })
     }
 }

@@ -88,6 +88,8 @@ pub enum Heard {
 pub enum Ask {
     /// What differs from the snapshot in use.
     Difference,
+    /// The same, of a controller that does not know that snapshot: it is told what is held.
+    Lacking,
     /// All of it.
     Everything,
 }
@@ -99,6 +101,8 @@ pub enum Pulled {
     Current,
     /// A snapshot to apply.
     Taken(Taken),
+    /// The controller does not know what is in use: it is to be told what is held.
+    Unknown,
     /// The difference does not fit what is in use: everything is to be asked for.
     Misfit(Refusal),
     /// It is refused; what is in use stays.
@@ -277,18 +281,27 @@ impl Ask {
     /// The request.
     #[must_use]
     pub fn request(self, current: Option<&Snapshot>) -> v1::PullRequest {
-        v1::PullRequest { have: current.filter(|_| self == Self::Difference).map(take::header) }
+        let told = current.filter(|_| self != Self::Everything);
+        let listed = told.filter(|_| self == Self::Lacking);
+        let hashes = listed.iter().flat_map(|current| current.manifest.entries());
+        v1::PullRequest {
+            have: told.map(take::header),
+            held: hashes.map(|(_, entry)| entry.hash.prefix()).collect(),
+        }
     }
 
     /// What the answer comes to.
     #[must_use]
     pub fn answered(self, pulled: &v1::PullResponse, follower: Follower<'_>) -> Pulled {
         let Follower { own, trust_domain, current } = follower;
+        if pulled.held_wanted && self == Self::Difference && current.is_some() {
+            return Pulled::Unknown;
+        }
         match take::take(pulled, current, own, trust_domain) {
             Ok(None) => Pulled::Current,
             Ok(Some(snapshot)) => Pulled::Taken(Taken(Arc::new(snapshot))),
             Err(refusal @ (Refusal::Snapshot(_) | Refusal::Compression { .. } | Refusal::Key(_)))
-                if current.is_some() && self == Self::Difference =>
+                if current.is_some() && self != Self::Everything =>
             {
                 Pulled::Misfit(refusal)
             }
@@ -413,5 +426,14 @@ mod tests {
         assert!(matches!(Ask::Difference.answered(&empty, bare), Pulled::Refused(_)));
         assert!(Ask::Difference.request(Some(&old)).have.is_some());
         assert!(Ask::Everything.request(Some(&old)).have.is_none());
+
+        // Whoever does not know what is in use asks once.
+        let unknown = v1::PullResponse { header: empty.header.clone(), held_wanted: true, ..empty.clone() };
+        assert!(matches!(Ask::Difference.answered(&unknown, follower), Pulled::Unknown));
+        assert!(matches!(Ask::Lacking.answered(&unknown, follower), Pulled::Misfit(_)));
+        assert!(matches!(Ask::Everything.answered(&unknown, follower), Pulled::Refused(_)));
+        let told = Ask::Lacking.request(Some(&old));
+        assert_eq!((told.held.len(), told.have.is_some()), (old.manifest.entries().count(), true));
+        assert!(Ask::Difference.request(Some(&old)).held.is_empty());
     }
 }

@@ -108,9 +108,17 @@ pub fn take(
         let bytes = decompress(shard)?;
         shards.insert(Hash::of(&bytes), bytes);
     }
-    let snapshot = match current.filter(|_| !pulled.full) {
-        Some(current) => current.next(offered, manifest_hash, &changes(pulled)?, &shards)?,
-        None => Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?,
+    let snapshot = match current {
+        Some(current) if !pulled.full => current.next(offered, manifest_hash, &changes(pulled)?, &shards)?,
+        current => {
+            // What was held need not be sent; that it has the hash it is listed with is checked again.
+            for (key, entry) in current.iter().flat_map(|current| current.manifest.entries()) {
+                if let Some(held) = current.and_then(|current| current.shard(key)) {
+                    shards.entry(entry.hash).or_insert_with(|| Arc::clone(held));
+                }
+            }
+            Snapshot::assemble(offered, manifest_hash, &pulled.manifest, &shards)?
+        }
     };
     belongs(&snapshot, own, trust_domain)?;
     Ok(Some(snapshot))
@@ -217,7 +225,7 @@ mod tests {
             full: true,
             manifest: snapshot.manifest_bytes().into(),
             shards: snapshot.shards.keys().map(|key| shard(snapshot, key)).collect(),
-            removed: Vec::new(),
+            ..v1::PullResponse::default()
         }
     }
 
@@ -231,6 +239,7 @@ mod tests {
             manifest: manifest::encode_entries(entries).into(),
             shards: difference.changed.iter().map(|changed| shard(new, changed.key)).collect(),
             removed: difference.removed.iter().map(ToString::to_string).collect(),
+            held_wanted: false,
         }
     }
 
@@ -325,6 +334,10 @@ mod tests {
         assert_eq!(pulled.shards.len(), 1);
         assert_eq!(taken(&pulled, Some(&old)).unwrap().unwrap(), new);
         assert!(matches!(taken(&pulled, None), Err(Refusal::Snapshot(SnapshotError::ManifestHash))));
+        // With the whole manifest the rest is what is held.
+        let listed = v1::PullResponse { full: true, manifest: new.manifest_bytes().into(), ..pulled.clone() };
+        assert_eq!(taken(&listed, Some(&old)).unwrap().unwrap(), new);
+        assert!(matches!(taken(&listed, None), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
         let mut lacking = pulled.clone();
         lacking.shards.clear();
         assert!(matches!(taken(&lacking, Some(&old)), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
@@ -347,7 +360,8 @@ mod tests {
         assert!(matches!(taken(&same_version, Some(&new)), Err(Refusal::NotNewer { .. })));
 
         let mut corrupt = pull(&new);
-        corrupt.shards[0].body_zstd = zstd::bulk::compress(b"something else", 3).unwrap().into();
+        let changed = corrupt.shards.iter_mut().find(|shard| shard.key.starts_with("inbound/")).unwrap();
+        changed.body_zstd = zstd::bulk::compress(b"something else", 3).unwrap().into();
         assert!(matches!(taken(&corrupt, Some(&old)), Err(Refusal::Snapshot(SnapshotError::Missing(_)))));
 
         let mut bomb = pull(&new);

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
+use weft_client::follow::Ask;
 use weft_client::take::{self, Refusal};
 use weft_client::{Backoff, CallError, Introduced};
 use weft_model::{Chain, ConfigVersion, TrustDomain};
@@ -203,11 +204,13 @@ impl Follower {
 
     async fn pull(&mut self, discovery: &mut DiscoveryClient<Introduced>) -> Result<(), CallError> {
         let began = Instant::now();
-        let have = self.current.as_deref().map(take::header);
-        let pulled = discovery.pull(v1::PullRequest { have }).await?.into_inner();
+        let mut pulled = self.ask(discovery, Ask::Difference).await?;
+        if pulled.held_wanted {
+            pulled = self.ask(discovery, Ask::Lacking).await?;
+        } else {
+            self.count(|shared| &shared.counters.full_pulls, usize::from(pulled.full));
+        }
         self.count(|shared| &shared.counters.pulls, 1);
-        self.count(|shared| &shared.counters.full_pulls, usize::from(pulled.full));
-        self.count(|shared| &shared.counters.pull_bytes, pulled.encoded_len() + FRAME_BYTES);
         let snapshots = &self.shared.snapshots;
         let taken = snapshots.take(&pulled, self.current.as_ref(), &self.member.instance, &self.trust_domain);
         match taken {
@@ -217,6 +220,16 @@ impl Follower {
             Err(_) => self.count(|shared| &shared.counters.refused, 1),
         }
         Ok(())
+    }
+
+    async fn ask(
+        &self,
+        discovery: &mut DiscoveryClient<Introduced>,
+        ask: Ask,
+    ) -> Result<v1::PullResponse, CallError> {
+        let pulled = discovery.pull(ask.request(self.current.as_deref())).await?.into_inner();
+        self.count(|shared| &shared.counters.pull_bytes, pulled.encoded_len() + FRAME_BYTES);
+        Ok(pulled)
     }
 
     fn apply(&mut self, snapshot: Arc<Snapshot>, began: Instant, spread: Duration) {

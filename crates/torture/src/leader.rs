@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::Channel;
 use weft_client::ControllerAddress;
 use weft_eventlog::Reader;
 use weft_identity::ca::CertificateAuthority;
@@ -32,7 +33,7 @@ use weft_routing::{Hash, Projection};
 use crate::controllers::{Client, Controller, Told, channel, declaration};
 use crate::phase::{Findings, PROGRESS_MAX, projected, verify};
 use crate::server::{Postgres, Session};
-use crate::watch::{head, read_all};
+use crate::watch::read_all;
 
 use fleet::Fleet;
 use sidecars::{Seen, Sidecar};
@@ -124,9 +125,17 @@ pub(crate) async fn leader(
     let clients = start_clients(&admin, &addresses, &told, &ending).await?;
     let authority = CertificateAuthority::load(&state.path().join("ca"))?;
     let sidecars = start_sidecars(&authority, &addresses, seed, &seen, &ending)?;
-    let mut scene =
-        Scene { session, url: url.clone(), seen: Arc::clone(&seen), rng: StdRng::seed_from_u64(seed) };
-    scene.publishes().await?;
+    let credential = admin.admin().await?;
+    let channels = addresses.iter().map(|address| channel(std::slice::from_ref(address), &credential));
+    let mut scene = Scene {
+        session,
+        channels: (1..).map(|n| format!("controller-{n}")).zip(channels).collect(),
+        told: Arc::clone(&told),
+        port: 1_000,
+        seen: Arc::clone(&seen),
+        rng: StdRng::seed_from_u64(seed),
+    };
+    scene.publishes(&fleet, None).await?;
 
     let mut takeovers: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     for round in 0..rounds {
@@ -139,7 +148,7 @@ pub(crate) async fn leader(
         }
     }
     fleet.wait_awake(fleet.all()).await?;
-    scene.publishes().await?;
+    scene.publishes(&fleet, None).await?;
     ending.store(true, Ordering::SeqCst);
     join(clients).await?;
     for ended in fleet.ended()? {
@@ -263,16 +272,32 @@ fn start_sidecars(
 struct Scene {
     /// Of the database's owner.
     session: Session,
-    url: String,
+    /// To each controller, for an operator of its own.
+    channels: Vec<(String, Channel)>,
+    told: Arc<Told>,
+    /// What the operator declares next.
+    port: u32,
     seen: Arc<Seen>,
     rng: StdRng,
 }
 
 impl Scene {
-    /// Waits until what is appended from now on is published.
-    async fn publishes(&self) -> anyhow::Result<()> {
-        let target = head(&self.url).await? + 1;
-        timeout(PUBLISH_MAX, self.seen.told_of(target)).await.context("nothing is published any more")
+    /// Changes something through the controllers that are awake, but for one, and waits until somebody is told of it.
+    async fn publishes(&mut self, fleet: &Fleet, but: Option<&str>) -> anyhow::Result<()> {
+        self.port = if self.port < 60_000 { self.port + 1 } else { 1_000 };
+        let awake = self.channels.iter().filter(|(name, _)| fleet.is_awake(name) && Some(&**name) != but);
+        let mut operator = Client {
+            channels: awake.map(|(_, channel)| channel.clone()).collect(),
+            service: "default/operator".to_owned(),
+            told: Arc::clone(&self.told),
+            pause: Duration::ZERO,
+        };
+        let published = async {
+            let position = operator.insist(&declaration("default/operator", self.port)).await;
+            self.seen.told_of(position.context("the operator is refused")?).await;
+            anyhow::Ok(())
+        };
+        timeout(PUBLISH_MAX, published).await.context("nothing is published any more")?
     }
 
     /// The one that leads, and is not paused.
@@ -320,7 +345,8 @@ impl Scene {
                 self.session.client.execute(SQL, &[]).await?;
             }
         }
-        self.publishes().await?;
+        let gone = matches!(fault, Fault::Pause | Fault::Kill).then_some(&*leader);
+        self.publishes(fleet, gone).await?;
         let took = began.elapsed();
         if fault == Fault::Kill {
             fleet.start_again(&leader).await?;

@@ -45,6 +45,9 @@ const PULL_BYTES_MAX: usize = 256 << 20;
 /// changed is not in its snapshot.
 const MISS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How often this sidecar goes to another controller at once, without a wait, because one ended its stream.
+const MOVE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A session ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
@@ -85,11 +88,25 @@ impl Subscriber {
         let staleness = watch_staleness(due.subscribe(), Arc::clone(&self.status));
         let follow = async {
             let mut controllers = self.config.controllers.clone();
+            // A fleet that starts at once is spread over them.
+            let first = self.rng.random_range(0..controllers.len().max(1));
+            controllers.rotate_left(first);
+            let mut moved: Option<Instant> = None;
             loop {
                 let tls = self.own.tls.client_config(ExpectedPeer::Controller, ALPN);
                 let channel = weft_client::channel(controllers.clone(), tls);
                 let Err(error) = self.session(&channel, &due).await;
                 if matches!(error, SessionError::Renewed) {
+                    continue;
+                }
+                // A controller that shuts down says so by ending the stream: there are others, and nothing is wrong.
+                if matches!(error, SessionError::Ended)
+                    && controllers.len() > 1
+                    && moved.is_none_or(|moved| moved.elapsed() > MOVE_INTERVAL)
+                {
+                    moved = Some(Instant::now());
+                    controllers.rotate_left(1);
+                    tracing::info!("the controller asked to go to another one");
                     continue;
                 }
                 if let SessionError::Call(error) = &error
@@ -277,12 +294,16 @@ impl Subscriber {
         session: &mut follow::Session,
     ) -> Result<(), SessionError> {
         let mut pulled = self.pull_once(discovery, Ask::Difference).await?;
+        if let Pulled::Unknown = pulled {
+            pulled = self.pull_once(discovery, Ask::Lacking).await?;
+        }
         if let Pulled::Misfit(refusal) = pulled {
             tracing::warn!(error = %Chain(&refusal), "the difference does not fit; pulling everything");
             pulled = self.pull_once(discovery, Ask::Everything).await?;
         }
         match pulled {
-            Pulled::Current => Ok(()),
+            // Unknown: only what was asked first is answered so.
+            Pulled::Current | Pulled::Unknown => Ok(()),
             Pulled::Taken(taken) => {
                 self.apply(taken, since, session).await;
                 Ok(())

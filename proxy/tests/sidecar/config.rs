@@ -10,6 +10,8 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use weft_model::{ConfigVersion, Epoch, Position};
 use weft_proto::v1;
+use weft_routing::manifest::decode_entries;
+use weft_routing::{Hash, Manifest};
 use weft_testkit::{reserve_loopback_port, wait_until};
 
 async fn pair() -> (Controller, App, Sidecar, Sidecar) {
@@ -96,6 +98,14 @@ async fn a_corrupted_snapshot_is_refused_and_the_old_one_goes_on() {
     let mut corrupted = controller.full_pull("default/db/db-1");
     corrupted.header.as_mut().unwrap().version =
         Some(wire_version(ConfigVersion::new(Epoch(1), Position(before.position.0 + 9))));
+    // A manifest of the hash that is announced lists something that nobody has, under an event that happened.
+    let mut entries = decode_entries(&corrupted.manifest).unwrap();
+    for entry in entries.values_mut() {
+        entry.hash = Hash::of(b"something that nobody has");
+    }
+    let listed = Manifest::new(entries);
+    corrupted.header.as_mut().unwrap().manifest_hash = listed.hash().0.to_vec().into();
+    corrupted.manifest = listed.encode().into();
     corrupted.shards[0] = shard(&corrupted.shards[0].key, b"not what the manifest says");
     controller.script(|state| {
         state.forged.insert("default/db/db-1".parse().unwrap(), corrupted);

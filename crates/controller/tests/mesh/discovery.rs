@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::Code;
 use tonic::transport::Channel;
-use weft_client::take;
+use weft_client::{command, take};
+use weft_identity::spiffe::Subject;
 use weft_model::{ConfigVersion, Epoch, Position, ServiceName};
 use weft_proto::v1 as pb;
 use weft_proto::v1::change::Change;
@@ -39,9 +40,14 @@ impl Sidecar {
     }
 
     async fn pull(&mut self) -> (Snapshot, pb::PullResponse) {
-        let answer =
-            self.client.pull(pb::PullRequest { have: self.have.clone() }).await.unwrap().into_inner();
-        if answer.full {
+        let mut request = pb::PullRequest { have: self.have.clone(), held: Vec::new() };
+        let mut answer = self.client.pull(request.clone()).await.unwrap().into_inner();
+        if answer.held_wanted {
+            assert!(answer.shards.is_empty() && answer.manifest.is_empty());
+            request.held = self.shards.keys().map(Hash::prefix).collect();
+            answer = self.client.pull(request).await.unwrap().into_inner();
+            assert!(answer.full && !answer.held_wanted);
+        } else if answer.full {
             self.shards.clear();
         }
         for shard in &answer.shards {
@@ -308,10 +314,44 @@ async fn a_known_manifest_gets_the_difference_and_an_unknown_one_everything() {
     unknown.manifest_hash = vec![7; 32].into();
     api.have = Some(unknown);
     let (again, answer) = api.pull().await;
+    assert!(answer.full && answer.shards.is_empty(), "it holds all of it");
+    assert_eq!(again, snapshot);
+    api.have = None;
+    let (again, answer) = api.pull().await;
     assert!(answer.full);
     assert_eq!(again, snapshot);
     let listed = Manifest::decode(&answer.manifest).unwrap().len();
     assert_eq!(answer.shards.len(), listed);
+    mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_was_away_gets_what_it_lacks_from_a_controller_that_never_saw_what_it_has() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web", "default/other"]).await;
+    let mut api = Sidecar::new(&mesh, "default/api/one");
+    api.pull().await;
+    // Far more than manifests are remembered.
+    for port in 100..150 {
+        mesh.apply(vec![declare("default/web", port)]).await;
+    }
+    let leave = pb::DeregisterInstanceRequest {
+        meta: Some(command("test")),
+        expected: None,
+        instance: "default/other/one".into(),
+    };
+    mesh.admin().deregister_instance(leave).await.unwrap();
+    mesh.projected().await;
+
+    let later = mesh.another("c2").await;
+    let one = Subject::Instance("default/api/one".parse().unwrap());
+    api.client = discovery(mesh.channel_at(&later, &one));
+    let (snapshot, answer) = api.pull().await;
+    let sent: Vec<_> = answer.shards.iter().map(|shard| shard.key.as_str()).collect();
+    assert_eq!(sent, ["endpoints/default/other", "endpoints/default/web"]);
+    let web = &snapshot.endpoints[&"default/web".parse().unwrap()];
+    assert_eq!(web.ports.iter().map(|port| port.port.number()).collect::<Vec<_>>(), [149]);
+    later.stop().await;
     mesh.controller.stop().await;
 }
 
@@ -323,7 +363,8 @@ async fn a_version_from_nowhere_is_a_rewound_log() {
     api.pull().await;
     let mut ahead = api.have.clone().unwrap();
     ahead.version = Some(pb::ConfigVersion { epoch: 1, position: 1_000_000 });
-    let status = api.client.pull(pb::PullRequest { have: Some(ahead.clone()) }).await.unwrap_err();
+    let status =
+        api.client.pull(pb::PullRequest { have: Some(ahead.clone()), held: Vec::new() }).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("LOG_REWOUND"), "{status:?}");
     let status = api

@@ -156,7 +156,7 @@ async fn a_restart_goes_on_where_it_was() {
 async fn readers_see_the_mesh_in_sql() {
     let mesh = busy().await;
     let mut sidecar = discovery(mesh.sidecar("default/api/one"));
-    let pulled = sidecar.pull(pb::PullRequest { have: None }).await.unwrap().into_inner().header;
+    let pulled = sidecar.pull(pb::PullRequest::default()).await.unwrap().into_inner().header;
     let applied = pulled.clone().unwrap().version.unwrap();
     let _stream =
         sidecar.subscribe(pb::SubscribeRequest { have: pulled, ..Default::default() }).await.unwrap();

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
+use weft_client::follow::{Ask, Follower, Pulled};
 use weft_client::{Backoff, CallError, ControllerAddress, command, take};
 use weft_identity::tls::TlsIdentity;
 use weft_model::{ConfigVersion, InstanceId, TrustDomain};
@@ -195,19 +196,29 @@ impl Sidecar {
             self.seen.told().patches += 1;
             return Some(snapshot);
         }
-        let request = pb::PullRequest { have: current.map(take::header) };
-        let pulled = answer(discovery.pull(request)).await.ok()?;
-        match take::take(&pulled, current, &self.instance, &self.trust_domain) {
-            Ok(snapshot) => {
-                self.seen.told().pulls += 1;
-                snapshot
-            }
-            Err(refusal) => {
-                let refusal = weft_model::Chain(&refusal).to_string();
-                self.seen.told().complaints.push(format!("{} refuses a pull: {refusal}", self.instance));
-                None
+        let follower = Follower { own: &self.instance, trust_domain: &self.trust_domain, current };
+        for ask in [Ask::Difference, Ask::Lacking] {
+            let pulled = answer(discovery.pull(ask.request(current))).await.ok()?;
+            match ask.answered(&pulled, follower) {
+                Pulled::Current => return None,
+                Pulled::Unknown => continue,
+                Pulled::Taken(taken) => {
+                    let mut told = self.seen.told();
+                    told.pulls += 1;
+                    // A difference, also from a controller that never saw what is held here.
+                    if current.is_some() && pulled.shards.len() >= taken.snapshot().shards.len() {
+                        told.complaints.push(format!("{} was sent everything", self.instance));
+                    }
+                    return Some(Snapshot::clone(taken.snapshot()));
+                }
+                Pulled::Misfit(refusal) | Pulled::Refused(refusal) => {
+                    let refusal = weft_model::Chain(&refusal).to_string();
+                    self.seen.told().complaints.push(format!("{} refuses a pull: {refusal}", self.instance));
+                    return None;
+                }
             }
         }
+        None
     }
 }
 

@@ -333,6 +333,7 @@ impl State {
             manifest: encode_entries(changed.map(|it| (it.key, it.entry))).into(),
             shards: shards.collect(),
             removed: difference.removed.iter().map(ToString::to_string).collect(),
+            held_wanted: false,
         };
         self.sent.insert(newest.hash().0.to_vec(), newest);
         Some(response)
