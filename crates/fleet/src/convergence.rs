@@ -109,6 +109,12 @@ impl Tracker {
         spreading.push(Arc::clone(&change));
         change
     }
+
+    /// It turned out that there is nothing to spread.
+    pub(crate) fn forget(&self, change: &Arc<Spreading>) {
+        let mut spreading = self.spreading.lock().unwrap_or_else(PoisonError::into_inner);
+        spreading.retain(|other| !Arc::ptr_eq(other, change));
+    }
 }
 
 impl Spreading {

@@ -36,8 +36,9 @@ use weft_identity::tls::{ExpectedPeer, TlsIdentity};
 use weft_proto::v1;
 use weft_proto::v1::change::Change as Wire;
 use weft_proto::v1::mesh_client::MeshClient;
+use weft_proto::v1::resource::Spec;
 
-use convergence::Tracker;
+use convergence::{Spreading, Tracker};
 use member::Member;
 use snapshots::Snapshots;
 
@@ -254,12 +255,46 @@ impl Fleet {
     }
 
     /// Reports the health of an endpoint of the target service, in its own name, and waits until every interested sidecar
-    /// runs it.
+    /// runs it. None if there is nothing to wait for, because the mesh damps an endpoint that flaps.
     ///
     /// # Errors
     /// It is refused, or does not spread.
-    pub async fn report(&self, endpoint: usize, health: v1::Health) -> Result<Convergence, FleetError> {
-        self.shared.converge(self.endpoint(endpoint)?.report(health)).await
+    pub async fn report(
+        &self,
+        endpoint: usize,
+        health: v1::Health,
+    ) -> Result<Option<Convergence>, FleetError> {
+        let member = self.endpoint(endpoint)?;
+        let began = Instant::now();
+        let response = member.report(health).await?;
+        let position = response.version.map(|version| version.position).unwrap_or_default();
+        // Before anything else, so that no sidecar's time is missed.
+        let spreading = self.shared.tracker.open(position, began);
+        let seen = self.seen(member).await?;
+        if member.seen.swap(seen, Ordering::Relaxed) == seen {
+            self.shared.tracker.forget(&spreading);
+            return Ok(None);
+        }
+        self.shared.wait(&spreading).await.map(Some)
+    }
+
+    /// An endpoint came anew: nobody has seen it yet.
+    fn unseen(&self, endpoint: usize) -> Result<(), FleetError> {
+        self.endpoint(endpoint)?.seen.store(v1::Health::Unknown.into(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// An endpoint's health as everybody sees it.
+    async fn seen(&self, member: &Member) -> Result<i32, FleetError> {
+        let request =
+            v1::GetRequest { kind: v1::Kind::Instance.into(), name: member.instance.to_string(), at: None };
+        let found = retry(|| {
+            let (mut operator, request) = (self.shared.operator.clone(), request.clone());
+            async move { operator.get(request).await }
+        });
+        let found = found.await.map_err(FleetError::of("asking for an endpoint"))?;
+        let found = found.resources.into_iter().next().and_then(|resource| resource.spec);
+        Ok(if let Some(Spec::Instance(instance)) = found { instance.health } else { 0 })
     }
 
     /// The instance that is this endpoint of the target service.
@@ -337,7 +372,10 @@ impl Shared {
 
     /// Waits until everybody who is interested runs this position or a later one.
     async fn settle(&self, position: u64, began: Instant) -> Result<Convergence, FleetError> {
-        let spreading = self.tracker.open(position, began);
+        self.wait(&self.tracker.open(position, began)).await
+    }
+
+    async fn wait(&self, spreading: &Spreading) -> Result<Convergence, FleetError> {
         let spread = timeout(LIMIT, spreading.done()).await;
         spread.map_err(|_| self.stuck("converged", spreading.count(), spreading.of()))?;
         Ok(spreading.convergence())

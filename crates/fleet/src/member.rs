@@ -1,6 +1,6 @@
 //! A simulated sidecar: who it is, and its session of the moment.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use weft_client::{command, retry};
 use weft_identity::credential::Credential;
@@ -23,6 +23,8 @@ pub(crate) struct Member {
     line: Arc<Line>,
     session: Mutex<Option<Session>>,
     revision: AtomicU64,
+    /// Its health as everybody saw it last, as the wire writes it.
+    pub(crate) seen: AtomicI32,
 }
 
 impl Member {
@@ -43,6 +45,7 @@ impl Member {
             line,
             session: Mutex::default(),
             revision: AtomicU64::new(1),
+            seen: AtomicI32::new(v1::Health::Healthy.into()),
         })
     }
 

@@ -18,7 +18,8 @@ pub enum Profile {
     Endpoint,
     /// Every endpoint of the target is replaced, one after the other: drained, taken out, registered, found healthy.
     Rolling,
-    /// A tenth of the target's endpoints go down and up all the time, all of them at once.
+    /// A tenth of the target's endpoints go down and up all the time, all of them at once. A mesh damps that: only the
+    /// first changes spread.
     Flap,
     /// The target's traffic policy changes.
     Policy,
@@ -92,8 +93,8 @@ pub async fn run(
     let steps = if profile == Profile::Reconnect { pace.changes.div_ceil(10) } else { pace.changes };
     for step in 0..steps {
         match profile {
-            Profile::Endpoint => spread.push(fleet.endpoint_step(step).await?),
-            Profile::Rolling => spread.push(fleet.rolling_step(step).await?),
+            Profile::Endpoint => spread.extend(fleet.endpoint_step(step).await?),
+            Profile::Rolling => spread.extend(fleet.rolling_step(step).await?),
             Profile::Flap => spread.extend(fleet.flap_step(step).await?),
             Profile::Policy => spread.push(fleet.policy_step(step).await?),
             Profile::Reconnect => cuts.push(fleet.cut(|_| {}).await?),
@@ -149,27 +150,32 @@ const ROLLING_STEPS: usize = 4;
 
 impl Fleet {
     /// One endpoint after the other goes down, and up again.
-    async fn endpoint_step(&self, step: usize) -> Result<Convergence, FleetError> {
+    async fn endpoint_step(&self, step: usize) -> Result<Option<Convergence>, FleetError> {
         let health = if step.is_multiple_of(2) { v1::Health::Unhealthy } else { v1::Health::Healthy };
         self.report((step / 2) % self.shared.plan.endpoints, health).await
     }
 
-    async fn rolling_step(&self, step: usize) -> Result<Convergence, FleetError> {
+    async fn rolling_step(&self, step: usize) -> Result<Option<Convergence>, FleetError> {
         let endpoint = (step / ROLLING_STEPS) % self.shared.plan.endpoints;
         let instance = self.instance(endpoint)?;
-        match step % ROLLING_STEPS {
-            0 => self.change(Wire::DrainInstance(v1::DrainInstance { instance })).await,
-            1 => self.change(Wire::DeregisterInstance(v1::DeregisterInstance { instance })).await,
-            2 => self.change(Wire::RegisterInstance(self.registration(endpoint)?)).await,
-            _ => self.report(endpoint, v1::Health::Healthy).await,
-        }
+        let change = match step % ROLLING_STEPS {
+            0 => Wire::DrainInstance(v1::DrainInstance { instance }),
+            1 => Wire::DeregisterInstance(v1::DeregisterInstance { instance }),
+            2 => {
+                self.unseen(endpoint)?;
+                Wire::RegisterInstance(self.registration(endpoint)?)
+            }
+            _ => return self.report(endpoint, v1::Health::Healthy).await,
+        };
+        self.change(change).await.map(Some)
     }
 
-    /// Some endpoints change at once; each such report is a change of its own.
+    /// Some endpoints change at once; each such report is a change of its own, until the mesh damps them.
     async fn flap_step(&self, step: usize) -> Result<Vec<Convergence>, FleetError> {
         let health = if step.is_multiple_of(2) { v1::Health::Unhealthy } else { v1::Health::Healthy };
         let flapping = self.shared.plan.endpoints.div_ceil(10);
-        try_join_all((0..flapping).map(|endpoint| self.report(endpoint, health))).await
+        let spread = try_join_all((0..flapping).map(|endpoint| self.report(endpoint, health))).await?;
+        Ok(spread.into_iter().flatten().collect())
     }
 
     async fn policy_step(&self, step: usize) -> Result<Convergence, FleetError> {

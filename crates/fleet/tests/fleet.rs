@@ -60,6 +60,10 @@ async fn goes_through_everything(per_connection: usize) {
             assert_eq!((outcome.notices_per_change, outcome.pulls), (1.0, 0), "{outcome:?}");
         }
     }
+    // The mesh damps an endpoint that flaps: what it hides does not spread, and nobody waits for it.
+    let flapping = Pace { changes: 16, pause: Duration::ZERO };
+    let outcome = profile::run(&fleet, Profile::Flap, flapping, |_| {}).await.unwrap();
+    assert!((1..16).contains(&outcome.changes), "{outcome:?}");
     // Nothing changed for them while they were away, so nothing was pulled.
     let before = fleet.counts();
     fleet.cut(|_| {}).await.unwrap();

@@ -3,11 +3,13 @@
 mod change_cost;
 mod convergence;
 mod failover;
+mod flapper;
 mod unused;
 
 pub(crate) use change_cost::{change_cost, change_size};
 pub(crate) use convergence::convergence;
 pub(crate) use failover::failover;
+pub(crate) use flapper::flapper;
 pub(crate) use unused::unused;
 
 use weft_fleet::{Fleet, Plan, Progress};

@@ -136,6 +136,7 @@ impl Bench {
         figures::change_size(self).await?;
         figures::change_cost(self).await?;
         figures::failover(self).await?;
+        figures::flapper(self);
         figures::unused(self).await?;
         Ok(())
     }

@@ -17,6 +17,7 @@ const KEYS: &[&str] = &[
     "reconnect_10000_s",
     "memory_kib_per_sidecar",
     "leader_kill_to_publish_p99_s",
+    "flapper",
     "unused_services_bytes",
 ];
 
