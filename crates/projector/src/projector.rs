@@ -15,9 +15,13 @@
 //! was killed): `store/lease.rs`. All of this is liveness; safety is the term's.
 //!
 //! **What is published.** Both leader and follower publish a batch only when the checkpoint covers it: the leader when
-//! its own transaction is done, a follower when it reads so. A batch that failed to be written stays pending. Because
+//! its own transaction is done, a follower when it reads so, and if the log has both the checkpoint's event and the last one that
+//! it has folded: else the two may be of different histories, which positions do not tell. A batch that failed to be written stays pending. Because
 //! the fold is a function of the log (I2), the pending batches of two controllers hold the same content, and it does
 //! not matter which of them writes.
+//!
+//! **A log that lost its end** may have been read further than it goes now, by a leader that has not noticed yet. Its rows would be of
+//! events that are not there; so the same condition asks whether the log has the event that they end with.
 //!
 //! **A commit without an answer** may or may not have taken place. The leader then steps down, takes the lease anew
 //! (a new term) and goes on from the checkpoint that it finds.
@@ -244,10 +248,12 @@ impl Projector {
     }
 
     async fn look_at_checkpoint(&mut self) {
-        match self.store.checkpoint().await {
-            Ok(checkpoint) => {
+        match self.store.covered(self.folded).await {
+            Ok(Some(checkpoint)) => {
                 self.publish(checkpoint);
             }
+            // Of another history than what was folded: one of the two was lost, as the tail will find, or an operator.
+            Ok(None) => {}
             Err(error) => tracing::debug!(error = %Chain(&error), "the checkpoint cannot be read"),
         }
     }

@@ -181,6 +181,16 @@ impl RowChanges {
         self.policies.extend(next.policies);
     }
 
+    /// Makes changes to all rows, as a database does: what is not to be there is not.
+    pub fn write(&mut self, changes: Self) {
+        self.merge(changes);
+        self.shards.retain(|_, row| row.is_some());
+        self.classes.retain(|_, row| row.is_some());
+        self.manifests.retain(|_, row| row.is_some());
+        self.sidecars.retain(|_, row| row.is_some());
+        self.drop_absent();
+    }
+
     /// What turns `stored` into `self`, both being all rows.
     #[must_use]
     pub fn since(&self, stored: &Self) -> Self {

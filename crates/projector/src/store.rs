@@ -74,7 +74,8 @@ fn failed(doing: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
 pub enum Commit {
     /// It did.
     Done,
-    /// Somebody else leads, or the checkpoint is not where it was thought to be. Nothing was written.
+    /// Somebody else leads, the checkpoint is not where it was thought to be, or the log lacks the new one's event. Nothing was
+    /// written.
     Fenced,
 }
 
@@ -142,6 +143,27 @@ impl Store {
         Ok(row.map(|row| version(row.get(0), row.get(1))).unwrap_or_default())
     }
 
+    /// How far the log is projected, for a fold that ends with this event. None if the log lacks the one or the other, so that the
+    /// rows may be of another history than what was folded.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn covered(
+        &self,
+        folded: Option<(Position, EventHash)>,
+    ) -> Result<Option<ConfigVersion>, StoreError> {
+        const SQL: &str = "select epoch, position from weft.projection as projection where name = $1 \
+             and (projection.hash is null \
+             or exists (select from weft.event where event.position = projection.position and event.hash = projection.hash) \
+             or exists (select from weft.log_segment where last_position >= projection.position)) \
+             and ($2::bigint = 0 or exists (select from weft.event where event.position = $2 and event.hash = $3) \
+             or exists (select from weft.log_segment where last_position >= $2))";
+        let (position, hash) = folded.unwrap_or((Position::ZERO, EventHash::GENESIS));
+        let row = sqlx::query(SQL).bind(PROJECTION).bind(position.0.cast_signed()).bind(&hash.0[..]);
+        let row = row.fetch_optional(&self.pool).await.map_err(failed("read the checkpoint"))?;
+        Ok(row.map(|row| version(row.get(0), row.get(1))))
+    }
+
     /// How far the log is projected, as a point of the log; none if nothing is, or an earlier version of Weft wrote it.
     ///
     /// # Errors
@@ -178,7 +200,8 @@ impl Store {
             .unwrap_or_default())
     }
 
-    /// Moves the checkpoint from `old` to `new`, which has this chain hash, and writes the rows that change, in one transaction.
+    /// Moves the checkpoint from `old` to `new`, which has this chain hash, and writes the rows that change, in one transaction; if
+    /// the log has that event. A writer whose memory holds what a restored backup lacks writes nothing.
     ///
     /// # Errors
     /// If the database fails. Whether the transaction took place may be unknown: take the lease anew and compare.
@@ -191,7 +214,9 @@ impl Store {
     ) -> Result<Commit, StoreError> {
         const FENCE: &str = "update weft.projection set epoch = $4, position = $5, hash = $6, \
                              updated_at = clock_timestamp() \
-                             where name = $1 and term = $2 and position = $3";
+                             where name = $1 and term = $2 and position = $3 and ($6::bytea is null \
+                             or exists (select from weft.event where event.position = $5 and event.hash = $6) \
+                             or exists (select from weft.log_segment where last_position >= $5))";
         let failed = failed("write the projection");
         let mut transaction = self.pool.begin().await.map_err(&failed)?;
         // First, because it also locks the checkpoint: whoever takes the lease now waits for this transaction.

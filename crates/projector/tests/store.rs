@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 use uuid::Uuid;
-use weft_eventlog::migrate;
+use weft_eventlog::{EventHash, migrate};
 use weft_model::membership::Upstreams;
 use weft_model::mesh::MeshDefaults;
 use weft_model::{ConfigVersion, Epoch, Position};
@@ -157,6 +157,17 @@ async fn a_leader_that_wakes_after_its_term_writes_nothing() {
     // Nor does the present leader, if the checkpoint is not where it thinks.
     assert_eq!(commit(&b, lease.term, 5, 9).await, Commit::Fenced);
     assert_eq!(b.checkpoint().await.unwrap(), at(7));
+}
+
+#[tokio::test]
+async fn rows_of_an_event_that_the_log_does_not_have_are_not_written() {
+    let (_database, store, _) = stores().await;
+    let mut wanting = Wanting::new(&store).await;
+    let lease = wanting.acquire().await.unwrap();
+    let lost = (at(5), Some(EventHash([5; 32])));
+    let rows = RowChanges::default();
+    assert_eq!(store.commit(lease.term, Position(0), lost, &rows).await.unwrap(), Commit::Fenced);
+    assert_eq!(store.checkpoint().await.unwrap().position, Position(0));
 }
 
 #[tokio::test]
