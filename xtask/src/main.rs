@@ -6,6 +6,7 @@
 mod bench;
 mod cargo;
 mod check;
+mod simulate;
 mod test;
 mod torture;
 mod up;
@@ -31,6 +32,9 @@ enum Task {
     Test(test::Test),
     /// Break things on purpose, and prove that nothing was lost
     Torture(torture::Torture),
+    /// Run the control plane's decisions in one thread with one seed, under faults, and check every invariant
+    #[command(disable_help_flag = true)]
+    Simulate(simulate::Simulate),
     /// Check format, lints, the layering of the crates, and the dependencies
     Check(check::Check),
     /// Measure, on a real PostgreSQL
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Task::Up(up) => up.run(),
         Task::Test(test) => test.run(),
         Task::Torture(torture) => torture.run(),
+        Task::Simulate(simulate) => simulate.run(),
         Task::Check(check) => check.run(),
         Task::Bench(bench) => bench.run(),
     };

@@ -280,7 +280,10 @@ pub(crate) fn health_report(
 }
 
 /// What a sidecar says that it has.
-pub(crate) fn header(
+///
+/// # Errors
+/// If no log can have it.
+pub fn header(
     field: &str,
     header: Option<pb::SnapshotHeader>,
 ) -> Result<Option<(ConfigVersion, Hash)>, ApiError> {
