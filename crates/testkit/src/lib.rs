@@ -1,7 +1,8 @@
-//! What tests of several crates share. A dev-dependency only.
+//! What tests of several crates share, and programs that are tests.
 //!
 //! - [`TestDatabase`]: an empty database on a real PostgreSQL server, for one test, dropped afterwards.
 //! - [`wait_until`]: waits on a condition for a bounded time, instead of sleeping.
+//! - [`Line`]: a TCP line that can be cut and healed.
 //! - [`reserve_loopback_port`]: a free port, for what cannot bind port 0 itself.
 //!
 //! Everything here panics instead of returning errors: a test that cannot run has failed.
@@ -13,9 +14,11 @@
 )]
 
 mod database;
+mod line;
 mod wait;
 
 pub use database::TestDatabase;
+pub use line::{Line, Passes};
 pub use wait::wait_until;
 
 /// A loopback port that nothing listens on and that the kernel gives to nobody else for a minute.

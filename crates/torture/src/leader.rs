@@ -18,6 +18,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::Channel;
@@ -29,6 +30,7 @@ use weft_identity::tls::TlsIdentity;
 use weft_model::{ConfigVersion, InstanceId, Position, Timestamp};
 use weft_projector::Decoder;
 use weft_routing::{Hash, Projection};
+use weft_testkit::{Line, Passes};
 
 use crate::controllers::{Client, Controller, Told, channel, declaration};
 use crate::phase::{Findings, PROGRESS_MAX, projected, verify};
@@ -44,6 +46,11 @@ const CONTROLLERS: usize = 6;
 const BOUND: usize = 1;
 /// Sidecars that go from one controller to the next.
 const ROVING: usize = 4;
+/// Those among them that may be cut off from all controllers.
+const CUT_OFF: usize = 2;
+/// For how long, in the short and in the long form: also longer than a controller takes to notice, and hundreds of events.
+const CUT: [(Duration, Duration); 2] =
+    [(Duration::from_secs(1), Duration::from_secs(8)), (Duration::from_secs(1), Duration::from_secs(40))];
 /// Clients at once, each with a service of its own.
 const CLIENTS: usize = 3;
 /// Between two changes of a client.
@@ -54,8 +61,9 @@ const PUBLISH_MAX: Duration = Duration::from_secs(60);
 const PAUSE: [(Duration, Duration); 2] =
     [(Duration::from_secs(3), Duration::from_secs(6)), (Duration::from_secs(10), Duration::from_secs(60))];
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+/// What may be done to the one that leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Fault {
     /// The leader is stopped where it is, and goes on later.
     Pause,
     /// The leader is killed, and started again.
@@ -94,13 +102,25 @@ impl Fault {
     }
 }
 
-/// So many faults.
+/// How much is done.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    /// Faults of the one that leads.
+    pub(crate) rounds: u64,
+    /// Only these, if there are any.
+    pub(crate) only: Vec<Fault>,
+    /// Times that sidecars are cut off from all controllers.
+    pub(crate) cuts: u64,
+    /// Pauses and cuts are long.
+    pub(crate) long: bool,
+}
+
+/// All of it.
 pub(crate) async fn leader(
     server: &Postgres,
     program: &Path,
-    seed: u64,
-    rounds: u64,
-    long: bool,
+    plan: &Plan,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     const DATABASE: &str = "leader";
@@ -124,7 +144,9 @@ pub(crate) async fn leader(
     let ending = Arc::new(AtomicBool::new(false));
     let clients = start_clients(&admin, &addresses, &told, &ending).await?;
     let authority = CertificateAuthority::load(&state.path().join("ca"))?;
-    let sidecars = start_sidecars(&authority, &addresses, seed, &seen, &ending)?;
+    let lines = Lines::to(&addresses).await?;
+    let mut sidecars = Sidecars::new(authority, plan.seed, &seen, &ending);
+    sidecars.start(&addresses, &lines)?;
     let credential = admin.admin().await?;
     let channels = addresses.iter().map(|address| channel(std::slice::from_ref(address), &credential));
     let mut scene = Scene {
@@ -133,15 +155,18 @@ pub(crate) async fn leader(
         told: Arc::clone(&told),
         port: 1_000,
         seen: Arc::clone(&seen),
-        rng: StdRng::seed_from_u64(seed),
+        rng: StdRng::seed_from_u64(plan.seed),
     };
     scene.publishes(&fleet, None).await?;
 
-    let mut takeovers: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
-    for round in 0..rounds {
-        let fault = Fault::DRAWN[scene.rng.random_range(0..Fault::DRAWN.len())];
-        let took = scene.fault(fault, &mut fleet, long).await.with_context(|| format!("round {round}"))?;
-        takeovers.entry(fault.name()).or_default().push(took);
+    let drawn = Fault::DRAWN.into_iter().filter(|fault| plan.only.is_empty() || plan.only.contains(fault));
+    let drawn: Vec<Fault> = drawn.collect();
+    let mut times: BTreeMap<String, Vec<Duration>> = BTreeMap::new();
+    for round in 0..plan.rounds {
+        let fault = drawn[scene.rng.random_range(0..drawn.len())];
+        let took = scene.fault(fault, &mut fleet, plan.long).await;
+        let took = took.with_context(|| format!("round {round}"))?;
+        times.entry(format!("{}, published again", fault.name())).or_default().push(took);
         findings.count(fault.name());
         if round % 20 == 19 {
             crate::say(&format!("{} faults", round + 1));
@@ -149,13 +174,18 @@ pub(crate) async fn leader(
     }
     fleet.wait_awake(fleet.all()).await?;
     scene.publishes(&fleet, None).await?;
+    for cut in 0..plan.cuts {
+        let (kind, took) = scene.cut(&lines, &sidecars.cut_off, cut, plan.long).await?;
+        times.entry("line healed, at head again".to_owned()).or_default().push(took);
+        findings.count(kind);
+    }
     ending.store(true, Ordering::SeqCst);
     join(clients).await?;
     for ended in fleet.ended()? {
         findings.complain(ended);
     }
     projected(&url, findings).await?;
-    join(sidecars).await?;
+    join(sidecars.tasks).await?;
 
     audit::judge(&scene.session, findings).await?;
     judge(&url, &seen, findings).await?;
@@ -163,14 +193,14 @@ pub(crate) async fn leader(
     findings.verdict += told.judge(&log);
     findings.acknowledged += told.acknowledged();
     findings.events += log.len() as u64;
-    for (fault, times) in &mut takeovers {
+    for (what, mut times) in times {
         times.sort();
-        findings.times.insert((*fault).to_owned(), Times::of(times));
+        findings.times.insert(what, Times::of(&times));
     }
     verify(&url, findings).await
 }
 
-/// How long it took from a fault to the next publication, in milliseconds.
+/// How long something took, in milliseconds.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub(crate) struct Times {
     p50_ms: u128,
@@ -192,7 +222,7 @@ impl Times {
 impl std::fmt::Display for Times {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { p50_ms, p99_ms, max_ms } = self;
-        write!(f, "published again after {p50_ms} ms (p50), {p99_ms} ms (p99), {max_ms} ms at most")
+        write!(f, "{p50_ms} ms (p50), {p99_ms} ms (p99), {max_ms} ms at most")
     }
 }
 
@@ -237,36 +267,81 @@ async fn start_clients(
     Ok(tasks)
 }
 
-fn start_sidecars(
-    authority: &CertificateAuthority,
-    addresses: &[ControllerAddress],
+/// Lines to all controllers.
+struct Lines(Vec<Line>);
+
+impl Lines {
+    async fn to(addresses: &[ControllerAddress]) -> anyhow::Result<Self> {
+        let mut lines = Vec::new();
+        for address in addresses {
+            lines.push(Line::to(address.to_string().parse()?).await?);
+        }
+        Ok(Self(lines))
+    }
+
+    fn addresses(&self) -> anyhow::Result<Vec<ControllerAddress>> {
+        Ok(self.0.iter().map(|line| line.address().to_string().parse()).collect::<Result<_, _>>()?)
+    }
+
+    fn set(&self, passes: Passes) {
+        self.0.iter().for_each(|line| line.set(passes));
+    }
+}
+
+struct Sidecars {
+    authority: CertificateAuthority,
     seed: u64,
-    seen: &Arc<Seen>,
-    ending: &Arc<AtomicBool>,
-) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
-    const LEAF: Duration = Duration::from_secs(24 * 3_600);
-    let bound = addresses.iter().flat_map(|address| (0..BOUND).map(|_| vec![address.clone()]));
-    let roving = (0..ROVING).map(|n| {
-        let mut from = addresses.to_vec();
-        from.rotate_left(n % addresses.len());
-        from
-    });
-    let mut tasks = JoinSet::new();
-    for (n, controllers) in bound.chain(roving).enumerate() {
+    seen: Arc<Seen>,
+    ending: Arc<AtomicBool>,
+    tasks: JoinSet<anyhow::Result<()>>,
+    /// How far those are that may be cut off.
+    cut_off: Vec<watch::Receiver<u64>>,
+}
+
+impl Sidecars {
+    fn new(authority: CertificateAuthority, seed: u64, seen: &Arc<Seen>, ending: &Arc<AtomicBool>) -> Self {
+        let (seen, ending) = (Arc::clone(seen), Arc::clone(ending));
+        Self { authority, seed, seen, ending, tasks: JoinSet::new(), cut_off: Vec::new() }
+    }
+
+    fn start(&mut self, addresses: &[ControllerAddress], lines: &Lines) -> anyhow::Result<()> {
+        for address in addresses {
+            for _ in 0..BOUND {
+                self.start_one(vec![address.clone()])?;
+            }
+        }
+        for n in 0..ROVING {
+            let mut from = addresses.to_vec();
+            from.rotate_left(n % addresses.len());
+            self.start_one(from)?;
+        }
+        for _ in 0..CUT_OFF {
+            let at = self.start_one(lines.addresses()?)?;
+            self.cut_off.push(at);
+        }
+        Ok(())
+    }
+
+    fn start_one(&mut self, controllers: Vec<ControllerAddress>) -> anyhow::Result<watch::Receiver<u64>> {
+        const LEAF: Duration = Duration::from_secs(24 * 3_600);
+        let n = self.tasks.len();
         let instance: InstanceId = format!("default/watch/watch-{n}").parse()?;
         let now = Timestamp(jiff::Timestamp::now().as_millisecond());
-        let credential = authority.issue_credential(&Subject::Instance(instance.clone()), now, LEAF)?;
+        let subject = Subject::Instance(instance.clone());
+        let credential = self.authority.issue_credential(&subject, now, LEAF)?;
+        let (at, reached) = watch::channel(0);
         let sidecar = Sidecar {
             trust_domain: credential.spiffe_id().trust_domain.clone(),
             instance,
             who: TlsIdentity::new(credential),
             controllers,
-            seen: Arc::clone(seen),
-            rng: StdRng::seed_from_u64(seed.wrapping_add(1 + n as u64)),
+            seen: Arc::clone(&self.seen),
+            at,
+            rng: StdRng::seed_from_u64(self.seed.wrapping_add(1 + n as u64)),
         };
-        tasks.spawn(sidecar.run(Arc::clone(ending)));
+        self.tasks.spawn(sidecar.run(Arc::clone(&self.ending)));
+        Ok(reached)
     }
-    Ok(tasks)
 }
 
 struct Scene {
@@ -315,6 +390,32 @@ impl Scene {
             }
         };
         timeout(PUBLISH_MAX, found).await.context("nobody leads")?
+    }
+
+    /// Cuts some sidecars off from all controllers for a while, and says how long they took to be where the others were when the lines
+    /// were healed.
+    async fn cut(
+        &mut self,
+        lines: &Lines,
+        cut_off: &[watch::Receiver<u64>],
+        number: u64,
+        long: bool,
+    ) -> anyhow::Result<(&'static str, Duration)> {
+        let (passes, kind) = match number % 2 {
+            0 => (Passes::NoConnection, "lines cut"),
+            _ => (Passes::Nothing, "lines silent"),
+        };
+        let (shortest, longest) = CUT[usize::from(long)];
+        lines.set(passes);
+        sleep(shortest + (longest - shortest).mul_f64(self.rng.random())).await;
+        let (healed, target) = (Instant::now(), self.seen.newest());
+        lines.set(Passes::Everything);
+        for at in cut_off {
+            let mut at = at.clone();
+            let reached = timeout(PUBLISH_MAX, at.wait_for(|at| *at >= target)).await;
+            reached.context("a sidecar does not come back")?.context("a sidecar has ended")?;
+        }
+        Ok((kind, healed.elapsed()))
     }
 
     /// Does it, and says how long nothing was published.
@@ -393,7 +494,7 @@ async fn judge(url: &str, seen: &Seen, findings: &mut Findings) -> anyhow::Resul
     if !by_position.is_empty() {
         findings.complain(format!("{} versions that are not in the log", by_position.len()));
     }
-    if told.applied.len() < BOUND * CONTROLLERS + ROVING || told.patches == 0 || told.pulls == 0 {
+    if told.applied.len() < BOUND * CONTROLLERS + ROVING + CUT_OFF || told.patches == 0 || told.pulls == 0 {
         findings.complain("not every sidecar took part, so little is proved");
     }
     findings.complaints.extend(told.complaints.iter().cloned());

@@ -92,9 +92,15 @@ struct LeaderArgs {
     /// The long form: some ten minutes instead of half of one, with pauses of ten seconds to a minute
     #[arg(long)]
     long: bool,
-    /// Faults
+    /// Faults of the one that leads
     #[arg(long)]
     rounds: Option<u64>,
+    /// Only these faults
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<leader::Fault>,
+    /// Times that sidecars are cut off from all controllers
+    #[arg(long)]
+    cuts: Option<u64>,
     /// The controller's program [default: the one beside this program]
     #[arg(long)]
     controller: Option<PathBuf>,
@@ -236,15 +242,22 @@ async fn torture(args: &Args) -> anyhow::Result<bool> {
 
 async fn torture_leader(args: &LeaderArgs) -> anyhow::Result<bool> {
     let seed = args.seed.unwrap_or_else(rand::random);
-    let rounds = args.rounds.unwrap_or(if args.long { 200 } else { 10 });
+    let (rounds, cuts) = if args.long { (200, 20) } else { (8, 2) };
+    let plan = leader::Plan {
+        seed,
+        rounds: args.rounds.unwrap_or(rounds),
+        only: args.only.clone(),
+        cuts: args.cuts.unwrap_or(cuts),
+        long: args.long,
+    };
     let form = if args.long { " --long" } else { "" };
-    let repeat = format!("cargo xtask torture leader --seed {seed} --rounds {rounds}{form}");
+    let repeat = format!("cargo xtask torture leader --seed {seed} --rounds {}{form}", plan.rounds);
     say(&format!("seed {seed}"));
     let program = program(args.controller.as_deref())?;
     let began = Instant::now();
     let server = Postgres::start(None).await?;
     let (mut report, mut findings) = (Report::new(seed, args.long), Findings::default());
-    let done = leader::leader(&server, &program, seed, rounds, args.long, &mut findings);
+    let done = leader::leader(&server, &program, &plan, &mut findings);
     done.await.with_context(|| format!("to repeat: {repeat}"))?;
     for complaint in findings.complaints.iter().take(10) {
         say(complaint);

@@ -60,6 +60,11 @@ impl Seen {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The newest event that anybody was told of.
+    pub(super) fn newest(&self) -> u64 {
+        *self.newest.borrow()
+    }
+
     /// Waits until somebody was told of an event.
     pub(super) async fn told_of(&self, position: u64) {
         // The sender lives in this value.
@@ -86,6 +91,8 @@ pub(super) struct Sidecar {
     /// Those that it goes to, in turn.
     pub(super) controllers: Vec<ControllerAddress>,
     pub(super) seen: Arc<Seen>,
+    /// The newest event of which it was told, once it runs what it was told with it.
+    pub(super) at: watch::Sender<u64>,
     pub(super) rng: StdRng,
 }
 
@@ -139,6 +146,7 @@ impl Sidecar {
             self.hear(&notice).await?;
             let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
             if wanted.is_none() || wanted <= current.as_ref().map(|current| current.version) {
+                self.reached(&notice);
                 continue;
             }
             let Some(snapshot) = self.fetch(&mut discovery, &notice, current.as_deref()).await else {
@@ -147,12 +155,18 @@ impl Sidecar {
             self.seen.told().applied.entry(self.instance.clone()).or_default().push(snapshot.version);
             let applied = Some(take::header(&snapshot));
             *current = Some(Arc::new(snapshot));
+            self.reached(&notice);
             let ack = pb::AckRequest { applied, took_ms: 0, ..Default::default() };
             if answer(discovery.ack(ack)).await.is_err() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    fn reached(&self, notice: &pb::Notice) {
+        let head = notice.head.as_ref().map_or(0, |head| head.position);
+        self.at.send_if_modified(|at| std::mem::replace(at, head.max(*at)) < head);
     }
 
     /// Notes what a notice says, and whether that was committed.
