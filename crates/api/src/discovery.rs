@@ -233,7 +233,18 @@ impl discovery_server::Discovery for Discovery {
             tracing::warn!(%instance, error = %error.escape_debug(), "a sidecar refused its snapshot");
         }
         // Somebody without a stream is remembered too, but only if it takes part: that bounds what is kept.
-        if self.context.view.published(|published| published.wanted(instance).is_some()) {
+        let wanted = self.context.view.published(|published| {
+            published.wanted(instance).map(|wanted| (wanted.version, wanted.class.manifest.hash()))
+        });
+        if let (Some(wanted), Some(applied)) = (wanted, applied)
+            && wanted.0 == applied.0
+            && wanted.1 != applied.1
+        {
+            metrics::counter!("weft_api_acks_total", "result" => "other_content").increment(1);
+            tracing::error!(%instance, version = %wanted.0, published = %wanted.1, runs = %applied.1,
+                "a sidecar runs other content than was published at its version; restart it");
+        }
+        if wanted.is_some() {
             self.context.acks.record(instance, Said { applied, took_ms, error, swaps });
         }
         Ok(Response::new(pb::AckResponse {}))

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{Patch, Published, PublishedShard, ShardPatch};
+use weft_projector::{Patch, Published, PublishedShard, ShardChange, ShardPatch};
 use weft_proto::v1 as pb;
 use weft_routing::manifest::{Changed, encode_entries};
-use weft_routing::{Hash, Manifest, ShardKey};
+use weft_routing::{Hash, Manifest, ShardKey, Splice};
 
 use crate::convert::config_version;
 use crate::status::ApiError;
@@ -133,16 +133,36 @@ impl Plan {
     }
 }
 
-/// A patch in the words of the wire.
-pub(crate) fn patch(patch: &Patch) -> pb::Patch {
-    let shard = |shard: &ShardPatch| pb::ShardPatch {
-        key: shard.key.to_string(),
-        position: shard.position.0,
-        delta_zstd: shard.delta.clone(),
-        // Bounded by what a shard may have.
-        length: u32::try_from(shard.length).unwrap_or(u32::MAX),
+/// A patch that leads to `wanted`, in the words of the wire.
+pub(crate) fn patch(patch: &Patch, wanted: ConfigVersion) -> pb::Patch {
+    // Places and lengths are bounded by what a manifest and a shard may have.
+    let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    let shard = |shard: &ShardPatch| {
+        let mut told = pb::ShardPatch {
+            place: number(shard.place),
+            before: wanted.position.0.saturating_sub(shard.position.0),
+            ..pb::ShardPatch::default()
+        };
+        match &shard.change {
+            Some(ShardChange::Splice(splice)) => {
+                let Splice { at, cut, put } = &**splice;
+                told.splice =
+                    Some(pb::Splice { at: number(*at), cut: number(*cut), put: put.clone().into() });
+            }
+            Some(ShardChange::Delta { zstd, length }) => {
+                (told.delta_zstd, told.length) = (zstd.clone(), number(*length));
+            }
+            None => {}
+        }
+        told
     };
     pb::Patch { base: patch.base.prefix(), shards: patch.shards.iter().map(shard).collect() }
+}
+
+/// A header whose hash is only how it begins.
+pub(crate) fn short_header(version: ConfigVersion, hash: Hash) -> pb::SnapshotHeader {
+    let manifest_hash = hash.start().bytes().to_vec().into();
+    pb::SnapshotHeader { version: Some(config_version(version)), manifest_hash }
 }
 
 pub(crate) fn header(version: ConfigVersion, hash: Hash) -> pb::SnapshotHeader {

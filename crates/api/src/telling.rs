@@ -18,7 +18,7 @@ use weft_proto::v1 as pb;
 use weft_routing::Hash;
 
 use crate::convert::config_version;
-use crate::pull::{self, header};
+use crate::pull::{self, header, short_header};
 
 /// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -89,11 +89,18 @@ impl News {
     pub fn notice(&self, witness: Bytes, ack_spread: Duration) -> pb::Notice {
         let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
         pb::Notice {
-            wanted: self.wanted.map(|(version, hash)| header(version, hash)),
+            wanted: self.wanted.map(|(version, hash)| match self.patch {
+                Some(_) => short_header(version, hash),
+                None => header(version, hash),
+            }),
             head: Some(config_version(self.head)),
             heartbeat_ms: millis(HEARTBEAT),
             witness,
-            patch: self.patch.as_deref().map(pull::patch),
+            patch: self
+                .patch
+                .as_deref()
+                .zip(self.wanted)
+                .map(|(patch, (wanted, _))| pull::patch(patch, wanted)),
             ack_spread_ms: millis(ack_spread),
         }
     }

@@ -177,7 +177,7 @@ impl Session {
         let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
         let Some(wanted) = wanted else { return Heard::Nothing };
         if let Some(current) = follower.current {
-            if wanted == current.version {
+            if wanted == current.version && announces(notice, current) {
                 return Heard::Current;
             }
             if wanted < current.version {
@@ -277,6 +277,12 @@ impl Session {
     }
 }
 
+/// Whether the snapshot that a notice names by its version is this one by its content, too.
+fn announces(notice: &v1::Notice, current: &Snapshot) -> bool {
+    let announced = notice.wanted.as_ref().map(|wanted| &wanted.manifest_hash[..]).unwrap_or_default();
+    current.manifest_hash.0.starts_with(announced)
+}
+
 impl Ask {
     /// The request.
     #[must_use]
@@ -366,6 +372,10 @@ mod tests {
             let missed = session.hear(&notice(&new), follower(current));
             assert!(matches!(missed, Heard::Missed { misfit: None }));
         }
+        // A patch is checked by how its hash begins; whoever made another snapshot of it hears so from the next heartbeat.
+        let mut other = notice(&new);
+        other.wanted.as_mut().unwrap().manifest_hash = vec![7; 32].into();
+        assert!(matches!(session.hear(&other, follower(Some(&new))), Heard::Missed { misfit: None }));
         session.ask_again(now);
         assert!(matches!(session.hear(&notice(&new), follower(Some(&old))), Heard::Nothing));
         session.pulling();

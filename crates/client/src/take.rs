@@ -7,7 +7,7 @@ use weft_model::{ConfigVersion, Epoch, InstanceId, Position, TrustDomain};
 use weft_proto::v1;
 use weft_routing::manifest::{self, ManifestEntry};
 use weft_routing::snapshot::{SHARD_BYTES_MAX, SnapshotError};
-use weft_routing::{Hash, ShardKey, Snapshot};
+use weft_routing::{Hash, HashStart, ShardKey, Snapshot, Splice};
 
 /// A snapshot that was pulled is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +27,15 @@ pub enum Refusal {
     /// It names a shard that cannot be.
     #[error("{0:?} names no shard")]
     Key(String),
+    /// It names a place at which nothing is listed.
+    #[error("there is no shard at place {0}")]
+    Place(u32),
+    /// A shard is not what was changed.
+    #[error("shard {key} is not what was changed")]
+    Splice {
+        /// The shard.
+        key: String,
+    },
     /// A shard is above its bound.
     #[error("shard {key} is longer than it may be")]
     TooLong {
@@ -148,30 +157,45 @@ pub fn take_patch(
     else {
         return Ok(None);
     };
-    let (offered, manifest_hash) = named(notice.wanted.as_ref())?;
+    let header = notice.wanted.as_ref().ok_or(Refusal::Header)?;
+    let offered = header.version.as_ref().map(version).ok_or(Refusal::Header)?;
+    let announced = HashStart::from_slice(&header.manifest_hash).ok_or(Refusal::Header)?;
     if offered <= current.version {
         return Err(Refusal::NotNewer { offered, current: current.version });
     }
-    let changes = patch.shards.iter().map(|shard| change(shard, current));
-    let snapshot = current.patched(offered, manifest_hash, changes.collect::<Result<Vec<_>, _>>()?)?;
+    let changes = patch.shards.iter().map(|shard| change(shard, offered, current));
+    let snapshot = current.patched(offered, announced, changes.collect::<Result<Vec<_>, _>>()?)?;
     belongs(&snapshot, own, trust_domain)?;
     Ok(Some(snapshot))
 }
 
 type Change = (ShardKey, Position, Option<Arc<[u8]>>);
 
-fn change(shard: &v1::ShardPatch, current: &Snapshot) -> Result<Change, Refusal> {
-    let key: ShardKey = shard.key.parse().map_err(|_| Refusal::Key(shard.key.clone()))?;
-    let position = Position(shard.position);
-    if shard.delta_zstd.is_empty() {
-        return Ok((key, position, None));
-    }
+fn change(shard: &v1::ShardPatch, offered: ConfigVersion, current: &Snapshot) -> Result<Change, Refusal> {
+    let place = usize::try_from(shard.place).unwrap_or(usize::MAX);
+    let key = current.manifest.key_at(place).ok_or(Refusal::Place(shard.place))?.clone();
+    let position = offered.position.0.checked_sub(shard.before).map(Position).ok_or(Refusal::Header)?;
     let present = current.shard(&key).ok_or_else(|| SnapshotError::Missing(key.clone()))?;
-    let compression = |source| Refusal::Compression { key: shard.key.clone(), source };
-    let length = bounded(&shard.key, shard.length)?;
-    let mut delta = zstd::bulk::Decompressor::with_dictionary(present).map_err(compression)?;
-    let bytes = delta.decompress(&shard.delta_zstd, length).map_err(compression)?;
-    Ok((key, position, Some(bytes.into())))
+    let bytes = match &shard.splice {
+        Some(splice) => {
+            Some(spliced(splice, present).ok_or_else(|| Refusal::Splice { key: key.to_string() })?)
+        }
+        None if shard.delta_zstd.is_empty() => None,
+        None => {
+            let compression = |source| Refusal::Compression { key: key.to_string(), source };
+            let length = bounded(&key.to_string(), shard.length)?;
+            let mut delta = zstd::bulk::Decompressor::with_dictionary(present).map_err(compression)?;
+            Some(delta.decompress(&shard.delta_zstd, length).map_err(compression)?)
+        }
+    };
+    Ok((key, position, bytes.map(Into::into)))
+}
+
+/// What a shard becomes; none if that is not what it was made from, or longer than it may be.
+fn spliced(splice: &v1::Splice, present: &[u8]) -> Option<Vec<u8>> {
+    let number = |number| usize::try_from(number).ok();
+    let splice = Splice { at: number(splice.at)?, cut: number(splice.cut)?, put: splice.put.to_vec() };
+    splice.apply(present).filter(|bytes| bytes.len() <= SHARD_BYTES_MAX)
 }
 
 /// Whether a snapshot is for this instance's service and of its mesh.
@@ -243,22 +267,32 @@ mod tests {
         }
     }
 
-    /// The notice that brings one snapshot to somebody who has the other.
-    fn patch(old: &Snapshot, new: &Snapshot) -> v1::Notice {
+    /// The notice that brings one snapshot to somebody who has the other: whole deltas, or splices.
+    fn patch(old: &Snapshot, new: &Snapshot, splices: bool) -> v1::Notice {
         let changed = new.manifest.since(&old.manifest).changed;
         let shard = |key: &ShardKey, position: Position| {
-            let bytes = new.shard(key).unwrap();
-            let mut delta = zstd::bulk::Compressor::with_dictionary(3, old.shard(key).unwrap()).unwrap();
-            v1::ShardPatch {
-                key: key.to_string(),
-                position: position.0,
-                delta_zstd: delta.compress(bytes).unwrap().into(),
-                length: bytes.len().try_into().unwrap(),
+            let (before, bytes) = (old.shard(key).unwrap(), new.shard(key).unwrap());
+            let mut told = v1::ShardPatch {
+                place: old.manifest.place(key).unwrap().try_into().unwrap(),
+                before: new.version.position.0 - position.0,
+                ..v1::ShardPatch::default()
+            };
+            if splices {
+                let Splice { at, cut, put } = Splice::between(before, bytes);
+                let (at, cut) = (at.try_into().unwrap(), cut.try_into().unwrap());
+                told.splice = Some(v1::Splice { at, cut, put: put.into() });
+            } else {
+                let mut delta = zstd::bulk::Compressor::with_dictionary(3, before).unwrap();
+                told.delta_zstd = delta.compress(bytes).unwrap().into();
+                told.length = bytes.len().try_into().unwrap();
             }
+            told
         };
         let shards = changed.iter().map(|changed| shard(changed.key, changed.entry.position)).collect();
         let patch = v1::Patch { base: old.manifest_hash.prefix(), shards };
-        v1::Notice { wanted: Some(header(new)), patch: Some(patch), ..v1::Notice::default() }
+        let mut wanted = header(new);
+        wanted.manifest_hash = new.manifest_hash.start().bytes().to_vec().into();
+        v1::Notice { wanted: Some(wanted), patch: Some(patch), ..v1::Notice::default() }
     }
 
     fn patched(notice: &v1::Notice, current: &Snapshot) -> Result<Option<Snapshot>, Refusal> {
@@ -268,45 +302,54 @@ mod tests {
     #[test]
     fn a_patch_makes_what_a_pull_would() {
         let (old, new) = (fixture::snapshot(&web()), fixture::changed_snapshot(&web()));
-        let notice = patch(&old, &new);
-        assert_eq!(notice.patch.as_ref().unwrap().shards.len(), 1);
-        assert_eq!(patched(&notice, &old).unwrap().unwrap(), new);
-        // One that begins elsewhere, or none, is not for us.
-        assert!(patched(&notice, &new).unwrap().is_none());
-        assert!(patched(&v1::Notice { patch: None, ..notice }, &old).unwrap().is_none());
+        for splices in [false, true] {
+            let notice = patch(&old, &new, splices);
+            assert_eq!(notice.patch.as_ref().unwrap().shards.len(), 1);
+            assert_eq!(patched(&notice, &old).unwrap().unwrap(), new);
+            // One that begins elsewhere, or none, is not for us.
+            assert!(patched(&notice, &new).unwrap().is_none());
+            assert!(patched(&v1::Notice { patch: None, ..notice }, &old).unwrap().is_none());
+        }
     }
 
     #[test]
     fn a_patch_that_does_not_make_the_announced_snapshot_is_refused() {
         let (old, new) = (fixture::snapshot(&web()), fixture::changed_snapshot(&web()));
-        let whole = patch(&old, &new);
-        let changed = |change: fn(&mut v1::ShardPatch)| {
-            let mut notice = whole.clone();
+        let refused = |splices, change: fn(&mut v1::ShardPatch)| {
+            let mut notice = patch(&old, &new, splices);
             change(&mut notice.patch.as_mut().unwrap().shards[0]);
-            patched(&notice, &old)
+            patched(&notice, &old).unwrap_err()
         };
-        let refused = |result: Result<Option<Snapshot>, Refusal>| result.unwrap_err();
+        for splices in [false, true] {
+            let moved = refused(splices, |shard| shard.before += 1);
+            assert!(matches!(moved, Refusal::Snapshot(SnapshotError::ManifestHash)));
+            assert!(matches!(refused(splices, |shard| shard.before = u64::MAX), Refusal::Header));
+            assert!(matches!(refused(splices, |shard| shard.place = 100), Refusal::Place(100)));
+            let elsewhere = refused(splices, |shard| shard.place = 0);
+            assert!(matches!(
+                elsewhere,
+                Refusal::Snapshot(_) | Refusal::Splice { .. } | Refusal::Compression { .. }
+            ));
+        }
+        let junk = refused(false, |shard| shard.delta_zstd = b"nothing".to_vec().into());
+        assert!(matches!(junk, Refusal::Compression { .. }));
+        assert!(matches!(refused(false, |shard| shard.length = u32::MAX), Refusal::TooLong { .. }));
         assert!(matches!(
-            refused(changed(|shard| shard.position -= 1)),
-            Refusal::Snapshot(SnapshotError::ManifestHash)
-        ));
-        assert!(matches!(
-            refused(changed(|shard| shard.delta_zstd = b"nothing".to_vec().into())),
-            Refusal::Compression { .. }
-        ));
-        assert!(matches!(refused(changed(|shard| shard.length = u32::MAX)), Refusal::TooLong { .. }));
-        assert!(matches!(
-            refused(changed(|shard| shard.key = "endpoints/default/none".into())),
+            refused(false, |shard| shard.delta_zstd = b"".to_vec().into()),
             Refusal::Snapshot(_)
         ));
-        assert!(matches!(
-            refused(changed(|shard| shard.delta_zstd = b"".to_vec().into())),
-            Refusal::Snapshot(_)
-        ));
-        let mut older = patch(&new, &old);
-        assert!(matches!(refused(patched(&older, &new)), Refusal::NotNewer { .. }));
+        let cut = |shard: &mut v1::ShardPatch| shard.splice.as_mut().unwrap().cut = u32::MAX;
+        assert!(matches!(refused(true, cut), Refusal::Splice { .. }));
+        let other = |shard: &mut v1::ShardPatch| shard.splice.as_mut().unwrap().put = b"x".to_vec().into();
+        assert!(matches!(refused(true, other), Refusal::Snapshot(_)));
+
+        let mut older = patch(&new, &old, true);
+        assert!(matches!(patched(&older, &new).unwrap_err(), Refusal::NotNewer { .. }));
+        let mut short = patch(&old, &new, true);
+        short.wanted.as_mut().unwrap().manifest_hash = vec![1; 7].into();
+        assert!(matches!(patched(&short, &old).unwrap_err(), Refusal::Header));
         older.wanted = None;
-        assert!(matches!(refused(patched(&older, &new)), Refusal::Header));
+        assert!(matches!(patched(&older, &new).unwrap_err(), Refusal::Header));
     }
 
     fn web() -> InstanceId {

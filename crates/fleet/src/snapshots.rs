@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use weft_client::take::{self, Refusal};
 use weft_model::{ConfigVersion, InstanceId, ServiceName, TrustDomain};
 use weft_proto::v1;
-use weft_routing::{Hash, Snapshot};
+use weft_routing::{HashStart, Snapshot};
 
 /// Snapshots that are remembered: the last ones of some hundred services.
 const REMEMBERED: usize = 4_096;
 
 /// What a service's sidecars are to run. A manifest's hash covers all content.
-type Key = (ServiceName, ConfigVersion, Hash);
+type Key = (ServiceName, ConfigVersion, HashStart);
 
 #[derive(Debug, Default)]
 pub(crate) struct Snapshots {
@@ -104,5 +104,5 @@ impl Known {
 
 fn key(header: &v1::SnapshotHeader, own: &InstanceId) -> Option<Key> {
     let version = take::version(header.version.as_ref()?);
-    Some((own.service.clone(), version, Hash::from_slice(&header.manifest_hash)?))
+    Some((own.service.clone(), version, HashStart::from_slice(&header.manifest_hash)?))
 }

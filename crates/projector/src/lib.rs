@@ -37,7 +37,7 @@ pub use fault::Fault;
 pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
 pub use leadership::Leadership;
 pub use projector::Projector;
-pub use published::{Announced, Patch, Published, PublishedClass, PublishedShard, ShardPatch};
+pub use published::{Announced, Patch, Published, PublishedClass, PublishedShard, ShardChange, ShardPatch};
 pub use store::{
     Ack, ClassAck, Commit, LeaderStatus, Lease, LeaseSession, Propagation, PropagationRow, Serving,
     SidecarStatus, Store, StoreError,

@@ -4,9 +4,9 @@
 //! kept as a [`Delta`] until the checkpoint covers it, and only then becomes part of [`Published`]. Bytes are shared
 //! with the projection; nothing is copied but keys.
 //!
-//! **Patches.** What changed in a class since one of its former manifests, if that is little: each changed shard compressed with
-//! its former bytes as a dictionary, so that one endpoint's change takes some dozens of bytes whatever the service's size. Made when
-//! first asked for, then the same bytes for everybody. Whoever is too far behind, or lacks a shard altogether, pulls.
+//! **Patches.** What changed in a class since one of its former manifests, if that is little: of each changed shard the run of bytes
+//! that changed if it is short, else the new bytes compressed with the former ones as a dictionary. So one endpoint's change
+//! takes a dozen bytes whatever the service's size. Made when first asked for, then the same bytes for everybody. Whoever is too far behind, or lacks a shard altogether, pulls.
 //!
 //! **Feeds.** Each class has one, which tells its subscribers that something changed for them; the others sleep on.
 //!
@@ -28,7 +28,7 @@ use weft_eventlog::{EventHash, Point};
 use weft_model::{ConfigVersion, InstanceId, Position, Scope};
 use weft_routing::manifest::Changed;
 use weft_routing::projection::{BuiltShard, Class, Work};
-use weft_routing::{Changes, ClassId, Hash, Manifest, Projection, ShardKey};
+use weft_routing::{Changes, ClassId, Hash, Manifest, Projection, ShardKey, Splice};
 
 use crate::rows::RowChanges;
 
@@ -45,6 +45,9 @@ const FORMER_BYTES_MAX: usize = 4 << 20;
 
 /// Longest patch. What is larger is pulled: then a notice never holds up the next one for long.
 const PATCH_BYTES_MAX: usize = 8 << 10;
+
+/// Longest run of changed bytes that is told as it is. It is shorter than any compressed frame with its header.
+const SPLICE_BYTES_MAX: usize = 24;
 
 /// Compression of shards: the default level; higher ones cost several times the time for a few percent.
 const ZSTD_LEVEL: i32 = 3;
@@ -151,14 +154,46 @@ pub struct Patch {
 /// How one shard changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardPatch {
-    /// Which.
-    pub key: ShardKey,
+    /// Its place in the former manifest, and in the newest.
+    pub place: usize,
     /// The last event that touched it.
     pub position: Position,
-    /// The new bytes, zstd-compressed with the former ones as a dictionary; empty if they are the same.
-    pub delta: Bytes,
-    /// Length of the new bytes.
-    pub length: usize,
+    /// How its bytes changed; none if only its position did.
+    pub change: Option<ShardChange>,
+}
+
+/// How a shard's bytes changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShardChange {
+    /// In one short run.
+    Splice(Arc<Splice>),
+    /// The new bytes, zstd-compressed with the former ones as a dictionary.
+    Delta {
+        /// The compressed bytes.
+        zstd: Bytes,
+        /// Length of the new ones.
+        length: usize,
+    },
+}
+
+impl ShardChange {
+    /// None for want of memory only.
+    fn between(old: &[u8], new: &[u8]) -> Option<Self> {
+        let splice = Splice::between(old, new);
+        if splice.put.len() <= SPLICE_BYTES_MAX {
+            return Some(Self::Splice(Arc::new(splice)));
+        }
+        let mut compressor = zstd::bulk::Compressor::with_dictionary(ZSTD_LEVEL, old).ok()?;
+        let zstd = Bytes::from(compressor.compress(new).ok()?);
+        Some(Self::Delta { zstd, length: new.len() })
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Splice(splice) => splice.put.len(),
+            Self::Delta { zstd, .. } => zstd.len(),
+        }
+    }
 }
 
 impl From<&Class> for PublishedClass {
@@ -225,7 +260,7 @@ struct Former {
     hash: Hash,
     bytes: Arc<[u8]>,
     /// From it to the newest bytes.
-    delta: Arc<OnceLock<Bytes>>,
+    change: Arc<OnceLock<ShardChange>>,
 }
 
 impl PublishedShard {
@@ -241,24 +276,23 @@ impl PublishedShard {
         Ok(self.compressed.get_or_init(|| bytes).clone())
     }
 
-    /// The bytes, compressed with those of this former hash as a dictionary; none if they are not remembered.
-    fn delta_from(&self, hash: Hash) -> Option<Bytes> {
+    /// How the bytes changed since those of this former hash; none if they are not remembered.
+    fn change_from(&self, hash: Hash) -> Option<ShardChange> {
         let former = self.former.iter().rev().find(|former| former.hash == hash)?;
-        if let Some(bytes) = former.delta.get() {
-            return Some(bytes.clone());
+        if let Some(change) = former.change.get() {
+            return Some(change.clone());
         }
         // Without memory there is no patch, and whoever asked pulls.
-        let mut compressor = zstd::bulk::Compressor::with_dictionary(ZSTD_LEVEL, &former.bytes).ok()?;
-        let bytes = Bytes::from(compressor.compress(&self.built.bytes).ok()?);
-        Some(former.delta.get_or_init(|| bytes).clone())
+        let change = ShardChange::between(&former.bytes, &self.built.bytes)?;
+        Some(former.change.get_or_init(|| change).clone())
     }
 
     /// Takes the place of an earlier one with other content.
     fn succeed(&mut self, before: Self) {
-        let remembered = before.former.into_iter().map(|former| Former { delta: Arc::default(), ..former });
+        let remembered = before.former.into_iter().map(|former| Former { change: Arc::default(), ..former });
         self.former = remembered.collect();
         let BuiltShard { hash, bytes, .. } = before.built;
-        self.former.push_back(Former { hash, bytes, delta: Arc::default() });
+        self.former.push_back(Former { hash, bytes, change: Arc::default() });
         let mut bytes: usize = self.former.iter().map(|former| former.bytes.len()).sum();
         while self.former.len() > FORMER_MAX || bytes > FORMER_BYTES_MAX {
             let Some(oldest) = self.former.pop_front() else { break };
@@ -358,14 +392,14 @@ impl Published {
         for Changed { key, entry, before } in difference.changed {
             let before = before?;
             let shard = self.shards.get(key).filter(|shard| shard.built.hash == entry.hash)?;
-            let delta =
-                if entry.hash == before.hash { Bytes::new() } else { shard.delta_from(before.hash)? };
-            bytes += delta.len();
+            let change = if entry.hash == before.hash { None } else { Some(shard.change_from(before.hash)?) };
+            bytes += change.as_ref().map_or(0, ShardChange::len);
             if bytes > PATCH_BYTES_MAX {
                 return None;
             }
-            let length = shard.built.bytes.len();
-            shards.push(ShardPatch { key: key.clone(), position: entry.position, delta, length });
+            // Both manifests list the same keys, so the place is the same in both.
+            let place = class.manifest.place(key)?;
+            shards.push(ShardPatch { place, position: entry.position, change });
         }
         Some(Patch { base, shards })
     }

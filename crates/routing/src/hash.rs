@@ -21,6 +21,12 @@ impl Hash {
         Self(hasher.finalize().into())
     }
 
+    /// How it begins.
+    #[must_use]
+    pub fn start(&self) -> HashStart {
+        HashStart(std::array::from_fn(|index| self.0[index]))
+    }
+
     pub(crate) fn first_half(&self) -> [u8; 16] {
         std::array::from_fn(|index| self.0[index])
     }
@@ -36,6 +42,25 @@ impl Hash {
     #[must_use]
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
+    }
+}
+
+/// The first eight bytes of a hash: enough to see that what was made is not what was meant, where nobody wants to deceive, and the
+/// whole hash is compared later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HashStart([u8; 8]);
+
+impl HashStart {
+    /// The bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Reads the start of a hash from eight bytes, or from more of it.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        bytes.first_chunk().copied().map(Self)
     }
 }
 

@@ -133,6 +133,32 @@ impl Manifest {
         if pages::is_upstream(key) { self.upstreams.get(key) } else { self.own.get(key) }
     }
 
+    /// The shard that is listed at this place, from 0.
+    #[must_use]
+    pub fn key_at(&self, mut place: usize) -> Option<&ShardKey> {
+        for page in self.pages() {
+            match page.entries.get(place) {
+                Some((key, _)) => return Some(key),
+                None => place -= page.entries.len(),
+            }
+        }
+        None
+    }
+
+    /// The place at which a shard is listed.
+    #[must_use]
+    pub fn place(&self, key: &ShardKey) -> Option<usize> {
+        let mut before = 0;
+        for page in self.pages() {
+            match page.entries.binary_search_by(|(known, _)| known.cmp(key)) {
+                Ok(place) => return Some(before + place),
+                Err(place) if place < page.entries.len() => return None,
+                Err(_) => before += page.entries.len(),
+            }
+        }
+        None
+    }
+
     /// The last event that touched anything in it.
     #[must_use]
     pub fn position(&self) -> Position {

@@ -1,6 +1,6 @@
 //! Snapshots: a manifest and every shard that it lists, decoded and checked. What a sidecar runs.
 
-use crate::hash::Hash;
+use crate::hash::{Hash, HashStart};
 use crate::manifest::{Manifest, ManifestEntry, ManifestError};
 use crate::shard::{EndpointsShard, InboundShard, ShardError, ShardKey, TrustShard};
 use std::collections::BTreeMap;
@@ -79,7 +79,7 @@ impl Snapshot {
         shards: &BTreeMap<Hash, Arc<[u8]>>,
     ) -> Result<Self, SnapshotError> {
         let manifest = Manifest::decode(manifest_bytes)?;
-        is_announced(&manifest, version, manifest_hash)?;
+        is_announced(&manifest, version, |hash| hash == manifest_hash)?;
         let mut parts = Parts::default();
         for (key, entry) in manifest.entries() {
             parts.put(key, decode(key, entry.hash, shards)?)?;
@@ -100,7 +100,17 @@ impl Snapshot {
         shards: &BTreeMap<Hash, Arc<[u8]>>,
     ) -> Result<Self, SnapshotError> {
         let manifest = self.manifest.with(changes);
-        is_announced(&manifest, version, manifest_hash)?;
+        is_announced(&manifest, version, |hash| hash == manifest_hash)?;
+        self.succeeded(version, manifest, changes, shards)
+    }
+
+    fn succeeded(
+        &self,
+        version: ConfigVersion,
+        manifest: Manifest,
+        changes: &BTreeMap<ShardKey, Option<ManifestEntry>>,
+        shards: &BTreeMap<Hash, Arc<[u8]>>,
+    ) -> Result<Self, SnapshotError> {
         let mut parts = Parts {
             endpoints: self.endpoints.clone(),
             inbound: Some(Arc::clone(&self.inbound)),
@@ -123,14 +133,14 @@ impl Snapshot {
     }
 
     /// The snapshot after some of its shards changed: each with the last event that touched it and its new bytes, or none
-    /// if only its position moved. The manifest follows, and must have the announced hash.
+    /// if only its position moved. The manifest follows, and its hash must begin as announced.
     ///
     /// # Errors
     /// As [`assemble`](Self::assemble); also if a shard is not in this snapshot.
     pub fn patched(
         &self,
         version: ConfigVersion,
-        manifest_hash: Hash,
+        announced: HashStart,
         changes: impl IntoIterator<Item = (ShardKey, Position, Option<Arc<[u8]>>)>,
     ) -> Result<Self, SnapshotError> {
         let (mut entries, mut shards) = (BTreeMap::new(), BTreeMap::new());
@@ -143,7 +153,9 @@ impl Snapshot {
             }
             entries.insert(key, Some(entry));
         }
-        self.next(version, manifest_hash, &entries, &shards)
+        let manifest = self.manifest.with(&entries);
+        is_announced(&manifest, version, |hash| hash.start() == announced)?;
+        self.succeeded(version, manifest, &entries, &shards)
     }
 
     /// A shard's canonical bytes.
@@ -213,8 +225,12 @@ impl Parts {
 }
 
 /// Whether a manifest is the one that was announced, with nothing newer in it than was announced.
-fn is_announced(manifest: &Manifest, version: ConfigVersion, hash: Hash) -> Result<(), SnapshotError> {
-    if manifest.hash() != hash {
+fn is_announced(
+    manifest: &Manifest,
+    version: ConfigVersion,
+    is_meant: impl FnOnce(Hash) -> bool,
+) -> Result<(), SnapshotError> {
+    if !is_meant(manifest.hash()) {
         return Err(SnapshotError::ManifestHash);
     }
     if manifest.position() > version.position {

@@ -255,12 +255,7 @@ async fn a_patch_that_does_not_fit_is_pulled_instead() {
     db.runs(controller.wanted("default/db/db-1")).await;
     let told = controller.state().header(&"default/db/db-1".parse().unwrap()).unwrap();
     let base = u32::from_be_bytes(told.manifest_hash[..4].try_into().unwrap());
-    let junk = v1::ShardPatch {
-        key: "inbound/default/db".into(),
-        position: 1,
-        delta_zstd: b"junk".to_vec().into(),
-        length: 9,
-    };
+    let junk = v1::ShardPatch { delta_zstd: b"junk".to_vec().into(), length: 9, ..v1::ShardPatch::default() };
     controller.script(|state| state.patch = Some(v1::Patch { base, shards: vec![junk] }));
     controller.allow("default/db", &["default/db"]);
     db.runs(controller.wanted("default/db/db-1")).await;

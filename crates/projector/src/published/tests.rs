@@ -40,14 +40,18 @@ fn published(facts: &[Fact]) -> (Published, Vec<Snapshot>) {
 
 fn applied(patch: &Patch, to: &Snapshot, wanted: &WantedSnapshot<'_>) -> Snapshot {
     let changes = patch.shards.iter().map(|shard| {
-        let former = to.shard(&shard.key).unwrap();
-        let bytes = (!shard.delta.is_empty()).then(|| {
-            let mut delta = zstd::bulk::Decompressor::with_dictionary(former).unwrap();
-            Arc::from(delta.decompress(&shard.delta, shard.length).unwrap())
+        let key = to.manifest.key_at(shard.place).unwrap().clone();
+        let former = to.shard(&key).unwrap();
+        let bytes = shard.change.as_ref().map(|change| match change {
+            ShardChange::Splice(splice) => Arc::from(splice.apply(former).unwrap()),
+            ShardChange::Delta { zstd, length } => {
+                let mut delta = zstd::bulk::Decompressor::with_dictionary(former).unwrap();
+                Arc::from(delta.decompress(zstd, *length).unwrap())
+            }
         });
-        (shard.key.clone(), shard.position, bytes)
+        (key, shard.position, bytes)
     });
-    to.patched(wanted.version, wanted.class.manifest.hash(), changes).unwrap()
+    to.patched(wanted.version, wanted.class.manifest.hash().start(), changes).unwrap()
 }
 
 #[test]

@@ -152,7 +152,12 @@ impl Sidecar {
             let Some(snapshot) = self.fetch(&mut discovery, &notice, current.as_deref()).await else {
                 return Ok(());
             };
-            self.seen.told().applied.entry(self.instance.clone()).or_default().push(snapshot.version);
+            {
+                let mut told = self.seen.told();
+                told.applied.entry(self.instance.clone()).or_default().push(snapshot.version);
+                // A notice with a patch says only how the hash begins.
+                told.snapshots.insert((snapshot.version, snapshot.manifest_hash, self.instance.clone()));
+            }
             let applied = Some(take::header(&snapshot));
             *current = Some(Arc::new(snapshot));
             self.reached(&notice);
