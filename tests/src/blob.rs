@@ -15,6 +15,8 @@ use crate::wait::until;
 
 /// The service and its port.
 const PORT: u16 = 9000;
+/// How long a change may take to be taken, or to be everywhere, whatever happens to controllers and database meanwhile.
+const CHANGE_LIMIT: Duration = Duration::from_secs(30);
 /// How long the first connection may take to pass.
 const REACH_LIMIT: Duration = Duration::from_secs(20);
 
@@ -64,6 +66,20 @@ impl Blob {
     ///
     /// The mesh does not take the services or the sidecars, or no connection passes.
     pub async fn join(mesh: &Mesh, weft_proxy: &Path) -> anyhow::Result<Self> {
+        let controllers = mesh.local.controller_addresses();
+        Self::join_through(mesh, weft_proxy, &controllers).await
+    }
+
+    /// The same, with other addresses of controllers: lines to them.
+    ///
+    /// # Errors
+    ///
+    /// As [`join`](Self::join).
+    pub async fn join_through(
+        mesh: &Mesh,
+        weft_proxy: &Path,
+        controllers: &[String],
+    ) -> anyhow::Result<Self> {
         let declared = mesh.weft.run(["get", "service", "default/blob"]).await?.status == Some(0);
         if !declared {
             let said = mesh.weft.apply(&format!("{SERVICES}{ALLOW}")).await?;
@@ -72,14 +88,49 @@ impl Blob {
         let app = App::listen().await?;
         let address = local(reserve_loopback_port()?);
         let before = Place::Before { port: PORT, app: app.address() };
-        let server = OwnSidecar::start(mesh, weft_proxy, "default/blob/blob-1", &before).await?;
+        let server =
+            OwnSidecar::start_through(mesh, weft_proxy, "default/blob/blob-1", &before, controllers).await?;
         let towards = Place::Towards { upstream: format!("default/blob:{PORT}"), listen: address };
-        let client = OwnSidecar::start(mesh, weft_proxy, "default/caller/caller-1", &towards).await?;
+        let client =
+            OwnSidecar::start_through(mesh, weft_proxy, "default/caller/caller-1", &towards, controllers)
+                .await?;
         let blob = Self { app, address, server, client };
         let reached =
             until("caller to reach blob", REACH_LIMIT, async || blob.open().await?.ping().await).await;
         reached.context("a service of our own")?;
         Ok(blob)
+    }
+
+    /// Changes its policy, as soon as somebody takes the change, in a way that lets the same pass.
+    ///
+    /// # Errors
+    ///
+    /// Nobody takes it in time.
+    pub async fn change(mesh: &Mesh, number: u32) -> anyhow::Result<()> {
+        let changed = ALLOW.replace("caller-may-connect", &format!("caller-may-connect-{number}"));
+        until("a change to be taken", CHANGE_LIMIT, async || {
+            let said = mesh.weft.apply(&changed).await?;
+            ensure!(said.status == Some(0), "{said}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Waits until so many sidecars of a mesh, which are all, run what they should; returns the log's head.
+    ///
+    /// # Errors
+    ///
+    /// They do not in time.
+    pub async fn settled(mesh: &Mesh, sidecars: u64) -> anyhow::Result<u64> {
+        const LATE: &str = "select count(*) filter (where not connected or applied is distinct from wanted) as late, \
+            count(*) as sidecars, (select projection_lag from status.log) as lag, \
+            (select head from status.log) as head from status.sidecars";
+        until("every sidecar to run what it should", CHANGE_LIMIT, async || {
+            let rows = mesh.weft.json(&["sql", LATE]).await?;
+            ensure!(rows[0]["late"] == 0 && rows[0]["lag"] == 0 && rows[0]["sidecars"] == sidecars, "{rows}");
+            rows[0]["head"].as_u64().context("no head")
+        })
+        .await
     }
 
     /// A connection from the caller to the service.

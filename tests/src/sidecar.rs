@@ -70,6 +70,22 @@ impl OwnSidecar {
         instance: &str,
         place: &Place,
     ) -> anyhow::Result<Self> {
+        let controllers = mesh.local.controller_addresses();
+        Self::start_through(mesh, weft_proxy, instance, place, &controllers).await
+    }
+
+    /// The same, with other addresses of controllers: lines to them.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub async fn start_through(
+        mesh: &Mesh,
+        weft_proxy: &Path,
+        instance: &str,
+        place: &Place,
+        controllers: &[String],
+    ) -> anyhow::Result<Self> {
         let home = mesh.local.home();
         let (service, name) = instance.rsplit_once('/').context("an instance is ns/service/instance")?;
         let state = home.proxy(name);
@@ -79,7 +95,7 @@ impl OwnSidecar {
 
         let mut command = program("/bin/sh");
         command.args(["-c", LEASH, "sh"]).arg(weft_proxy);
-        command.args(["--controller", &mesh.local.controller_addresses().join(",")]);
+        command.args(["--controller", &controllers.join(",")]);
         command.args(["--instance", instance, "--state-dir"]).arg(&state);
         if !state.exists() {
             let token = home.secret(&format!("{name}.token"));
@@ -108,6 +124,15 @@ impl OwnSidecar {
         });
         ready.await.with_context(|| format!("the end of {}:\n{}\n", log.display(), tail(&log)))?;
         Ok(Self { leash, hold, admin, records: Records::of(records), log })
+    }
+
+    /// Its log so far.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
     }
 
     /// What it runs.

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -12,11 +11,7 @@ use tokio::task::JoinSet;
 use weft_pgserver::{ClusterConfig, Server};
 use weft_tests::blob::{self, Blob};
 use weft_tests::mesh::Mesh;
-use weft_tests::wait::until;
 use weft_tests::{postgres, programs};
-
-/// How long the controller may take to have everything in order again.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn the_mesh_outlives_lost_connections_a_crash_and_an_absence_of_its_database() -> anyhow::Result<()> {
@@ -83,24 +78,10 @@ async fn the_mesh_outlives_lost_connections_a_crash_and_an_absence_of_its_databa
     Ok(())
 }
 
-/// Changes a policy, as soon as somebody takes the change, and waits until every sidecar runs it; returns the log's head.
+/// Changes a policy, and waits until every sidecar runs it; returns the log's head.
 async fn change_and_settle(mesh: &Mesh, number: u32) -> anyhow::Result<u64> {
-    let changed = blob::ALLOW.replace("caller-may-connect", &format!("caller-may-connect-{number}"));
-    until("a change to be taken", RECOVERY_LIMIT, async || {
-        let said = mesh.weft.apply(&changed).await?;
-        ensure!(said.status == Some(0), "{said}");
-        Ok(())
-    })
-    .await?;
-    let late = "select count(*) filter (where not connected or applied is distinct from wanted) as late, \
-        count(*) as sidecars, (select projection_lag from status.log) as lag, (select head from status.log) as head \
-        from status.sidecars";
-    until("every sidecar to run the change", RECOVERY_LIMIT, async || {
-        let rows = mesh.weft.json(&["sql", late]).await?;
-        ensure!(rows[0]["late"] == 0 && rows[0]["lag"] == 0 && rows[0]["sidecars"] == 6, "{rows}");
-        rows[0]["head"].as_u64().context("no head")
-    })
-    .await
+    Blob::change(mesh, number).await?;
+    Blob::settled(mesh, 6).await
 }
 
 /// What an expression over the controller's connections says.
