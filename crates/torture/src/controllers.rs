@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
@@ -83,6 +84,26 @@ impl Controller {
             anyhow::Ok(())
         };
         timeout(PROGRESS_MAX, listens).await.context("the controller does not listen")?
+    }
+
+    /// Waits until it serves. Before that it listens already, and whoever connects waits.
+    pub(crate) async fn serves(&self, child: &mut Child) -> anyhow::Result<()> {
+        let serves = async {
+            while !self.is_ready().await.unwrap_or(false) {
+                anyhow::ensure!(child.try_wait()?.is_none(), "the controller ended instead of starting");
+                sleep(Duration::from_millis(10)).await;
+            }
+            anyhow::Ok(())
+        };
+        timeout(PROGRESS_MAX, serves).await.context("the controller does not serve")?
+    }
+
+    async fn is_ready(&self) -> std::io::Result<bool> {
+        let mut admin = TcpStream::connect(("127.0.0.1", self.admin_port)).await?;
+        admin.write_all(b"GET /ready HTTP/1.0\r\n\r\n").await?;
+        let mut status = [0; b"HTTP/1.0 200".len()];
+        admin.read_exact(&mut status).await?;
+        Ok(status.ends_with(b" 200"))
     }
 
     /// Waits until it has issued the admin credential, which it does after it listens.

@@ -28,8 +28,7 @@ impl Fleet {
         let mut members = Vec::new();
         for controller in controllers {
             let mut child = controller.spawn()?;
-            controller.listens(&mut child).await?;
-            controller.admin().await?;
+            controller.serves(&mut child).await?;
             members.push(Member { controller, child, until: None });
         }
         Ok(Self { members })
@@ -90,7 +89,7 @@ impl Fleet {
     pub(super) async fn start_again(&mut self, name: &str) -> anyhow::Result<()> {
         let member = self.member(name)?;
         member.child = member.controller.spawn()?;
-        member.controller.listens(&mut member.child).await
+        member.controller.serves(&mut member.child).await
     }
 
     /// Those that ended though nobody killed them, with what they said last.
