@@ -89,7 +89,7 @@ struct LeaderArgs {
     /// Repeat the decisions of an earlier run [default: random, and printed]
     #[arg(long)]
     seed: Option<u64>,
-    /// The long form: some ten minutes instead of half of one, with pauses of ten seconds to a minute
+    /// The long form: a quarter of an hour instead of half a minute, with pauses of ten seconds to a minute
     #[arg(long)]
     long: bool,
     /// Faults of the one that leads
