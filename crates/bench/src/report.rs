@@ -75,10 +75,14 @@ impl Report {
         }
     }
 
-    /// Whether a figure is set.
-    #[must_use]
-    pub fn has(&self, key: &str) -> bool {
-        self.figures.contains_key(key)
+    /// Checks that these figures are set.
+    ///
+    /// # Errors
+    /// Some are not.
+    pub fn check<'a>(&self, keys: impl Iterator<Item = &'a str>) -> anyhow::Result<()> {
+        let missing: Vec<&str> = keys.filter(|key| !self.figures.contains_key(*key)).collect();
+        anyhow::ensure!(missing.is_empty(), "not measured, though asked for: {}", missing.join(", "));
+        Ok(())
     }
 
     /// As JSON, on one line.
@@ -145,6 +149,12 @@ impl Aim {
             "below the floor"
         }
     }
+}
+
+/// The middle one; of an even number, the upper of the two in the middle.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 /// Digits beyond the fourth of a measurement say nothing.

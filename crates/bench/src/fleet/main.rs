@@ -8,39 +8,19 @@ mod figures;
 mod mesh;
 mod plan;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::Parser;
-use serde_json::json;
-use weft_bench::cpu;
-use weft_bench::report::{Aim, Better, Report, aim, aim_of};
-use weft_bench::server::Server;
+use weft_bench::report::{Aim, Better, aim, aim_of};
+use weft_bench::run::{self, Common, say};
 
 use crate::plan::Plan;
 
 #[derive(Parser)]
 #[command(name = "weft-fleetbench", about = "Measures Weft's control plane")]
 struct Cli {
-    /// A PostgreSQL on this machine whose role may create databases
-    #[arg(long, env = "WEFT_DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: String,
-    /// A minute, to see that it works; its figures mean nothing
-    #[arg(long)]
-    quick: bool,
-    /// Only these figures: keys of the JSON, separated by commas
-    #[arg(long, value_delimiter = ',', value_name = "KEYS")]
-    only: Vec<String>,
-    /// Also write the JSON to this file
-    #[arg(long, value_name = "PATH")]
-    json: Option<PathBuf>,
-    /// The controller's program; beside this one unless told
-    #[arg(long, value_name = "PATH")]
-    controller: Option<PathBuf>,
-    /// What was built, for the report
-    #[arg(long, value_name = "REVISION")]
-    revision: Option<String>,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// What the figures must be, and what they should be.
@@ -67,82 +47,29 @@ const AIMS: &[Aim] = &[
     aim("reconnect_10000_s", "reconnect of 10,000, s", 5.0, 2.0, Better::Less),
     aim("memory_kib_per_sidecar", "memory per sidecar, KiB", 48.0, 16.0, Better::Less),
     aim("leader_kill_to_publish_p99_s", "leader killed to publishing, p99, s", 5.0, 2.0, Better::Less),
-    aim("slow_readers_ratio", "p99 beside 1,000 slow readers", 1.2, 1.2, Better::Less),
     aim_of("flapper", "changes", "flapper: published changes", 12.0, 8.0, Better::Less),
     aim_of("flapper", "events", "flapper: events", 90.0, 70.0, Better::Less),
     aim("unused_services_bytes", "bytes for 10,000 unused services", 0.0, 0.0, Better::Less),
 ];
 
 /// What every measurement needs.
-struct Bench {
-    server: Server,
-    /// As it was given: a controller is told it with another database.
-    url: String,
-    plan: Plan,
-    controller: PathBuf,
-    report: Report,
-}
+type Bench = run::Bench<Plan>;
 
 fn main() -> ExitCode {
-    let ended = run(Cli::parse());
-    ended.map_or_else(
-        |error| {
-            eprintln!("weft-fleetbench: {error:#}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
+    let Cli { common } = Cli::parse();
+    let json = common.json.clone();
+    let plan = Plan::new(common.quick, common.only.clone());
+    let bench = plan.and_then(|plan| Bench::new("fleet", AIMS, common, plan));
+    run::run("weft-fleetbench", json.as_deref(), bench, measure)
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let json_path = cli.json.clone();
-    let report = runtime.block_on(async {
-        let mut bench = Bench::new(cli)?;
-        let measured = Box::pin(bench.measure()).await;
-        // Whatever happened, somebody's server is left as it was.
-        let cleaned = bench.server.clean().await;
-        measured.and(cleaned).map(|()| bench.report)
-    })?;
-    let json = report.json()?;
-    if let Some(path) = json_path {
-        std::fs::write(&path, format!("{json}\n"))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    println!("{}\n{json}", report.table());
-    Ok(())
-}
-
-impl Bench {
-    fn new(cli: Cli) -> anyhow::Result<Self> {
-        let plan = Plan::new(cli.quick, cli.only)?;
-        let controller = match cli.controller {
-            Some(path) => path,
-            None => std::env::current_exe()?.with_file_name("weft-controller"),
-        };
-        let mut report = Report::new(AIMS);
-        let (machine, cores) = cpu::machine();
-        report.set("machine", machine);
-        report.set("cores", cores);
-        report.set("scale", plan.scale());
-        report.set("revision", cli.revision.map_or(serde_json::Value::Null, |revision| json!(revision)));
-        let server = Server::new("fleet", &cli.database_url)?;
-        Ok(Self { server, url: cli.database_url, plan, controller, report })
-    }
-
-    async fn measure(&mut self) -> anyhow::Result<()> {
-        self.report.set("postgres", self.server.describe().await?);
-        figures::convergence(self).await?;
-        figures::change_size(self).await?;
-        figures::change_cost(self).await?;
-        figures::failover(self).await?;
-        figures::flapper(self);
-        figures::unused(self).await?;
-        Ok(())
-    }
-}
-
-/// A line about what is going on.
-fn say(line: &str) {
-    eprintln!("bench: {line}");
+async fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    bench.report.set("scale", bench.plan.scale());
+    figures::convergence(bench).await?;
+    figures::change_size(bench).await?;
+    figures::change_cost(bench).await?;
+    figures::failover(bench).await?;
+    figures::flapper(bench);
+    figures::unused(bench).await?;
+    bench.report.check(bench.plan.keys())
 }

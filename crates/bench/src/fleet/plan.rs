@@ -1,5 +1,7 @@
 //! What is measured, and how large.
 
+use weft_bench::run;
+
 /// The figures, and how much is done for each.
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -23,14 +25,17 @@ const KEYS: &[&str] = &[
 
 impl Plan {
     pub(crate) fn new(quick: bool, only: Vec<String>) -> anyhow::Result<Self> {
-        if let Some(unknown) = only.iter().find(|key| !KEYS.contains(&key.as_str())) {
-            anyhow::bail!("there is no figure {unknown}; there are {}", KEYS.join(", "));
-        }
+        run::check_known(&only, KEYS)?;
         Ok(Self { quick, only })
     }
 
     pub(crate) const fn scale(&self) -> &'static str {
         if self.quick { "quick" } else { "whole" }
+    }
+
+    /// The figures that are to be measured.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'static str> {
+        KEYS.iter().copied().filter(|key| self.wants(&[key]))
     }
 
     /// Whether any of these figures is asked for.

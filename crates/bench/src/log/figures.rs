@@ -14,6 +14,7 @@ use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 
 use tokio::time::Instant;
+use weft_bench::report::median;
 
 /// Writes whose time is looked at.
 const FSYNCS: usize = 100;
@@ -33,10 +34,4 @@ pub(crate) fn fsync_ms() -> anyhow::Result<f64> {
         times.push(begun.elapsed().as_secs_f64() * 1_000.0);
     }
     Ok(median(&mut times))
-}
-
-/// The middle one; of an even number, the upper of the two in the middle.
-pub(crate) fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }

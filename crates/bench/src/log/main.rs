@@ -13,16 +13,13 @@ mod open_loop;
 mod plan;
 mod store;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::Parser;
-use serde_json::json;
+use weft_bench::report::{Aim, Better, aim, aim_of};
+use weft_bench::run::{self, Common, say};
 
 use crate::plan::{Part, Plan};
-use weft_bench::report::{Aim, Better, Report, aim, aim_of};
-use weft_bench::server::Server;
 
 /// The default seed: any number would do, as long as it stays the same.
 const SEED: u64 = 20_260_101;
@@ -30,30 +27,14 @@ const SEED: u64 = 20_260_101;
 #[derive(Parser)]
 #[command(name = "weft-logbench", about = "Measures Weft's event log")]
 struct Cli {
-    /// A PostgreSQL on this machine whose role may create databases
-    #[arg(long, env = "WEFT_DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: String,
-    /// A few seconds, to see that it works; its figures mean nothing
-    #[arg(long)]
-    quick: bool,
+    #[command(flatten)]
+    common: Common,
     /// Also with ten million events
     #[arg(long)]
     full: bool,
-    /// Only these figures: keys of the JSON, separated by commas
-    #[arg(long, value_delimiter = ',', value_name = "KEYS")]
-    only: Vec<String>,
-    /// Also write the JSON to this file
-    #[arg(long, value_name = "PATH")]
-    json: Option<PathBuf>,
     /// What the load is made from
     #[arg(long, default_value_t = SEED)]
     seed: u64,
-    /// The controller's program; beside this one unless told
-    #[arg(long, value_name = "PATH")]
-    controller: Option<PathBuf>,
-    /// What was built, for the report
-    #[arg(long, value_name = "REVISION")]
-    revision: Option<String>,
 }
 
 /// What the figures must be, and what they should be.
@@ -72,93 +53,39 @@ const AIMS: &[Aim] = &[
 ];
 
 /// What every measurement needs.
-struct Bench {
-    server: Server,
-    /// As it was given: a program that is started is told it with another database.
-    url: String,
-    plan: Plan,
-    seed: u64,
-    controller: PathBuf,
-    report: Report,
-}
+type Bench = run::Bench<Plan>;
 
 fn main() -> ExitCode {
-    let ended = run(Cli::parse());
-    ended.map_or_else(
-        |error| {
-            eprintln!("weft-logbench: {error:#}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
+    let Cli { common, full, seed } = Cli::parse();
+    let json = common.json.clone();
+    let plan = Plan::new(common.quick, full, common.only.clone(), seed);
+    let bench = plan.and_then(|plan| Bench::new("log", AIMS, common, plan));
+    run::run("weft-logbench", json.as_deref(), bench, measure)
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let json_path = cli.json.clone();
-    let report = runtime.block_on(async {
-        let mut bench = Bench::new(cli)?;
-        let measured = bench.measure().await;
-        // Whatever happened, somebody's server is left as it was.
-        let cleaned = bench.server.clean().await;
-        measured.and(cleaned).map(|()| bench.report)
-    })?;
-    let json = report.json()?;
-    if let Some(path) = json_path {
-        std::fs::write(&path, format!("{json}\n"))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+async fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    let Plan { scale, rounds, times, seed, .. } = bench.plan;
+    bench.report.set("scale", scale);
+    bench.report.set("rounds", rounds);
+    bench.report.set("round_s", times.measure.as_secs_f64());
+    bench.report.set("seed", seed);
+    bench.report.set("scopes", fleet::SCOPES);
+    bench.report.set_of("fsync_ms", "before", figures::fsync_ms()?);
+    if bench.plan.needs(Part::Appends) {
+        figures::appends(bench).await?;
     }
-    println!("{}\n{json}", report.table());
-    Ok(())
-}
-
-impl Bench {
-    fn new(cli: Cli) -> anyhow::Result<Self> {
-        let plan = Plan::new(cli.quick, cli.full, cli.only)?;
-        let controller = match cli.controller {
-            Some(path) => path,
-            None => std::env::current_exe()?.with_file_name("weft-controller"),
-        };
-        let mut report = Report::new(AIMS);
-        let (machine, cores) = weft_bench::cpu::machine();
-        report.set("machine", machine);
-        report.set("cores", cores);
-        report.set("scale", plan.scale);
-        report.set("rounds", plan.rounds);
-        report.set("round_s", plan.times.measure.as_secs_f64());
-        report.set("seed", cli.seed);
-        report.set("scopes", fleet::SCOPES);
-        report.set("revision", cli.revision.map_or(serde_json::Value::Null, |revision| json!(revision)));
-        let server = Server::new("log", &cli.database_url)?;
-        Ok(Self { server, url: cli.database_url, plan, seed: cli.seed, controller, report })
+    if bench.plan.needs(Part::Batches) {
+        figures::batches(bench).await?;
     }
-
-    async fn measure(&mut self) -> anyhow::Result<()> {
-        self.report.set("postgres", self.server.describe().await?);
-        self.report.set_of("fsync_ms", "before", figures::fsync_ms()?);
-        if self.plan.needs(Part::Appends) {
-            figures::appends(self).await?;
-        }
-        if self.plan.needs(Part::Batches) {
-            figures::batches(self).await?;
-        }
-        if self.plan.needs(Part::Latency) {
-            figures::latency(self).await?;
-        }
-        if self.plan.needs(Part::Conflicts) {
-            figures::conflicts(self).await?;
-        }
-        if self.plan.needs(Part::History) {
-            figures::history(self).await?;
-        }
-        self.report.set_of("fsync_ms", "after", figures::fsync_ms()?);
-        let missing: Vec<&str> = self.plan.keys().filter(|key| !self.report.has(key)).collect();
-        anyhow::ensure!(missing.is_empty(), "not measured, though asked for: {}", missing.join(", "));
-        Ok(())
+    if bench.plan.needs(Part::Latency) {
+        figures::latency(bench).await?;
     }
-}
-
-/// A line about what is going on.
-fn say(line: &str) {
-    eprintln!("bench: {line}");
+    if bench.plan.needs(Part::Conflicts) {
+        figures::conflicts(bench).await?;
+    }
+    if bench.plan.needs(Part::History) {
+        figures::history(bench).await?;
+    }
+    bench.report.set_of("fsync_ms", "after", figures::fsync_ms()?);
+    bench.report.check(bench.plan.keys())
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use weft_bench::run;
+
 use crate::closed_loop::Times;
 
 /// Figures of the report, each with the part of the run that it comes from.
@@ -55,16 +57,16 @@ pub(crate) struct Plan {
     pub(crate) range: Option<u32>,
     /// Events of the log that is longer still.
     pub(crate) long_history: Option<u64>,
+    /// What the load is made from.
+    pub(crate) seed: u64,
     /// Figures that were asked for; all if none.
     only: Vec<String>,
 }
 
 impl Plan {
-    pub(crate) fn new(quick: bool, full: bool, only: Vec<String>) -> anyhow::Result<Self> {
-        let known = || KEYS.iter().map(|(key, _)| *key).collect::<Vec<_>>();
-        if let Some(unknown) = only.iter().find(|key| !known().contains(&key.as_str())) {
-            anyhow::bail!("there is no figure {unknown}; there are {}", known().join(", "));
-        }
+    pub(crate) fn new(quick: bool, full: bool, only: Vec<String>, seed: u64) -> anyhow::Result<Self> {
+        let known: Vec<&str> = KEYS.iter().map(|(key, _)| *key).collect();
+        run::check_known(&only, &known)?;
         let seconds = |warm_up: f64, measure: f64| Times {
             warm_up: Duration::from_secs_f64(warm_up),
             measure: Duration::from_secs_f64(measure),
@@ -81,6 +83,7 @@ impl Plan {
                 history: 22_000,
                 range: Some(20_000),
                 long_history: full.then_some(44_000),
+                seed,
                 only,
             }
         } else {
@@ -94,6 +97,7 @@ impl Plan {
                 history: 1_050_000,
                 range: None,
                 long_history: full.then_some(10_000_000),
+                seed,
                 only,
             }
         })
@@ -121,10 +125,10 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_decides_what_is_done() {
-        let all = Plan::new(true, false, Vec::new()).unwrap();
+        let all = Plan::new(true, false, Vec::new(), 1).unwrap();
         assert!(all.wants("slowdown") && all.needs(Part::Appends) && all.needs(Part::History));
-        let some = Plan::new(false, true, vec!["conflict_loss".into()]).unwrap();
+        let some = Plan::new(false, true, vec!["conflict_loss".into()], 1).unwrap();
         assert!(some.needs(Part::Conflicts) && !some.needs(Part::History) && !some.wants("slowdown"));
-        assert!(Plan::new(false, false, vec!["speed".into()]).is_err());
+        assert!(Plan::new(false, false, vec!["speed".into()], 1).is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::time::{Instant, sleep};
 use weft_bench::cpu;
+use weft_bench::report::median;
 use weft_fleet::profile::{self, Pace, Profile};
 use weft_proto::v1;
 use weft_proto::v1::change::Change as Wire;
@@ -111,9 +112,4 @@ async fn projected(mesh: &TestMesh) -> anyhow::Result<()> {
         sleep(Duration::from_millis(1)).await;
     }
     Ok(())
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }

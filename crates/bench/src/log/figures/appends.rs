@@ -2,10 +2,10 @@
 
 use crate::baseline::{Baseline, Categories};
 use crate::closed_loop::closed_loop;
-use crate::figures::median;
 use crate::fleet::fleet;
 use crate::store::{Load, Log};
 use crate::{Bench, say};
+use weft_bench::report::median;
 use weft_bench::server::Database;
 
 /// Connections of the baseline. More callers share them: each connection is a process of the server, and beyond this they
@@ -16,7 +16,7 @@ const BATCH: usize = 100;
 
 /// One event per request, with few and many callers.
 pub(crate) async fn appends(bench: &mut Bench) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let ratio = plan.wants("baseline_ratio_256");
     let ours = ratio || plan.wants("appends_per_s");
     let theirs = ratio || plan.wants("baseline_appends_per_s");
@@ -88,7 +88,7 @@ pub(crate) async fn appends(bench: &mut Bench) -> anyhow::Result<()> {
 
 /// A hundred events per request.
 pub(crate) async fn batches(bench: &mut Bench) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let database = bench.server.create("batches").await?;
     database.migrate().await?;
     let log = database.open_log().await?;

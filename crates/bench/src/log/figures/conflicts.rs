@@ -1,10 +1,10 @@
 //! What refused requests cost those that are accepted.
 
 use crate::closed_loop::closed_loop;
-use crate::figures::median;
 use crate::fleet::fleet;
 use crate::store::{Load, Log};
 use crate::{Bench, say};
+use weft_bench::report::median;
 
 /// Of a hundred requests so many expect a version that is past.
 const PERCENT: u8 = 20;
@@ -12,7 +12,7 @@ const PERCENT: u8 = 20;
 /// Accepted appends per second with conflicts, against what would be left of the rate without any if a refusal cost as
 /// much as an append: loss = 1 - accepted(20 % conflicting) / (0.8 x accepted(none conflicting)).
 pub(crate) async fn conflicts(bench: &mut Bench) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let callers = plan.callers[2];
     let database = bench.server.create("conflicts").await?;
     database.migrate().await?;

@@ -22,7 +22,7 @@ const TEN_MILLION: &str = "10000000";
 
 /// Everything about a log of a million events, and with `--full` the slowdown with ten.
 pub(crate) async fn history(bench: &mut Bench) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let database = bench.server.create("history").await?;
     let mut fleet = fleet(seed)?;
     let filled = fill::fill(&database, &mut fleet, plan.history, plan.range).await?;

@@ -1,14 +1,14 @@
 //! How long an append takes at a fixed rate.
 
-use crate::figures::median;
 use crate::fleet::fleet;
 use crate::open_loop::open_loop;
 use crate::store::Log;
 use crate::{Bench, say};
+use weft_bench::report::median;
 
 /// 5,000 requests of one event per second, due at fixed times.
 pub(crate) async fn latency(bench: &mut Bench) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let database = bench.server.create("latency").await?;
     database.migrate().await?;
     let log = database.open_log().await?;

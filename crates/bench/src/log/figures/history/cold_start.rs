@@ -6,8 +6,8 @@ use tokio::time::{Instant, sleep};
 use weft_bench::controller::Process;
 use weft_bench::server::Database;
 
-use crate::figures::median;
 use crate::{Bench, say};
+use weft_bench::report::median;
 
 /// Pause between two questions.
 const POLL: Duration = Duration::from_millis(100);

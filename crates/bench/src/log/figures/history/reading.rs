@@ -8,9 +8,9 @@ use weft_eventlog::{Reader, verify};
 use weft_model::Position;
 use weft_projector::{FoldFrom, fold_to};
 
-use crate::figures::median;
 use crate::{Bench, say};
 use weft_bench::cpu;
+use weft_bench::report::median;
 use weft_bench::server::Database;
 
 /// What a walk took.

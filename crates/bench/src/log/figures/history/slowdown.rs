@@ -1,10 +1,10 @@
 //! Whether appends get slower as the log grows.
 
 use crate::closed_loop::closed_loop;
-use crate::figures::median;
 use crate::fleet::{Fleet, fleet};
 use crate::store::{Load, Log};
 use crate::{Bench, say};
+use weft_bench::report::median;
 use weft_bench::server::Database;
 
 /// Appends to a log that is long and to an empty one, in turns. Every round has an empty log of its own, and each log is open
@@ -15,7 +15,7 @@ pub(super) async fn slowdown(
     long_fleet: &mut Fleet,
     of: &str,
 ) -> anyhow::Result<()> {
-    let (plan, seed) = (bench.plan.clone(), bench.seed);
+    let (plan, seed) = (bench.plan.clone(), bench.plan.seed);
     let callers = plan.callers[2];
     let (mut losses, mut rates) = (Vec::new(), Vec::new());
     for round in 1..=plan.rounds {
