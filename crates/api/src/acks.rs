@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_model::{Chain, ConfigVersion, InstanceId};
-use weft_projector::{Role, Serving, Store, View};
+use weft_projector::{Published, Serving, Store, View};
 use weft_routing::Hash;
 
 use fleet::{Fleet, SETTLED_AFTER};
@@ -84,11 +84,13 @@ impl Drop for Connected {
 }
 
 impl State {
-    /// Takes in what was published since the last time.
-    fn catch_up(&mut self, view: &View) {
-        let (count, fresh) = view.published(|published| published.announced(self.announced));
+    /// Takes in what was published since the last time, and looks at what is published then.
+    fn catch_up<R>(&mut self, view: &View, look: impl FnOnce(&Published) -> R) -> R {
+        let (seen, (count, fresh)) =
+            view.published(|published| (look(published), published.announced(self.announced)));
         self.announced = count;
         fresh.into_iter().for_each(|announced| self.propagation.announce(announced));
+        seen
     }
 }
 
@@ -152,9 +154,8 @@ impl Acks {
         edit: impl FnOnce(&mut weft_projector::Ack),
     ) {
         let came_at = Instant::now();
-        let class = self.view.published(|published| published.class_of(instance));
         let mut state = self.lock();
-        state.catch_up(&self.view);
+        let class = state.catch_up(&self.view, |published| published.class_of(instance));
         let before = state.fleet.say(instance, class.map(|(class, _)| class), |ack| {
             ack.applied = applied;
             edit(ack);
@@ -222,11 +223,12 @@ impl Writer {
     async fn flush(&self, anyway: bool) -> bool {
         let (plan, sidecars) = {
             let mut state = self.acks.lock();
-            (state.fleet.plan(), state.fleet.subscribed())
+            let plan = state.fleet.plan();
+            if plan.is_empty() && !anyway {
+                return false;
+            }
+            (plan, state.fleet.subscribed())
         };
-        if plan.is_empty() && !anyway {
-            return false;
-        }
         let spread = self.acks.spread();
         // Held back, then in the rows after the looks that a class may take, and the write itself.
         let looks = u32::try_from(SETTLED_AFTER + 2).unwrap_or(u32::MAX);
@@ -251,7 +253,7 @@ impl Writer {
     async fn flush_propagation(&self) {
         let rows = {
             let mut state = self.acks.lock();
-            state.catch_up(&self.acks.view);
+            state.catch_up(&self.acks.view, |_| ());
             state.propagation.unwritten()
         };
         let written = self.store.put_propagation(self.id, &rows).await;
@@ -265,8 +267,7 @@ impl Writer {
 
     /// The leader says how many sidecars of the mesh are outside the bound; the others' gauge is 0, so that a sum is right.
     async fn count_outside_bound(&self) {
-        let leads = matches!(*self.acks.view.role().borrow(), Role::Leader { .. });
-        let count = if leads { self.store.sidecars_outside_bound().await } else { Ok(0) };
+        let count = if self.acks.view.leads() { self.store.sidecars_outside_bound().await } else { Ok(0) };
         match count {
             Ok(count) => {
                 #[expect(clippy::cast_precision_loss, reason = "a gauge")]

@@ -296,9 +296,7 @@ pub fn header(
 
 /// What a sidecar put in force, and how long ago.
 pub(crate) fn swaps(swaps: Vec<pb::Swap>) -> Result<Vec<(ConfigVersion, Duration)>, ApiError> {
-    if swaps.len() > SWAPS_MAX {
-        return Err(ApiError::invalid("swaps", format!("at most {SWAPS_MAX}")));
-    }
+    bounded("swaps", swaps.len(), SWAPS_MAX)?;
     let swap = |pb::Swap { version, ago_us }| {
         Ok((reported_version("swaps", version)?, Duration::from_micros(ago_us)))
     };

@@ -167,9 +167,7 @@ impl Subscription {
             }
         }
     }
-}
 
-impl Subscription {
     /// How long this stream goes on when the controller shuts down. Its caller goes to another controller then, which should not have
     /// to greet all of them at once.
     fn turn(&self) -> Duration {
@@ -233,9 +231,7 @@ impl discovery_server::Discovery for Discovery {
             tracing::warn!(%instance, error = %error.escape_debug(), "a sidecar refused its snapshot");
         }
         // Somebody without a stream is remembered too, but only if it takes part: that bounds what is kept.
-        let wanted = self.context.view.published(|published| {
-            published.wanted(instance).map(|wanted| (wanted.version, wanted.class.manifest.hash()))
-        });
+        let wanted = self.context.view.published(|published| Some(published.wanted(instance)?.named()));
         if let (Some(wanted), Some(applied)) = (wanted, applied)
             && wanted.0 == applied.0
             && wanted.1 != applied.1

@@ -16,7 +16,6 @@ use uuid::Uuid;
 use weft_model::health::{FlapsSummarized, HealthCommand, HealthEvent, HealthReported};
 use weft_model::version::ExpectedVersion;
 use weft_model::{Command, InstanceId, Rejection, Scope};
-use weft_projector::Role;
 use weft_proto::v1 as pb;
 use weft_routing::damping::counting::Taken;
 use weft_routing::damping::{self, Counting};
@@ -124,7 +123,7 @@ impl Keeper {
     }
 
     async fn let_go(&self) {
-        let leads = matches!(*self.context.view.role().borrow(), Role::Leader { .. });
+        let leads = self.context.view.leads();
         let now = (self.context.clock)();
         let (held, due) = self.context.view.read(|mesh| {
             let state = mesh.state();

@@ -17,6 +17,8 @@ pub struct Plan {
     version: ConfigVersion,
     newest: Manifest,
     pub(crate) against: Against,
+    /// For a former manifest: the entries that changed, encoded, and the shards that are gone.
+    listed: (Vec<u8>, Vec<String>),
     shards: Vec<(ShardKey, PublishedShard)>,
 }
 
@@ -79,8 +81,15 @@ pub fn plan(
         Against::Held => (&nothing, held.iter().copied().collect()),
         Against::Nothing => (&nothing, BTreeSet::new()),
     };
+    let difference = newest.since(before);
+    let listed = if let Against::Known(_) = against {
+        let entries = difference.changed.iter().map(|changed| (changed.key, changed.entry));
+        (encode_entries(entries), difference.removed.iter().map(ToString::to_string).collect())
+    } else {
+        Default::default()
+    };
     let mut shards = Vec::new();
-    for Changed { key, entry, before } in newest.since(before).changed {
+    for Changed { key, entry, before } in difference.changed {
         if before.is_some_and(|before| before.hash == entry.hash) || held.contains(&entry.hash.prefix()) {
             continue;
         }
@@ -88,7 +97,7 @@ pub fn plan(
         let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
         shards.push((key.clone(), shard.clone()));
     }
-    Ok(Plan { version: wanted.version, newest, against, shards })
+    Ok(Plan { version: wanted.version, newest, against, listed, shards })
 }
 
 /// Whether what a sidecar runs is beyond all that the log has, which ends at `head`: then the log lost its end.
@@ -114,12 +123,7 @@ impl Plan {
             Ok(pb::Shard { key: key.to_string(), body_zstd, length })
         };
         let (manifest, removed) = match &self.against {
-            Against::Known(known) => {
-                let difference = self.newest.since(known);
-                let entries = difference.changed.iter().map(|changed| (changed.key, changed.entry));
-                (encode_entries(entries), difference.removed.iter().map(ToString::to_string).collect())
-            }
-            Against::Unknown => (Vec::new(), Vec::new()),
+            Against::Known(_) | Against::Unknown => self.listed,
             Against::Held | Against::Nothing => (self.newest.encode(), Vec::new()),
         };
         Ok(pb::PullResponse {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use weft_eventlog::Point;
 use weft_model::{ConfigVersion, InstanceId};
-use weft_projector::{Patch, Published};
+use weft_projector::{Patch, Published, WantedSnapshot};
 use weft_proto::v1 as pb;
 use weft_routing::Hash;
 
@@ -67,7 +67,7 @@ impl Telling {
     /// What is to be said now; none if there is nothing. Counts as said.
     pub fn next(&mut self, published: &Published, now: Instant) -> Option<News> {
         let wanted = published.wanted(&self.instance);
-        let news = wanted.as_ref().map(|wanted| (wanted.version, wanted.class.manifest.hash()));
+        let news = wanted.as_ref().map(WantedSnapshot::named);
         let (heartbeat, change) = (now >= self.next_heartbeat, self.told != news);
         if !heartbeat && !change {
             return None;

@@ -37,11 +37,12 @@ pub use fault::Fault;
 pub use fold::{FoldFrom, FoldProgress, FoldToError, fold_to};
 pub use leadership::Leadership;
 pub use projector::Projector;
-pub use published::{Announced, Patch, Published, PublishedClass, PublishedShard, ShardChange, ShardPatch};
+pub use published::{
+    Announced, Patch, Published, PublishedClass, PublishedShard, ShardChange, ShardPatch, WantedSnapshot,
+};
 pub use store::{
     Ack, ClassAck, Commit, LeaderStatus, Lease, LeaseSession, Propagation, PropagationRow, Serving,
     SidecarStatus, Store, StoreError,
 };
 pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
 pub use view::{Role, View};
-pub use window::{TELL_COST, WINDOW_MAX, Window};

@@ -19,6 +19,7 @@ mod announced;
 pub use announced::Announced;
 
 use bytes::Bytes;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -264,6 +265,10 @@ struct Former {
 }
 
 impl PublishedShard {
+    fn new(built: BuiltShard) -> Self {
+        Self { built, compressed: Arc::default(), former: VecDeque::new() }
+    }
+
     /// The canonical bytes, zstd-compressed.
     ///
     /// # Errors
@@ -308,6 +313,14 @@ pub struct WantedSnapshot<'a> {
     pub version: ConfigVersion,
     /// The manifest of its class.
     pub class: &'a PublishedClass,
+}
+
+impl WantedSnapshot<'_> {
+    /// What names it.
+    #[must_use]
+    pub fn named(&self) -> (ConfigVersion, Hash) {
+        (self.version, self.class.manifest.hash())
+    }
 }
 
 /// See the module's documentation.
@@ -412,16 +425,17 @@ impl Published {
         self.version = delta.version;
         self.hash = delta.hash;
         for (key, built) in delta.shards {
-            match self.shards.get_mut(&key) {
+            match self.shards.entry(key) {
                 // Only its position moved: the compressed bytes stay good.
-                Some(shard) if shard.built.hash == built.hash => shard.built = built,
-                before => {
-                    let mut shard =
-                        PublishedShard { built, compressed: Arc::default(), former: VecDeque::new() };
-                    if let Some(before) = before {
-                        shard.succeed(before.clone());
-                    }
-                    self.shards.insert(key, shard);
+                Entry::Occupied(mut shard) if shard.get().built.hash == built.hash => {
+                    shard.get_mut().built = built;
+                }
+                Entry::Occupied(mut shard) => {
+                    let before = shard.insert(PublishedShard::new(built));
+                    shard.get_mut().succeed(before);
+                }
+                Entry::Vacant(place) => {
+                    place.insert(PublishedShard::new(built));
                 }
             }
         }

@@ -184,10 +184,6 @@ impl RowChanges {
     /// Makes changes to all rows, as a database does: what is not to be there is not.
     pub fn write(&mut self, changes: Self) {
         self.merge(changes);
-        self.shards.retain(|_, row| row.is_some());
-        self.classes.retain(|_, row| row.is_some());
-        self.manifests.retain(|_, row| row.is_some());
-        self.sidecars.retain(|_, row| row.is_some());
         self.drop_absent();
     }
 
@@ -270,6 +266,10 @@ impl RowChanges {
     }
 
     fn drop_absent(&mut self) {
+        self.shards.retain(|_, row| row.is_some());
+        self.classes.retain(|_, row| row.is_some());
+        self.manifests.retain(|_, row| row.is_some());
+        self.sidecars.retain(|_, row| row.is_some());
         self.services.retain(|_, row| row.is_some());
         self.instances.retain(|_, row| row.is_some());
         self.flapping.retain(|_, row| row.is_some());

@@ -103,6 +103,12 @@ impl View {
         self.shared.role.subscribe()
     }
 
+    /// Whether the projector leads.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        matches!(*self.shared.role.borrow(), Role::Leader { .. })
+    }
+
     /// Waits until an event is folded. False if it was not within `limit`, or the fold has stopped.
     pub async fn wait_folded(&self, position: Position, limit: Duration) -> bool {
         let mut folded = self.folded();

@@ -8,26 +8,26 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// The longest wait, far below the bound within which a change is to reach everybody.
-pub const WINDOW_MAX: Duration = Duration::from_millis(200);
+pub(crate) const WINDOW_MAX: Duration = Duration::from_millis(200);
 /// What telling one subscriber costs a controller: a look, a patch, an encoded notice, its way through TLS and the kernel. It is
 /// paid after the publication, on the same cores, so it is reckoned rather than measured.
-pub const TELL_COST: Duration = Duration::from_micros(20);
+const TELL_COST: Duration = Duration::from_micros(20);
 
 /// See the module's documentation.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Window {
+pub(crate) struct Window {
     opens: Option<Instant>,
 }
 
 impl Window {
     /// Something was published, which took so long to write and told so many subscribers.
-    pub fn published(&mut self, took: Duration, told: usize, now: Instant) {
+    pub(crate) fn published(&mut self, took: Duration, told: usize, now: Instant) {
         self.opens = Some(now + after(took, told));
     }
 
     /// When what is not urgent may be written; none if now.
     #[must_use]
-    pub fn opens(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn opens(&self, now: Instant) -> Option<Instant> {
         self.opens.filter(|opens| *opens > now)
     }
 }
