@@ -5,7 +5,8 @@
 //! which the disk has answered is [`Kept`], and only that is installed and acknowledged. So a restart never goes back behind what
 //! took effect (I4), but for a disk that fails: then the acknowledgement says that it is not durable.
 //!
-//! Two drive it: the sidecar, over gRPC, and the simulation of the control plane.
+//! Three drive it: the sidecar, over gRPC; the simulated sidecars of a fleet, which share what one of them has decoded; and the
+//! simulation of the control plane.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -174,6 +175,19 @@ impl Session {
     /// What a notice comes to.
     #[must_use]
     pub fn hear(&self, notice: &v1::Notice, follower: Follower<'_>) -> Heard {
+        self.hear_with(notice, follower, |current| {
+            Ok(take::take_patch(notice, current, follower.own, follower.trust_domain)?.map(Arc::new))
+        })
+    }
+
+    /// The same for whoever has a way of its own to what [`take_patch`](take::take_patch) makes.
+    #[must_use]
+    pub fn hear_with(
+        &self,
+        notice: &v1::Notice,
+        follower: Follower<'_>,
+        patched: impl FnOnce(&Snapshot) -> Result<Option<Arc<Snapshot>>, Refusal>,
+    ) -> Heard {
         let wanted = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()).map(take::version);
         let Some(wanted) = wanted else { return Heard::Nothing };
         if let Some(current) = follower.current {
@@ -189,8 +203,8 @@ impl Session {
             return Heard::Nothing;
         }
         let Some(current) = follower.current else { return Heard::Missed { misfit: None } };
-        match take::take_patch(notice, current, follower.own, follower.trust_domain) {
-            Ok(Some(snapshot)) => Heard::Patched(Taken(Arc::new(snapshot))),
+        match patched(current) {
+            Ok(Some(snapshot)) => Heard::Patched(Taken(snapshot)),
             Ok(None) => Heard::Missed { misfit: None },
             Err(refusal) => Heard::Missed { misfit: Some(refusal) },
         }
@@ -249,9 +263,25 @@ impl Session {
         self.ack = Some((now + self.ack_spread.mul_f64(at), Ack { applied: snapshot, took, error }));
     }
 
-    /// What was put in force when, oldest first, to be said with any acknowledgement; once.
-    pub fn take_swaps(&mut self) -> Vec<(ConfigVersion, Instant)> {
-        self.swaps.drain(..).collect()
+    /// Says what is in force, how long the last swap `took`, and what is wrong, if anything; with what was swapped since the last
+    /// word of it.
+    pub fn acknowledge(
+        &mut self,
+        applied: Option<&Snapshot>,
+        took: Duration,
+        error: String,
+        now: Instant,
+    ) -> v1::AckRequest {
+        let swap = |(version, at): (ConfigVersion, Instant)| v1::Swap {
+            version: Some(take::wire_version(version)),
+            ago_us: u64::try_from(now.duration_since(at).as_micros()).unwrap_or(u64::MAX),
+        };
+        v1::AckRequest {
+            applied: applied.map(take::header),
+            took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
+            error,
+            swaps: self.swaps.drain(..).map(swap).collect(),
+        }
     }
 
     /// When there is something to acknowledge.
@@ -300,14 +330,27 @@ impl Ask {
     #[must_use]
     pub fn answered(self, pulled: &v1::PullResponse, follower: Follower<'_>) -> Pulled {
         let Follower { own, trust_domain, current } = follower;
-        if pulled.held_wanted && self == Self::Difference && current.is_some() {
+        self.answered_with(pulled, follower, || {
+            Ok(take::take(pulled, current, own, trust_domain)?.map(Arc::new))
+        })
+    }
+
+    /// The same for whoever has a way of its own to what [`take`](take::take) makes.
+    #[must_use]
+    pub fn answered_with(
+        self,
+        pulled: &v1::PullResponse,
+        follower: Follower<'_>,
+        taken: impl FnOnce() -> Result<Option<Arc<Snapshot>>, Refusal>,
+    ) -> Pulled {
+        if pulled.held_wanted && self == Self::Difference && follower.current.is_some() {
             return Pulled::Unknown;
         }
-        match take::take(pulled, current, own, trust_domain) {
+        match taken() {
             Ok(None) => Pulled::Current,
-            Ok(Some(snapshot)) => Pulled::Taken(Taken(Arc::new(snapshot))),
+            Ok(Some(snapshot)) => Pulled::Taken(Taken(snapshot)),
             Err(refusal @ (Refusal::Snapshot(_) | Refusal::Compression { .. } | Refusal::Key(_)))
-                if current.is_some() && self != Self::Everything =>
+                if follower.current.is_some() && self != Self::Everything =>
             {
                 Pulled::Misfit(refusal)
             }
@@ -410,11 +453,14 @@ mod tests {
         assert_eq!(session.unkept(), Some(&snapshot));
         session.kept();
         assert_eq!(session.unkept(), None);
-        assert_eq!(session.take_swaps(), [(snapshot.version, now)]);
+        let swaps =
+            |session: &mut Session| session.acknowledge(None, Duration::ZERO, String::new(), now).swaps;
+        let swap = v1::Swap { version: Some(take::wire_version(snapshot.version)), ago_us: 0 };
+        assert_eq!(swaps(&mut session), [swap]);
         for _ in 0..2 * SWAPS_MAX {
             session.applied(Taken(Arc::clone(&snapshot)).kept(Ok(())), Duration::ZERO, now, 0.0);
         }
-        assert_eq!(session.take_swaps().len(), SWAPS_MAX);
+        assert_eq!(swaps(&mut session).len(), SWAPS_MAX);
         session.applied(Taken(snapshot).kept(Ok(())), Duration::ZERO, now, 0.0);
         assert_eq!((session.take_ack().unwrap().error.as_str(), session.unkept()), ("", None));
     }

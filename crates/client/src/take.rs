@@ -65,6 +65,9 @@ pub enum Refusal {
     Authority,
 }
 
+/// Largest answer to a pull that is taken: a mesh seen whole, compressed.
+pub const PULL_BYTES_MAX: usize = 256 << 20;
+
 /// A version as the wire has it.
 #[must_use]
 pub fn version(version: &v1::ConfigVersion) -> ConfigVersion {

@@ -1,17 +1,17 @@
-//! What a simulated sidecar does all its life: subscribe, take the patch in a notice or pull what is missed, say so.
+//! What a simulated sidecar does all its life: subscribe, take the patch in a notice or pull what is missed, say so. It decides
+//! with the machine that real ones decide with ([`weft_client::follow`]); but it never gives a controller up for being silent, which on
+//! a machine that plays ten thousand is no sign of anything.
 
 use prost::Message;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
-use weft_client::follow::Ask;
+use weft_client::follow::{self, Ack, Ask, Follower, Heard, Pulled, Taken};
 use weft_client::take::{self, Refusal};
 use weft_client::{Backoff, CallError, Introduced};
-use weft_model::{Chain, ConfigVersion, TrustDomain};
+use weft_model::{Chain, TrustDomain};
 use weft_proto::v1;
 use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_routing::Snapshot;
@@ -23,11 +23,6 @@ use crate::member::Member;
 
 /// What frames a message: five bytes of gRPC, nine of HTTP/2.
 const FRAME_BYTES: usize = 5 + 9;
-/// Largest answer to a pull, as real sidecars take it.
-const PULL_BYTES_MAX: usize = 256 << 20;
-
-/// What an acknowledgement tells at most.
-const SWAPS_MAX: usize = 32;
 
 /// Why a session ended.
 enum End {
@@ -54,17 +49,13 @@ impl From<FleetError> for End {
     }
 }
 
-struct Follower {
+struct Sidecar {
     shared: Arc<Shared>,
     member: Arc<Member>,
     trust_domain: TrustDomain,
     current: Option<Arc<Snapshot>>,
     rng: SmallRng,
     backoff: Backoff,
-    /// The newest thing to acknowledge, when, and how long it took.
-    due: Option<(Instant, Duration)>,
-    /// What was put in force since the last acknowledgement, oldest first.
-    swaps: VecDeque<(ConfigVersion, Instant)>,
     /// Whether this session counts among those that are back.
     counted: bool,
 }
@@ -73,34 +64,25 @@ struct Follower {
 pub(crate) async fn follow(shared: Arc<Shared>, member: Arc<Member>) {
     let trust_domain = shared.mesh.operator.current().spiffe_id().trust_domain.clone();
     let rng = SmallRng::seed_from_u64(u64::try_from(member.index).unwrap_or_default());
-    let mut follower = Follower {
-        shared,
-        member,
-        trust_domain,
-        current: None,
-        rng,
-        backoff: Backoff::new(),
-        due: None,
-        swaps: VecDeque::new(),
-        counted: false,
-    };
+    let mut sidecar =
+        Sidecar { shared, member, trust_domain, current: None, rng, backoff: Backoff::new(), counted: false };
     let mut broken = None;
     loop {
-        let end = follower.session(&mut broken).await;
-        follower.member.hang_up();
+        let end = sidecar.session(&mut broken).await;
+        sidecar.member.hang_up();
         if let End::Fault(fault) = end {
-            follower.count(|shared| &shared.counters.faults, 1);
-            follower.uncount();
-            let mut last = follower.shared.last_fault.lock().unwrap_or_else(PoisonError::into_inner);
+            sidecar.count(|shared| &shared.counters.faults, 1);
+            sidecar.uncount();
+            let mut last = sidecar.shared.last_fault.lock().unwrap_or_else(PoisonError::into_inner);
             *last = Some(fault);
         }
-        follower.counted = false;
-        let wait = follower.backoff.next(&mut follower.rng);
+        sidecar.counted = false;
+        let wait = sidecar.backoff.next(&mut sidecar.rng);
         sleep(wait).await;
     }
 }
 
-impl Follower {
+impl Sidecar {
     fn count(&self, counter: impl FnOnce(&Shared) -> &AtomicU64, by: usize) {
         counter(&self.shared).fetch_add(u64::try_from(by).unwrap_or_default(), Ordering::Relaxed);
     }
@@ -135,132 +117,134 @@ impl Follower {
     }
 
     async fn listen(&mut self, channel: Introduced) -> Result<std::convert::Infallible, End> {
-        let mut discovery = DiscoveryClient::new(channel).max_decoding_message_size(PULL_BYTES_MAX);
+        let mut discovery = DiscoveryClient::new(channel).max_decoding_message_size(take::PULL_BYTES_MAX);
         let have = self.current.as_deref().map(take::header);
         let request = v1::SubscribeRequest { have, ..v1::SubscribeRequest::default() };
         let mut notices = discovery.subscribe(request).await?.into_inner();
-        let mut again: Option<Instant> = None;
+        let mut session = follow::Session::new(Instant::now());
         loop {
-            let pull = tokio::select! {
+            let missed = tokio::select! {
                 biased;
                 notice = notices.message() => {
                     let notice = notice?.ok_or_else(|| End::Fault("the controller ended the stream".into()))?;
-                    let missed = self.hear(&notice)?;
-                    missed && again.is_none()
+                    session.noticed(&notice, Instant::now());
+                    self.misses(&notice, &mut session)?
                 }
-                () = at(self.due.map(|(at, _)| at)) => {
-                    self.ack(&mut discovery).await?;
+                () = at(session.ack_at()) => {
+                    if let Some(Ack { applied, took, error }) = session.take_ack() {
+                        let ack = session.acknowledge(Some(&applied), took, error, Instant::now());
+                        discovery.ack(ack).await?;
+                        self.count(|shared| &shared.counters.acks, 1);
+                    }
                     false
                 }
-                () = at(again) => true,
+                () = at(session.again_at()) => true,
             };
-            if pull {
-                again = match self.pull(&mut discovery).await {
-                    Ok(()) => None,
-                    Err(CallError::Overloaded(_) | CallError::Unavailable(_)) => {
-                        Some(Instant::now() + self.backoff.next(&mut self.rng))
-                    }
-                    Err(error) => return Err(error.into()),
-                };
+            if !missed {
+                continue;
+            }
+            session.pulling();
+            match self.pull(&mut discovery, &mut session).await {
+                Ok(()) => self.backoff.reset(),
+                Err(CallError::Overloaded(_) | CallError::Unavailable(_)) => {
+                    session.ask_again(Instant::now() + self.backoff.next(&mut self.rng));
+                }
+                Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Takes a notice in. True if something is to be pulled.
-    fn hear(&mut self, notice: &v1::Notice) -> Result<bool, End> {
-        let Some(wanted) = notice.wanted.as_ref().and_then(|wanted| wanted.version.as_ref()) else {
-            return Ok(false);
-        };
-        let wanted = take::version(wanted);
-        let spread = Duration::from_millis(notice.ack_spread_ms.into());
-        let Some(current) = self.current.clone() else { return Ok(true) };
-        if wanted == current.version {
-            self.is_back();
-            return Ok(false);
-        }
-        if wanted < current.version {
-            return Err(End::Fault(format!(
-                "a controller announces {wanted}, older than {}",
-                current.version
-            )));
-        }
-        self.count(|shared| &shared.counters.notices, 1);
-        self.count(|shared| &shared.counters.notice_bytes, notice.encoded_len() + FRAME_BYTES);
+    /// Takes what a notice brings. Whether something is missed after that, and is to be pulled.
+    fn misses(&mut self, notice: &v1::Notice, session: &mut follow::Session) -> Result<bool, End> {
         let began = Instant::now();
-        let snapshots = &self.shared.snapshots;
-        match snapshots.take_patch(notice, &current, &self.member.instance, &self.trust_domain) {
-            Ok(Some(snapshot)) => {
-                self.count(|shared| &shared.counters.patches, 1);
-                self.apply(snapshot, began, spread);
+        let heard = self.following(|shared, follower| {
+            session.hear_with(notice, follower, |current| {
+                shared.snapshots.take_patch(notice, current, follower.own, follower.trust_domain)
+            })
+        });
+        if matches!(heard, Heard::Patched(_) | Heard::Missed { .. }) && self.current.is_some() {
+            self.count(|shared| &shared.counters.notices, 1);
+            self.count(|shared| &shared.counters.notice_bytes, notice.encoded_len() + FRAME_BYTES);
+        }
+        match heard {
+            Heard::Nothing => Ok(false),
+            Heard::Current => {
+                self.is_back();
+                self.backoff.reset();
                 Ok(false)
             }
-            Ok(None) => Ok(true),
-            Err(_) => {
-                self.count(|shared| &shared.counters.refused, 1);
+            Heard::Older(wanted) => {
+                Err(End::Fault(format!("a controller announces {wanted}, older than what is applied")))
+            }
+            Heard::Patched(taken) => {
+                self.count(|shared| &shared.counters.patches, 1);
+                self.apply(taken, began, session);
+                self.backoff.reset();
+                Ok(false)
+            }
+            Heard::Missed { misfit } => {
+                self.count(|shared| &shared.counters.refused, usize::from(misfit.is_some()));
                 Ok(true)
             }
         }
     }
 
-    async fn pull(&mut self, discovery: &mut DiscoveryClient<Introduced>) -> Result<(), CallError> {
+    /// Decides something about this sidecar as it is.
+    fn following<T>(&self, decide: impl FnOnce(&Shared, Follower<'_>) -> T) -> T {
+        let (own, trust_domain) = (&self.member.instance, &self.trust_domain);
+        decide(&self.shared, Follower { own, trust_domain, current: self.current.as_deref() })
+    }
+
+    /// Gets what is missed: the difference, or everything if that does not fit together.
+    async fn pull(
+        &mut self,
+        discovery: &mut DiscoveryClient<Introduced>,
+        session: &mut follow::Session,
+    ) -> Result<(), CallError> {
         let began = Instant::now();
-        let mut pulled = self.ask(discovery, Ask::Difference).await?;
-        if pulled.held_wanted {
-            pulled = self.ask(discovery, Ask::Lacking).await?;
-        } else {
-            self.count(|shared| &shared.counters.full_pulls, usize::from(pulled.full));
+        let mut pulled = self.pull_once(discovery, Ask::Difference).await?;
+        if let Pulled::Unknown = pulled {
+            pulled = self.pull_once(discovery, Ask::Lacking).await?;
+        }
+        if let Pulled::Misfit(_) = pulled {
+            self.count(|shared| &shared.counters.refused, 1);
+            pulled = self.pull_once(discovery, Ask::Everything).await?;
         }
         self.count(|shared| &shared.counters.pulls, 1);
-        let snapshots = &self.shared.snapshots;
-        let taken = snapshots.take(&pulled, self.current.as_ref(), &self.member.instance, &self.trust_domain);
-        match taken {
-            Ok(Some(snapshot)) => self.apply(snapshot, began, Duration::ZERO),
-            Ok(None) => self.is_back(),
-            Err(Refusal::NotNewer { .. }) => {}
-            Err(_) => self.count(|shared| &shared.counters.refused, 1),
+        match pulled {
+            // Unknown: only what was asked first is answered so.
+            Pulled::Current | Pulled::Unknown => self.is_back(),
+            Pulled::Taken(taken) => self.apply(taken, began, session),
+            Pulled::Refused(Refusal::NotNewer { .. }) => {}
+            Pulled::Misfit(_) | Pulled::Refused(_) => self.count(|shared| &shared.counters.refused, 1),
         }
         Ok(())
     }
 
-    async fn ask(
+    async fn pull_once(
         &self,
         discovery: &mut DiscoveryClient<Introduced>,
         ask: Ask,
-    ) -> Result<v1::PullResponse, CallError> {
+    ) -> Result<Pulled, CallError> {
         let pulled = discovery.pull(ask.request(self.current.as_deref())).await?.into_inner();
         self.count(|shared| &shared.counters.pull_bytes, pulled.encoded_len() + FRAME_BYTES);
-        Ok(pulled)
+        let whole = pulled.full && ask != Ask::Lacking;
+        self.count(|shared| &shared.counters.full_pulls, usize::from(whole));
+        Ok(self.following(|shared, follower| {
+            ask.answered_with(&pulled, follower, || {
+                shared.snapshots.take(&pulled, follower.current, follower.own, follower.trust_domain)
+            })
+        }))
     }
 
-    fn apply(&mut self, snapshot: Arc<Snapshot>, began: Instant, spread: Duration) {
-        let version = snapshot.version;
-        self.current = Some(snapshot);
-        self.shared.tracker.applied(&self.member, version.position.0);
+    /// Puts a snapshot in force. A simulated sidecar has no disk that could refuse it.
+    fn apply(&mut self, taken: Taken, began: Instant, session: &mut follow::Session) {
+        let kept = taken.kept(Ok(()));
+        self.current = Some(Arc::clone(kept.snapshot()));
+        self.shared.tracker.applied(&self.member, kept.snapshot().version.position.0);
         self.is_back();
         let now = Instant::now();
-        self.swaps.push_back((version, now));
-        if self.swaps.len() > SWAPS_MAX {
-            self.swaps.pop_front();
-        }
-        let held_back = spread.mul_f64(self.rng.random_range(0.0..=1.0));
-        self.due = Some((now + held_back, now - began));
-    }
-
-    async fn ack(&mut self, discovery: &mut DiscoveryClient<Introduced>) -> Result<(), CallError> {
-        let Some((_, took)) = self.due.take() else { return Ok(()) };
-        let swap = |(version, at): (ConfigVersion, Instant)| v1::Swap {
-            version: Some(v1::ConfigVersion { epoch: version.epoch.0, position: version.position.0 }),
-            ago_us: u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX),
-        };
-        let request = v1::AckRequest {
-            swaps: self.swaps.drain(..).map(swap).collect(),
-            applied: self.current.as_deref().map(take::header),
-            took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
-            ..v1::AckRequest::default()
-        };
-        discovery.ack(request).await?;
-        self.count(|shared| &shared.counters.acks, 1);
-        Ok(())
+        session.applied(kept, now - began, now, self.rng.random_range(0.0..=1.0));
     }
 }
 

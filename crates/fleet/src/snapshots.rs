@@ -29,11 +29,11 @@ impl Snapshots {
     pub(crate) fn take(
         &self,
         pulled: &v1::PullResponse,
-        current: Option<&Arc<Snapshot>>,
+        current: Option<&Snapshot>,
         own: &InstanceId,
         trust_domain: &TrustDomain,
     ) -> Result<Option<Arc<Snapshot>>, Refusal> {
-        let make = || take::take(pulled, current.map(|current| &**current), own, trust_domain);
+        let make = || take::take(pulled, current, own, trust_domain);
         self.get_or_make(pulled.header.as_ref(), own, current, make)
     }
 
@@ -41,7 +41,7 @@ impl Snapshots {
     pub(crate) fn take_patch(
         &self,
         notice: &v1::Notice,
-        current: &Arc<Snapshot>,
+        current: &Snapshot,
         own: &InstanceId,
         trust_domain: &TrustDomain,
     ) -> Result<Option<Arc<Snapshot>>, Refusal> {
@@ -57,7 +57,7 @@ impl Snapshots {
         &self,
         header: Option<&v1::SnapshotHeader>,
         own: &InstanceId,
-        current: Option<&Arc<Snapshot>>,
+        current: Option<&Snapshot>,
         make: impl FnOnce() -> Result<Option<Snapshot>, Refusal>,
     ) -> Result<Option<Arc<Snapshot>>, Refusal> {
         let Some(key) = header.and_then(|header| key(header, own)) else {

@@ -38,9 +38,6 @@ use weft_proto::v1::discovery_client::DiscoveryClient;
 use weft_proto::v1::mesh_client::MeshClient;
 use weft_routing::Snapshot;
 
-/// Largest answer to a pull: a mesh seen whole, compressed.
-const PULL_BYTES_MAX: usize = 256 << 20;
-
 /// Shortest time between pulls because a peer runs something newer. Peers may run ahead of this sidecar for good, if what
 /// changed is not in its snapshot.
 const MISS_INTERVAL: Duration = Duration::from_millis(200);
@@ -134,7 +131,8 @@ impl Subscriber {
         }
         let mut session = follow::Session::new(Instant::now());
         let mut seen = self.shared.seen.subscribe();
-        let mut discovery = DiscoveryClient::new(channel.clone()).max_decoding_message_size(PULL_BYTES_MAX);
+        let mut discovery =
+            DiscoveryClient::new(channel.clone()).max_decoding_message_size(take::PULL_BYTES_MAX);
         let have = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
         let witness = self.witnesses.show().into();
         let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have, witness })).await?;
@@ -173,13 +171,15 @@ impl Subscriber {
                 }
                 () = at(session.ack_at()) => {
                     if let Some(Ack { applied, took, error }) = session.take_ack() {
-                        ack(&mut discovery, Some(&applied), took, error, session.take_swaps()).await?;
+                        let ack = session.acknowledge(Some(&applied), took, error, Instant::now());
+                        answer(discovery.ack(ack)).await?;
                     }
                     continue;
                 }
                 snapshot = kept(&mut self.keeper, session.unkept()) => {
                     let took = session.last_notice().elapsed();
-                    ack(&mut discovery, Some(&snapshot), took, String::new(), session.take_swaps()).await?;
+                    let ack = session.acknowledge(Some(&snapshot), took, String::new(), Instant::now());
+                    answer(discovery.ack(ack)).await?;
                     session.kept();
                     continue;
                 }
@@ -314,7 +314,9 @@ impl Subscriber {
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
                 let current = self.shared.snapshot();
-                ack(discovery, current.as_deref(), since.elapsed(), error, session.take_swaps()).await
+                let ack = session.acknowledge(current.as_deref(), since.elapsed(), error, Instant::now());
+                answer(discovery.ack(ack)).await?;
+                Ok(())
             }
         }
     }
@@ -383,24 +385,6 @@ async fn miss(
             return;
         }
     }
-}
-
-async fn ack(
-    discovery: &mut DiscoveryClient<Channel>,
-    applied: Option<&Snapshot>,
-    took: Duration,
-    error: String,
-    swaps: Vec<(ConfigVersion, Instant)>,
-) -> Result<(), SessionError> {
-    let took_ms = u32::try_from(took.as_millis()).unwrap_or(u32::MAX);
-    let swap = |(version, at): (ConfigVersion, Instant)| v1::Swap {
-        version: Some(take::wire_version(version)),
-        ago_us: u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX),
-    };
-    let swaps = swaps.into_iter().map(swap).collect();
-    let request = v1::AckRequest { applied: applied.map(take::header), took_ms, error, swaps };
-    answer(discovery.ack(request)).await?;
-    Ok(())
 }
 
 /// Says that the configuration may be stale, whenever a notice is overdue.

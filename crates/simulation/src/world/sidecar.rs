@@ -327,16 +327,9 @@ impl World {
         kept: bool,
     ) {
         let now = self.instant();
-        let swaps = self.sidecars[sidecar].session.as_mut().map(Session::take_swaps).unwrap_or_default();
-        let micros = |at: Instant| u64::try_from(now.duration_since(at).as_micros()).unwrap_or(u64::MAX);
-        let swap =
-            |(version, at)| pb::Swap { version: Some(take::wire_version(version)), ago_us: micros(at) };
-        let ack = pb::AckRequest {
-            applied: applied.map(take::header),
-            took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
-            error,
-            swaps: swaps.into_iter().map(swap).collect(),
-        };
+        let mut none = Session::new(now);
+        let session = self.sidecars[sidecar].session.as_mut().unwrap_or(&mut none);
+        let ack = session.acknowledge(applied, took, error, now);
         self.sidecar_calls(sidecar, Request::Ack(ack), Doing::Acking { kept });
     }
 
