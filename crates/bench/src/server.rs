@@ -1,10 +1,12 @@
 //! The server that is measured: databases on it, what it says of itself, and the CPU time that it takes.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
 use tokio_postgres::{Client, NoTls};
 use weft_eventlog::{ConnectConfig, EventLog, LogConfig, Reader, migrate};
 
@@ -23,6 +25,9 @@ const SETTINGS: [&str; 12] = [
     "max_connections",
     "data_checksums",
 ];
+
+/// A controller has projected a million events by then.
+const PROJECTED_MAX: Duration = Duration::from_secs(300);
 
 /// A server that lets us make databases.
 #[derive(Debug)]
@@ -165,6 +170,22 @@ impl Database {
         let (client, _session) = self.connect().await?;
         let row = client.query_one(sql, &[]).await.with_context(|| format!("PostgreSQL refused: {sql}"))?;
         Ok(row.get(0))
+    }
+
+    /// Waits until a controller has projected all of the log, looking so often.
+    ///
+    /// # Errors
+    /// The server does not answer, or nobody projects.
+    pub async fn projected(&self, every: Duration) -> anyhow::Result<()> {
+        const SQL: &str = "select (select coalesce(max(last_position), 0) from weft.log_batch) - \
+                           (select coalesce(max(position), 0) from weft.projection)";
+        let (client, _session) = self.connect().await?;
+        let begun = Instant::now();
+        while client.query_one(SQL, &[]).await?.get::<_, i64>(0) > 0 {
+            anyhow::ensure!(begun.elapsed() < PROJECTED_MAX, "the controller did not project the log");
+            sleep(every).await;
+        }
+        Ok(())
     }
 
     /// Makes the log's tables.

@@ -52,13 +52,13 @@ pub(crate) async fn enroll(
 
 async fn join(shared: &Shared, strangers: &Strangers, member: &Member) -> Result<Credential, FleetError> {
     let request = v1::CreateJoinTokenRequest {
-        meta: Some(command("a simulated fleet")),
+        meta: Some(command(crate::WHY)),
         service: member.instance.service.to_string(),
         instance: member.instance.instance.to_string(),
         ttl_seconds: TOKEN_TTL_SECONDS,
     };
     let token = retry(|| {
-        let (mut operator, request) = (shared.operator.clone(), request.clone());
+        let (mut operator, request) = (shared.operator.client.clone(), request.clone());
         async move { operator.create_join_token(request).await }
     });
     let token = token.await.map_err(FleetError::of("making a join token"))?.token;

@@ -14,28 +14,28 @@ mod error;
 mod follow;
 mod line;
 mod member;
+mod operator;
 mod plan;
 pub mod profile;
 mod snapshots;
 
 pub use convergence::{Convergence, Spread};
 pub use error::FleetError;
+pub use operator::Operator;
 pub use plan::Plan;
 
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, StreamExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
-use tonic::transport::Channel;
-use weft_client::{ALPN, ControllerAddress, command, retry};
+use weft_client::{ControllerAddress, retry};
 use weft_identity::fingerprint::Fingerprint;
-use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+use weft_identity::tls::TlsIdentity;
 use weft_proto::v1;
 use weft_proto::v1::change::Change as Wire;
-use weft_proto::v1::mesh_client::MeshClient;
 use weft_proto::v1::resource::Spec;
 
 use convergence::{Spreading, Tracker};
@@ -46,8 +46,8 @@ use snapshots::Snapshots;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Calls under way while a fleet is put together or taken apart: enough to keep a controller busy.
 const CALLS: usize = 128;
-/// Changes in one command, which the API bounds.
-const CHANGES_MAX: usize = 1_000;
+/// Why the mesh is changed, as the log has it.
+const WHY: &str = "a simulated fleet";
 
 /// Where a mesh is, and an operator of it. The operator needs the role operator.
 #[derive(Clone, Debug)]
@@ -99,7 +99,7 @@ struct Counters {
 struct Shared {
     mesh: Mesh,
     plan: Plan,
-    operator: MeshClient<Channel>,
+    operator: Operator,
     snapshots: Snapshots,
     tracker: Tracker,
     counters: Counters,
@@ -139,12 +139,10 @@ impl Fleet {
     /// # Errors
     /// A controller refuses, or none answers.
     pub async fn enroll(mesh: Mesh, plan: Plan, progress: impl Fn(Progress)) -> Result<Self, FleetError> {
-        let tls = mesh.operator.client_config(ExpectedPeer::Controller, ALPN);
-        let channel = weft_client::channel(mesh.controllers.clone(), tls);
         let members = plan.members(&mesh)?;
         let (subscribed, cut) = (watch::Sender::new(0), watch::Sender::new(0));
         let shared = Arc::new(Shared {
-            operator: MeshClient::new(channel),
+            operator: Operator::of(&mesh),
             snapshots: Snapshots::default(),
             tracker: Tracker::new(&members),
             counters: Counters::default(),
@@ -155,7 +153,7 @@ impl Fleet {
             plan,
         });
         let fleet = Self { shared, members, complete: 0, tasks: JoinSet::new() };
-        fleet.apply(fleet.shared.plan.declarations()?).await?;
+        fleet.shared.operator.apply_all(WHY, &fleet.shared.plan.declarations()?).await?;
         let strangers = enroll::Strangers::new(&fleet.shared.mesh)?;
         let of = fleet.members.len();
         let enrolled = fleet.members.iter().map(|member| {
@@ -251,7 +249,7 @@ impl Fleet {
     /// # Errors
     /// It is refused, or does not spread.
     pub async fn change(&self, change: Wire) -> Result<Convergence, FleetError> {
-        self.shared.converge(self.apply_at_once(vec![change])).await
+        self.shared.converge(self.shared.operator.apply(WHY, vec![change])).await
     }
 
     /// Reports the health of an endpoint of the target service, in its own name, and waits until every interested sidecar
@@ -289,7 +287,7 @@ impl Fleet {
         let request =
             v1::GetRequest { kind: v1::Kind::Instance.into(), name: member.instance.to_string(), at: None };
         let found = retry(|| {
-            let (mut operator, request) = (self.shared.operator.clone(), request.clone());
+            let (mut operator, request) = (self.shared.operator.client.clone(), request.clone());
             async move { operator.get(request).await }
         });
         let found = found.await.map_err(FleetError::of("asking for an endpoint"))?;
@@ -328,28 +326,9 @@ impl Fleet {
             let instance = member.instance.to_string();
             Wire::DeregisterInstance(v1::DeregisterInstance { instance })
         });
-        self.apply(leaving.collect()).await?;
-        self.apply(self.shared.plan.deletions()).await
-    }
-
-    /// Applies changes as the operator, so many at a time.
-    async fn apply(&self, changes: Vec<Wire>) -> Result<(), FleetError> {
-        let commands = changes.chunks(CHANGES_MAX).map(|changes| self.apply_at_once(changes.to_vec()));
-        stream::iter(commands).buffer_unordered(4).try_collect::<Vec<_>>().await.map(drop)
-    }
-
-    async fn apply_at_once(&self, changes: Vec<Wire>) -> Result<v1::ApplyResponse, FleetError> {
-        let changes = changes.into_iter().map(|change| v1::Change { expected: None, change: Some(change) });
-        let request = v1::ApplyRequest {
-            meta: Some(command("a simulated fleet")),
-            changes: changes.collect(),
-            dry_run: false,
-        };
-        let applied = retry(|| {
-            let (mut operator, request) = (self.shared.operator.clone(), request.clone());
-            async move { operator.apply(request).await }
-        });
-        applied.await.map_err(FleetError::of("a change"))
+        let operator = &self.shared.operator;
+        operator.apply_all(WHY, &leaving.collect::<Vec<_>>()).await?;
+        operator.apply_all(WHY, &self.shared.plan.deletions()).await
     }
 
     fn stuck(&self, what: &'static str) -> FleetError {

@@ -1,25 +1,24 @@
 //! A mesh to measure: a database, controllers, and what an operator does there.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use tempfile::TempDir;
-use tonic::transport::Channel;
 use weft_bench::controller::Process;
 use weft_bench::server::{Database, Server};
-use weft_client::{ALPN, command};
-use weft_fleet::Mesh;
+use weft_fleet::{Mesh, Operator};
 use weft_identity::credential::Credential;
-use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+use weft_identity::tls::TlsIdentity;
 use weft_proto::v1;
 use weft_proto::v1::change::Change as Wire;
-use weft_proto::v1::mesh_client::MeshClient;
 
 use crate::Bench;
 
-/// Changes in one command, which the API bounds.
-const CHANGES_MAX: usize = 1_000;
+/// Why the mesh is changed, as the log has it.
+pub(crate) const WHY: &str = "bench";
+/// A change is seen to be projected that soon.
+const PROJECTED_EVERY: Duration = Duration::from_millis(1);
 /// The namespace of what only fills the mesh.
 const FILLING: &str = "filling";
 
@@ -57,10 +56,8 @@ impl TestMesh {
     }
 
     /// An operator of the mesh.
-    pub(crate) fn operator(&self) -> anyhow::Result<MeshClient<Channel>> {
-        let mesh = self.mesh()?;
-        let tls = mesh.operator.client_config(ExpectedPeer::Controller, ALPN);
-        Ok(MeshClient::new(weft_client::channel(mesh.controllers, tls)))
+    pub(crate) fn operator(&self) -> anyhow::Result<Operator> {
+        Ok(Operator::of(&self.mesh()?))
     }
 
     /// One number of the database.
@@ -70,17 +67,17 @@ impl TestMesh {
 
     /// Services with instances that nobody's sidecar stands before.
     pub(crate) async fn fill(&self, services: usize, instances: usize) -> anyhow::Result<()> {
-        let declared = (0..services).map(declare);
-        self.apply_all(declared.collect()).await?;
+        let operator = self.operator()?;
+        let declared: Vec<_> = (0..services).map(declare).collect();
+        operator.apply_all(WHY, &declared).await?;
         let registered =
             (0..services).flat_map(|service| (0..instances).map(move |instance| register(service, instance)));
-        self.apply_all(registered.collect()).await
+        Ok(operator.apply_all(WHY, &registered.collect::<Vec<_>>()).await?)
     }
 
-    async fn apply_all(&self, changes: Vec<Wire>) -> anyhow::Result<()> {
-        let operator = self.operator()?;
-        let commands = changes.chunks(CHANGES_MAX).map(|changes| apply(operator.clone(), changes.to_vec()));
-        stream::iter(commands).buffer_unordered(4).try_collect::<Vec<_>>().await.map(drop)
+    /// Waits until everything is written that follows from the log.
+    pub(crate) async fn projected(&self) -> anyhow::Result<()> {
+        self.database.projected(PROJECTED_EVERY).await
     }
 
     pub(crate) async fn end(self, server: &Server) -> anyhow::Result<()> {
@@ -89,15 +86,6 @@ impl TestMesh {
         }
         server.drop(&self.database).await
     }
-}
-
-/// Applies changes, and says up to where the log then went.
-pub(crate) async fn apply(mut operator: MeshClient<Channel>, changes: Vec<Wire>) -> anyhow::Result<u64> {
-    let changes = changes.into_iter().map(|change| v1::Change { expected: None, change: Some(change) });
-    let request =
-        v1::ApplyRequest { meta: Some(command("bench")), changes: changes.collect(), dry_run: false };
-    let applied = operator.apply(request).await?.into_inner();
-    Ok(applied.version.context("a change without a version")?.position)
 }
 
 pub(crate) fn filling(service: usize) -> String {

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::time::{Instant, sleep};
 use weft_bench::cpu;
 use weft_bench::report::median;
 use weft_fleet::profile::{self, Pace, Profile};
@@ -11,13 +10,11 @@ use weft_proto::v1;
 use weft_proto::v1::change::Change as Wire;
 
 use crate::figures::{fleet, plan};
-use crate::mesh::{TestMesh, apply, instance, register};
+use crate::mesh::{TestMesh, WHY, instance, register};
 use crate::{Bench, say};
 
 /// Instances of each service of a mesh that only fills.
 const INSTANCES: usize = 50;
-/// A projector has caught up by then.
-const PROJECTED_MAX: Duration = Duration::from_secs(120);
 
 /// Bytes of a notice about one endpoint of a thousand.
 pub(crate) async fn change_size(bench: &mut Bench) -> anyhow::Result<()> {
@@ -47,7 +44,7 @@ pub(crate) async fn change_cost(bench: &mut Bench) -> anyhow::Result<()> {
         say(&format!("a mesh of {services} services with {INSTANCES} instances each"));
         let mesh = TestMesh::start(bench, &format!("change_cost_{services}")).await?;
         mesh.fill(services, INSTANCES).await?;
-        projected(&mesh).await?;
+        mesh.projected().await?;
         meshes.push(mesh);
     }
     // In turns, since the machine has moods.
@@ -80,8 +77,8 @@ async fn one_round(mesh: &TestMesh, changes: usize, round: usize) -> anyhow::Res
     let controller = mesh.controllers.first().context("no controller")?;
     let operator = mesh.operator()?;
     // The connection is made before.
-    apply(operator.clone(), vec![register(0, 0)]).await?;
-    projected(mesh).await?;
+    operator.apply(WHY, vec![register(0, 0)]).await?;
+    mesh.projected().await?;
     let cpu = || cpu::process_seconds(controller.id()?).context("the controller's CPU time cannot be read");
     let (seconds, shards) = (cpu()?, controller.counter(BUILT).await?);
     for change in 0..changes {
@@ -92,24 +89,12 @@ async fn one_round(mesh: &TestMesh, changes: usize, round: usize) -> anyhow::Res
         } else {
             register(1, number)
         };
-        apply(operator.clone(), vec![change]).await?;
+        operator.apply(WHY, vec![change]).await?;
         // A change on its own, not a batch.
-        projected(mesh).await?;
+        mesh.projected().await?;
     }
     let (seconds, shards) = (cpu()? - seconds, controller.counter(BUILT).await? - shards);
     #[expect(clippy::cast_precision_loss, reason = "some hundred changes")]
     let changes = changes as f64;
     Ok((seconds / changes, shards / changes))
-}
-
-/// Waits until everything is published.
-async fn projected(mesh: &TestMesh) -> anyhow::Result<()> {
-    const SQL: &str = "select (select coalesce(max(last_position), 0) from weft.log_batch) - \
-                       (select coalesce(max(position), 0) from weft.projection)";
-    let begun = Instant::now();
-    while mesh.number(SQL).await? > 0 {
-        anyhow::ensure!(begun.elapsed() < PROJECTED_MAX, "the controller did not project the log");
-        sleep(Duration::from_millis(1)).await;
-    }
-    Ok(())
 }

@@ -11,8 +11,6 @@ use weft_bench::report::median;
 
 /// Pause between two questions.
 const POLL: Duration = Duration::from_millis(100);
-/// A controller has projected a million events by then.
-const PROJECTED_MAX: Duration = Duration::from_secs(300);
 /// A checkpoint that is not there by then is not coming soon: the next start folds everything, and the figure says so.
 const CHECKPOINT_MAX: Duration = Duration::from_secs(60);
 
@@ -23,7 +21,7 @@ pub(super) async fn cold_start(bench: &mut Bench, database: &Database) -> anyhow
     let url = database.url(&bench.url)?;
     let controller = Process::start(&bench.controller, "controller-1", state.path(), &url).await?;
     let first = controller.took.as_secs_f64();
-    projected(database).await?;
+    database.projected(POLL).await?;
     if let Some(position) = checkpointed(database).await? {
         bench.report.set("cold_start_checkpoint", position);
     }
@@ -40,18 +38,6 @@ pub(super) async fn cold_start(bench: &mut Bench, database: &Database) -> anyhow
     }
     bench.report.set("first_start_1m_s", first);
     bench.report.set("cold_start_1m_s", median(&mut starts));
-    Ok(())
-}
-
-/// Waits until the projector's rows stand for the whole log.
-async fn projected(database: &Database) -> anyhow::Result<()> {
-    const SQL: &str = "select (select max(last_position) from weft.log_batch) - \
-                       (select coalesce(max(position), 0) from weft.projection)";
-    let begun = Instant::now();
-    while database.number(SQL).await? > 0 {
-        anyhow::ensure!(begun.elapsed() < PROJECTED_MAX, "the controller did not project the log");
-        sleep(POLL).await;
-    }
     Ok(())
 }
 
