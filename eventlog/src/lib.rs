@@ -55,7 +55,8 @@ pub use request::{
     TYPE_BYTES_MAX, TooLarge,
 };
 pub use rewind::{
-    Adopt, AdoptError, Adoption, Point, Reported, Rewind, Seen, adopt, epoch_to_adopt, report_rewind,
+    Adopt, AdoptError, Adoption, EPOCHS_UNSEEN_MAX, Point, Reported, Rewind, Seen, adopt, epoch_to_adopt,
+    report_rewind,
 };
 pub use segment::SegmentError;
 pub use session::StoreError;

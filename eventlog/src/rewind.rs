@@ -240,7 +240,7 @@ async fn record(client: &Client, seen: &Point, witness: &str) -> Result<Reported
     Ok(reported)
 }
 
-/// Settles every finding that stands, if none saw more of the log than those up to `rewind_upto`, and opens an epoch above
+/// Settles every finding that stands, if none saw more of the log than those up to `rewind_upto`, and opens an epoch well above
 /// all that were ever seen. The same decision repeated is answered as before.
 ///
 /// # Errors
@@ -295,11 +295,17 @@ async fn epoch_above(client: &Client, standing: &[Rewind]) -> Result<Epoch, Stor
     Ok(epoch_to_adopt(Epoch(row.get::<_, i64>(0).cast_unsigned()), standing))
 }
 
-/// The epoch that an adoption opens, where `known` is the latest in the log: above that, and above all that was seen. Pure.
+/// Epochs that the lost history may have opened after the last one that a witness tells of: one for each start of its server. What
+/// sidecars are told comes up to a second before its witness, so some may run a version of such an epoch. Too many epochs are
+/// harmless; one too few is not.
+pub const EPOCHS_UNSEEN_MAX: u64 = 1_000;
+
+/// The epoch that an adoption opens, where `known` is the latest in the log: above that, above all that was seen, and above what
+/// followed unseen. Pure.
 #[must_use]
 pub fn epoch_to_adopt(known: Epoch, standing: &[Rewind]) -> Epoch {
     let seen = standing.iter().map(|rewind| rewind.seen.epoch.max(rewind.found.epoch)).max();
-    known.max(seen.unwrap_or_default()).next()
+    Epoch(known.max(seen.unwrap_or_default()).0.saturating_add(EPOCHS_UNSEEN_MAX))
 }
 
 async fn insert(

@@ -171,7 +171,7 @@ impl Commands {
             }
             let head = match head {
                 Some(head) => head,
-                None => *head.insert(self.reader.head().await?.position),
+                None => *head.insert(self.head_after(at.position).await?),
             };
             if head <= at.position {
                 return answer;
@@ -179,6 +179,18 @@ impl Commands {
             self.wait_for(head).await?;
         }
         Err(ApiError::Overloaded { retry_after_ms: CONTENTION_RETRY_MS })
+    }
+
+    /// The log's end now, after a decision that rests on the event at `seen`. A log that ends before that lost what the decision rests
+    /// on: nothing to change, or a refusal, would be an answer about events that are not there.
+    async fn head_after(&self, seen: Position) -> Result<Position, ApiError> {
+        let head = self.reader.head().await?.position;
+        if head < seen {
+            let message =
+                format!("this controller has read up to {seen}, and the log ends at {head}; try again");
+            return Err(ApiError::Unavailable(message));
+        }
+        Ok(head)
     }
 
     /// Decides against the fold as it is, and says where it is.

@@ -220,17 +220,22 @@ impl Leadership {
         lease.checkpoint == looked_at || lease.checkpoint <= folded
     }
 
-    /// Leads from here on, under a lease that was asked for at `asked`. The first batch brings the `stored` rows, which belong to `checkpoint`, to the fold's.
+    /// Leads from here on, under a lease that was asked for at `asked`. The first batch brings the `stored` rows, which belong to
+    /// `checkpoint`, to the fold's. None if they are not those that came with the lease: then a backup took the tables' place meanwhile,
+    /// in which the term may be somebody else's.
     pub fn begin(
         &mut self,
         lease: Lease,
         asked: Instant,
         (checkpoint, stored): (ConfigVersion, &RowChanges),
         (version, hash, rows): (ConfigVersion, Option<EventHash>, &RowChanges),
-    ) -> Batch {
+    ) -> Option<Batch> {
+        if checkpoint != lease.checkpoint {
+            return None;
+        }
         self.leading = Some(Leading { term: lease.term, checkpoint: checkpoint.position, asked });
         let delta = Delta { version, hash, rows: Arc::new(rows.since(stored)), ..Delta::default() };
-        Batch { term: lease.term, from: checkpoint.position, delta }
+        Some(Batch { term: lease.term, from: checkpoint.position, delta })
     }
 }
 
@@ -252,7 +257,8 @@ mod tests {
         let mut leadership = Leadership::default();
         let rows = RowChanges::default();
         let lease = Lease { term, checkpoint: at(from) };
-        let batch = leadership.begin(lease, now, (at(from), &rows), (at(from), None, &rows));
+        assert!(leadership.begin(lease, now, (at(from + 1), &rows), (at(from), None, &rows)).is_none());
+        let batch = leadership.begin(lease, now, (at(from), &rows), (at(from), None, &rows)).unwrap();
         assert_eq!((batch.term, batch.from), (term, Position(from)));
         leadership
     }

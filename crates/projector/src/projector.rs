@@ -363,7 +363,11 @@ impl Projector {
         };
         let (version, rows) =
             self.view.read(|projection| (projection.version(), RowChanges::all(projection)));
-        let batch = self.leadership.begin(lease, asked, (checkpoint, &stored), (version, self.hash(), &rows));
+        let fold = (version, self.hash(), &rows);
+        let Some(batch) = self.leadership.begin(lease, asked, (checkpoint, &stored), fold) else {
+            tracing::warn!(term = lease.term, %checkpoint, "the rows are not those that came with the lease; trying again");
+            return Ok(());
+        };
         let changes = batch.delta.rows.len();
         if checkpoint == version && changes > 0 {
             tracing::warn!(rows = changes, %checkpoint, "stored rows were not what the log says, and are corrected");

@@ -2,8 +2,8 @@
 
 use tokio_postgres::error::SqlState;
 use weft_eventlog::{
-    Adopt, AdoptError, AppendError, EventHash, EventLog, Point, Reader, Reported, Seen, adopt, report_rewind,
-    verify,
+    Adopt, AdoptError, AppendError, EPOCHS_UNSEEN_MAX, EventHash, EventLog, Point, Reader, Reported, Seen,
+    adopt, report_rewind, verify,
 };
 use weft_model::version::{ConfigVersion, Epoch, Position};
 use weft_testkit::TestDatabase;
@@ -32,6 +32,11 @@ async fn lose(database: &TestDatabase, after: u64) {
         "delete from weft.event where position > {after}; delete from weft.log_batch where last_position > {after}"
     );
     tamper(database, &lose).await;
+}
+
+/// What an adoption opens if that is the last epoch that anybody saw.
+fn adopted_after(epoch: u64) -> Epoch {
+    Epoch(epoch + EPOCHS_UNSEEN_MAX)
 }
 
 fn reader(database: &TestDatabase) -> Reader {
@@ -139,12 +144,15 @@ async fn an_adopted_log_goes_on_above_every_epoch_that_was_seen() {
     assert!(matches!(more, Err(AdoptError::More { seen }) if seen == ahead.version()), "{more:?}");
     assert_eq!(refused(&log).await, (5, 3));
     let adoption = adopt(&reader, &decision(2)).await.unwrap();
-    assert_eq!((adoption.epoch, adoption.fork_position, adoption.rewind_upto), (Epoch(8), Position(3), 2));
+    assert_eq!(
+        (adoption.epoch, adoption.fork_position, adoption.rewind_upto),
+        (adopted_after(7), Position(3), 2)
+    );
     assert_eq!(reader.newest_adoption().await.unwrap(), Some(adoption.clone()));
     assert_eq!(reader.standing_rewinds().await.unwrap(), []);
 
-    assert_eq!(log.appender().append(one("s")).await.unwrap().epoch, Epoch(8));
-    assert_eq!(open(&database).await.appender().append(one("s")).await.unwrap().epoch, Epoch(8));
+    assert_eq!(log.appender().append(one("s")).await.unwrap().epoch, adopted_after(7));
+    assert_eq!(open(&database).await.appender().append(one("s")).await.unwrap().epoch, adopted_after(7));
     verify(&reader, |_| ()).await.unwrap();
     // Whoever saw the lost events is forgiven, also where others stand by now.
     for point in [&points[3], &points[4], &ahead] {
@@ -175,7 +183,7 @@ async fn what_is_lost_after_an_adoption_is_a_finding_again() {
     assert_eq!(reader.check_seen(&newer).await.unwrap(), Seen::Lost { found: Position(1) });
     assert_eq!(report_rewind(&reader, &newer, "controller a").await.unwrap(), Reported::Recorded);
     let adoption = adopt(&reader, &decision(2)).await.unwrap();
-    assert_eq!((adoption.epoch, adoption.rewind_upto), (Epoch(3), 2));
+    assert_eq!((adoption.epoch, adoption.rewind_upto), (adopted_after(event.epoch.0), 2));
 }
 
 /// The restored server wrote before anybody noticed: what epoch it opened and where tells how much is common.
@@ -194,7 +202,7 @@ async fn the_fork_is_where_the_next_epoch_began() {
     let reader = reader(&database);
     report_rewind(&reader, &points[5], "sidecar default/api/one").await.unwrap();
     let adoption = adopt(&reader, &decision(1)).await.unwrap();
-    assert_eq!((adoption.epoch, adoption.fork_position), (Epoch(3), Position(2)));
+    assert_eq!((adoption.epoch, adoption.fork_position), (adopted_after(2), Position(2)));
     for point in &points[2..] {
         assert_eq!(reader.check_seen(point).await.unwrap(), Seen::GivenUp);
     }
@@ -250,7 +258,7 @@ async fn people_see_what_stands_and_what_was_decided() {
     assert_eq!(row, "true 1.3 1.1 sidecar default/api/one -");
     adopt(&reader, &decision(1)).await.unwrap();
     let row: String = client.query_one(sql, &[]).await.unwrap().get(0);
-    assert_eq!(row, "false 1.3 1.1 sidecar default/api/one 2");
+    assert_eq!(row, format!("false 1.3 1.1 sidecar default/api/one {}", adopted_after(1)));
     let forged = "insert into weft.log_adoption (rewind_upto, epoch, fork_position, actor, reason, adopted_at) \
                   values (9, 9, 0, 'mallory', '', now())";
     assert!(client.batch_execute(forged).await.is_err());
@@ -277,6 +285,6 @@ async fn a_process_tells_what_it_has_seen_and_the_log_lost() {
     assert_eq!(refused(&log).await, (3, 2));
     log.shutdown().await;
     let anew = open(&database).await;
-    assert_eq!(anew.appender().append(one("s")).await.unwrap().epoch, Epoch(2));
+    assert_eq!(anew.appender().append(one("s")).await.unwrap().epoch, adopted_after(1));
     anew.shutdown().await;
 }
