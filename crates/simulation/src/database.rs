@@ -116,6 +116,8 @@ pub(crate) struct Database {
     ended: Vec<Process>,
     /// Whether the lease's session ended with the server.
     session_ended: bool,
+    /// A backup took the tables' place.
+    restored: bool,
     /// What was found wrong.
     pub(crate) wrong: Option<String>,
 }
@@ -132,6 +134,7 @@ impl Database {
             lineage: 1,
             ended: Vec::new(),
             session_ended: false,
+            restored: false,
             wrong: None,
         }
     }
@@ -159,6 +162,7 @@ impl Database {
             let Tables { lease, projection, rows, folds, .. } = before;
             self.tables = Tables { lease, projection, rows, folds, ..std::mem::take(&mut self.tables) };
         }
+        self.restored = true;
         self.restart();
     }
 
@@ -482,7 +486,10 @@ impl Database {
         if !holds || row.version.position != from || !in_log && !self.planted(Plant::ProjectLost) {
             return Commit::Fenced;
         }
-        if self.tables.lease.holder != Some(process) || self.tables.lease.term != term {
+        // A backup repeats terms. Then a former holder may write under a number that is another's: right rows of the log that there is,
+        // on the very checkpoint that it left, or the comparison of rows tells.
+        let foreign = self.tables.lease.holder != Some(process) && !self.restored;
+        if foreign || self.tables.lease.term != term {
             let LeaseRow { term: newest, .. } = self.tables.lease;
             self.complain(format!(
                 "fencing: rows were written under term {term}, and the lease has term {newest}"

@@ -142,6 +142,8 @@ pub(crate) struct World {
     backups: Vec<Tables>,
     /// The newest finding that an operator has looked at.
     looked_at: Option<u64>,
+    /// When a sidecar was seen to have more than the log, at first and at last, since an operator did something about it.
+    beyond: Option<(Duration, Duration)>,
     /// What is wrong.
     pub(crate) wrong: Option<String>,
 }
@@ -180,6 +182,7 @@ impl World {
             cuts: BTreeSet::new(),
             backups: Vec::new(),
             looked_at: None,
+            beyond: None,
             wrong: None,
         };
         world.begin();

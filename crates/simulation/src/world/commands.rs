@@ -213,14 +213,22 @@ impl World {
 
     /// What the mesh begins with.
     pub(super) fn found(&mut self) {
-        let root = RootAdded {
-            trust_domain: trust_domain(),
-            certificate_pem: "not parsed here".into(),
-            sha256: "00".into(),
-        };
-        let mut changes = vec![Command::Ca(root)];
+        let mut changes = vec![root()];
         changes.extend((0..self.plan.services).map(|service| declare(service, 80)));
         let client = self.want(changes);
+        self.clients[client].attempts_max = u32::MAX;
+    }
+
+    /// Any change, until it is made.
+    pub(super) fn want_something(&mut self) {
+        let port = self.rng.random_range(1_000..60_000);
+        let client = self.want(vec![declare(0, port)]);
+        self.clients[client].attempts_max = u32::MAX;
+    }
+
+    /// A controller that starts announces its root.
+    pub(super) fn announce(&mut self) {
+        let client = self.want(vec![root()]);
         self.clients[client].attempts_max = u32::MAX;
     }
 
@@ -356,8 +364,11 @@ impl World {
     }
 
     pub(super) fn head_found(&mut self, controller: usize, caller: Caller, answer: Option<&Answer>) {
+        let seen = self.controllers[controller].running.get(&caller).and_then(Running::rests_on);
         match answer {
-            Some(Answer::Head(head)) => self.refuse_or_wait(controller, caller, head.position),
+            Some(Answer::Head(head)) if seen.is_none_or(|seen| head.position >= seen) => {
+                self.refuse_or_wait(controller, caller, head.position);
+            }
             _ => self.finish(controller, caller, Err(Failure::Unavailable)),
         }
     }
@@ -612,6 +623,16 @@ impl World {
     }
 }
 
+impl Running {
+    /// The last event that an answer without an append rests on.
+    const fn rests_on(&self) -> Option<Position> {
+        match &self.stage {
+            Stage::Asking { at, .. } => Some(*at),
+            Stage::Appending | Stage::Folding(_) | Stage::Behind(..) | Stage::Showing { .. } => None,
+        }
+    }
+}
+
 impl Client {
     /// Whether it knows what became of it.
     pub(crate) const fn is_done(&self) -> bool {
@@ -666,6 +687,14 @@ pub(crate) fn service_name(service: usize) -> ServiceName {
 
 pub(crate) fn instance_id(service: usize, instance: usize) -> InstanceId {
     names(&format!("default/s{service}/i{instance}"))
+}
+
+fn root() -> Command {
+    Command::Ca(RootAdded {
+        trust_domain: trust_domain(),
+        certificate_pem: "not parsed here".into(),
+        sha256: "00".into(),
+    })
 }
 
 fn declare(service: usize, port: u16) -> Command {

@@ -329,6 +329,7 @@ impl World {
             (Then::HeadOf(asking), Some(Answer::Head(head))) => {
                 let head = ConfigVersion::new(head.epoch, head.position);
                 if asking.have.is_some_and(|(have, _)| pull::is_beyond(have, head)) {
+                    self.see_beyond();
                     self.reply(controller, asking.from, Err(Failure::Rewound));
                 } else {
                     self.go_on(controller, *asking);

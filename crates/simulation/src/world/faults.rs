@@ -7,6 +7,12 @@ use std::time::Duration;
 use super::commands::instance_id;
 use super::{Controller, Event, Link, Sidecar, World, say};
 
+/// How long a controller may remember what the log lost, and answer out of that: until its tail looks, and it was started anew.
+const REMEMBERED: Duration = Duration::from_secs(12);
+
+/// How long an operator waits for a finding, or for it to pass, after a sidecar was seen to have more than the log.
+const UNPROVEN: Duration = Duration::from_secs(15);
+
 /// What a seed stands for, beside its chance.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -47,7 +53,12 @@ pub(crate) enum Fault {
     StallDatabase(Duration),
     EndDatabase(Duration),
     Backup,
-    Restore { log_alone: bool, down: Duration },
+    Restore {
+        log_alone: bool,
+        down: Duration,
+    },
+    /// People see to it that what the mesh rests on is there.
+    Found,
     Calm,
 }
 
@@ -224,6 +235,7 @@ impl World {
                 self.database_ends(down);
                 self.database_is_restored(self.backups.len() - 1, log_alone);
             }
+            Fault::Found => self.found(),
             Fault::Calm => self.calm(),
         }
     }
@@ -246,8 +258,14 @@ impl World {
                 self.start_sidecar(sidecar);
             }
         }
-        // What the mesh rests on may be among what was lost.
+        // What the mesh rests on may be among what was lost; and again when nobody remembers more than the log has.
         self.found();
+        self.after(REMEMBERED, Event::Fault(Fault::Found));
+    }
+
+    /// The status shows a sidecar that has more than the log, or something else at the same version.
+    pub(super) fn see_beyond(&mut self) {
+        self.beyond = Some((self.beyond.map_or(self.now, |(first, _)| first), self.now));
     }
 
     /// Somebody looks at what the log's history needs: goes on without what was lost, starts what has to be started anew.
@@ -264,8 +282,17 @@ impl World {
                 let adopted = self.database.adopt(upto, self.now);
                 say!(self, "an operator adopts the log as it is: {adopted}");
             }
-            self.looked_at = newest;
+            (self.looked_at, self.beyond) = (newest, None);
             return;
+        }
+        // Nobody can prove what was lost, so there is nothing to adopt; but a new epoch is above it all the same.
+        let (first, last) = self.beyond.unwrap_or((self.now, Duration::ZERO));
+        if self.now - first > UNPROVEN && self.now - last < UNPROVEN {
+            say!(self, "an operator restarts the database, for sidecars that have more than the log");
+            self.beyond = None;
+            self.database_ends(Duration::from_millis(200));
+            // It opens with the next change.
+            self.want_something();
         }
         if self.looked_at.take().is_some() {
             // Among what was lost may be what the mesh rests on; controllers announce their root after a decision, too.

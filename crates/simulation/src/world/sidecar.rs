@@ -401,7 +401,10 @@ impl World {
         match heard {
             Heard::Nothing => {}
             Heard::Current => self.sidecars[sidecar].backoff.reset(),
-            Heard::Older(offered) => say!(self, "s{sidecar} does not take the older {offered}"),
+            Heard::Older(offered) => {
+                say!(self, "s{sidecar} does not take the older {offered}");
+                self.see_beyond();
+            }
             Heard::Patched(taken) => {
                 self.sidecars[sidecar].backoff.reset();
                 return self.keep(sidecar, taken, now);
@@ -444,6 +447,7 @@ impl World {
             }
             Pulled::Refused(refusal) => {
                 say!(self, "s{sidecar} refuses: {refusal}");
+                self.see_beyond();
                 let applied = self.sidecars[sidecar].snapshot.clone();
                 self.acknowledge(sidecar, applied.as_deref(), Duration::ZERO, refusal.to_string(), false);
             }

@@ -50,6 +50,7 @@ impl World {
         self.timer(controller, Duration::ZERO, Timer::Tick);
         self.poll(controller, Duration::ZERO);
         self.look_soon(controller);
+        self.announce();
     }
 
     fn check_fold(&mut self, controller: usize) {
@@ -326,9 +327,11 @@ impl World {
                 let hash = it.folded.map(|(_, hash)| hash).filter(|hash| *hash != EventHash::GENESIS);
                 let (version, rows) =
                     it.view.read(|projection| (projection.version(), RowChanges::all(projection)));
-                let batch = it.leadership.begin(lease, asked, (checkpoint, &stored), (version, hash, &rows));
-                say!(self, "c{controller} leads, term {}", lease.term);
-                self.commit(controller, Box::new(batch));
+                let fold = (version, hash, &rows);
+                if let Some(batch) = it.leadership.begin(lease, asked, (checkpoint, &stored), fold) {
+                    say!(self, "c{controller} leads, term {}", lease.term);
+                    self.commit(controller, Box::new(batch));
+                }
             }
             (Step::Commit(batch, asked), answer) => {
                 let commit = match answer {
