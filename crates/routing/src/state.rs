@@ -25,7 +25,7 @@ use weft_model::{
     TrafficScope,
 };
 
-pub(crate) use instances::{Instance, Instances};
+pub(crate) use instances::{Instance, Instances, Place};
 
 /// A scope's state and its last writer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub struct RoutingState {
     pub(crate) mesh_security: ScopeVersion,
     pub(crate) addresses: Addresses,
     /// The instances that are ready or draining; what an instance costs ends with it.
-    pub(crate) live: BTreeMap<ServiceName, BTreeSet<Name>>,
+    pub(crate) live: BTreeMap<ServiceName, BTreeMap<Name, Place>>,
     /// The endpoints that damping holds down.
     pub(crate) held: BTreeSet<InstanceId>,
 }
@@ -161,24 +161,23 @@ impl RoutingState {
         &'a self,
         service: &'a ServiceName,
     ) -> impl Iterator<Item = (InstanceId, &'a Instance)> {
-        self.live.get(service).into_iter().flatten().filter_map(move |name| {
+        self.live.get(service).into_iter().flatten().filter_map(move |(name, place)| {
             let id = InstanceId { service: service.clone(), instance: name.clone() };
-            let instance = self.instances.get(&id)?;
-            Some((id, instance))
+            Some((id, self.instances.at(*place)?))
         })
     }
 
     /// How many instances of a service are ready or draining.
     #[must_use]
     pub fn live_count(&self, service: &ServiceName) -> usize {
-        self.live.get(service).map_or(0, BTreeSet::len)
+        self.live.get(service).map_or(0, BTreeMap::len)
     }
 
     /// Every ready or draining instance, by name.
     pub(crate) fn live_instances(&self) -> impl Iterator<Item = InstanceId> {
         self.live.iter().flat_map(|(service, names)| {
             let id = |name: &Name| InstanceId { service: service.clone(), instance: name.clone() };
-            names.iter().map(id)
+            names.keys().map(id)
         })
     }
 

@@ -121,8 +121,8 @@ impl Reading {
             return Err(self.malformed("damping"));
         }
         let state = &mut self.checkpoint.state;
-        if membership.state.registration().is_some() {
-            state.live.entry(id.service.clone()).or_default().insert(id.instance.clone());
+        let takes_part = membership.state.registration().is_some();
+        if takes_part {
             self.checkpoint.since.insert(id.clone(), Position(record.since));
         }
         if damping.as_ref().is_some_and(|damping| damping.held.is_some()) {
@@ -130,6 +130,9 @@ impl Reading {
         }
         let instance = state.instances.make(id);
         (instance.membership, instance.damping) = (membership, damping);
+        if takes_part {
+            state.enter(id);
+        }
         Ok(())
     }
 

@@ -212,13 +212,20 @@ impl RoutingState {
         let after = place(&instance.membership.state);
         match (before, after) {
             (None, Some(_)) => {
-                self.live.entry(id.service.clone()).or_default().insert(id.instance.clone());
+                self.enter(id);
             }
             (Some(_), None) => self.leave(id),
             (Some(before), Some(after)) => self.stay(id, before != after, described_anew, fact.at),
             (None, None) => {}
         }
         Ok(Touched { shards: TouchedShards::Endpoints(&id.service), instance: Some(id) })
+    }
+
+    /// It takes part from now on; it is known already.
+    pub(crate) fn enter(&mut self, id: &InstanceId) {
+        if let Some(place) = self.instances.place(id) {
+            self.live.entry(id.service.clone()).or_default().insert(id.instance.clone(), place);
+        }
     }
 
     /// What was known of its health goes with it: who comes back is observed anew, and starts without points.

@@ -59,6 +59,17 @@ impl Instance {
     }
 }
 
+/// Where an instance is in the list, to find it again without a look-up. Where that is depends on the order in which instances
+/// came, so it makes nothing differ.
+#[derive(Clone, Copy, Debug, Eq)]
+pub(crate) struct Place(usize);
+
+impl PartialEq for Place {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Instances {
@@ -70,6 +81,14 @@ pub(crate) struct Instances {
 impl Instances {
     pub(crate) fn get(&self, id: &InstanceId) -> Option<&Instance> {
         self.places.get(id).and_then(|place| self.all.get(*place)).map(AsRef::as_ref)
+    }
+
+    pub(crate) fn place(&self, id: &InstanceId) -> Option<Place> {
+        self.places.get(id).copied().map(Place)
+    }
+
+    pub(crate) fn at(&self, place: Place) -> Option<&Instance> {
+        self.all.get(place.0).map(AsRef::as_ref)
     }
 
     pub(crate) fn get_mut(&mut self, id: &InstanceId) -> Option<&mut Instance> {
