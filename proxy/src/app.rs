@@ -3,6 +3,7 @@
 use crate::admin;
 use crate::clock;
 use crate::config::Config;
+use crate::demand::{self, Asker};
 use crate::discovery::join::{self, JoinError};
 use crate::discovery::keep::Keeper;
 use crate::discovery::own::{self, Own};
@@ -75,6 +76,7 @@ pub struct Proxy {
     admin: TcpListener,
     admin_address: SocketAddr,
     writer: Writer,
+    asker: Asker,
 }
 
 impl Proxy {
@@ -88,11 +90,12 @@ impl Proxy {
         let inbound = listeners::bind(config.inbound_listen, Purpose::Inbound, config.threads)
             .map_err(failed("--inbound-listen"))?;
         let mut outbound = Vec::new();
-        for upstream in &config.upstreams {
+        let named = config.upstreams.iter().map(|upstream| ("--upstream", upstream));
+        for (flag, upstream) in named.chain(config.on_demand.iter().map(|it| ("--upstream-on-demand", it))) {
             let Some(address) = upstream.listen else { continue };
             let target = Target { service: upstream.service.clone(), port: upstream.port };
             let purpose = Purpose::Outbound(Arc::new(target.clone()));
-            let bound = listeners::bind(address, purpose, config.threads).map_err(failed("--upstream"))?;
+            let bound = listeners::bind(address, purpose, config.threads).map_err(failed(flag))?;
             outbound.push((bound, target));
         }
         let admin = crate::socket::listen(config.admin_listen, NonZeroUsize::MIN)
@@ -102,12 +105,13 @@ impl Proxy {
         let admin = TcpListener::from_std(admin).map_err(StartError::System)?;
         let admin_address = admin.local_addr().map_err(StartError::System)?;
         let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
-        let shared = Shared::new(config.instance.clone(), config.apps.clone(), records);
+        let (demand, asker) = demand::channel(&config.on_demand);
+        let shared = Shared::new(config.instance.clone(), config.apps.clone(), records, demand);
         let status = Arc::new(Status::default());
         status
             .set_listeners(outbound.iter().map(|(bound, target)| (bound.address, target.clone())).collect());
         let config = Arc::new(config);
-        Ok(Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer })
+        Ok(Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer, asker })
     }
 
     /// Where other sidecars connect to.
@@ -135,7 +139,8 @@ impl Proxy {
     /// # Errors
     /// If the sidecar gets no identity and waiting does not help, or the system gives it no threads.
     pub async fn run(self, stop: CancellationToken) -> Result<(), StartError> {
-        let Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer } = self;
+        let Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer, asker } =
+            self;
         let advertised = config.advertise.unwrap_or(inbound.address);
         tracing::info!(instance = %config.instance, inbound = %inbound.address, admin = %admin_address, "starting");
 
@@ -161,6 +166,7 @@ impl Proxy {
 
         // What it runs by: who it is, what it ran last, what it is to run.
         let (sessions, session) = watch::channel(None);
+        tasks.spawn(asker.run(config.instance.clone(), sessions.subscribe()));
         let control = Control { config, shared, status, advertised, sessions, senders };
         let joined = tokio::select! {
             joined = control.start(&mut tasks, &stop_outbound) => joined,

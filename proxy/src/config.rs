@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 use weft_client::ControllerAddress;
 use weft_identity::token::JoinToken;
+use weft_model::membership::UPSTREAMS_MAX;
 use weft_model::{InstanceId, Port, ServiceName};
 
 /// Most data-plane threads; more than any machine that a sidecar shares with its app gives it.
@@ -82,6 +83,15 @@ struct Args {
         value_delimiter = ','
     )]
     upstreams: Vec<Upstream>,
+    /// A service and port that the app may come to need, with a local address for it: it becomes an upstream when the app first
+    /// connects there; may be given several times
+    #[arg(
+        long = "upstream-on-demand",
+        env = "WEFT_UPSTREAM_ON_DEMAND",
+        value_name = "NS/SERVICE:PORT=IP:PORT",
+        value_delimiter = ','
+    )]
+    on_demand: Vec<Upstream>,
     /// Allow this sidecar to reach every service of the mesh
     #[arg(long, env = "WEFT_ALL_UPSTREAMS")]
     all_upstreams: bool,
@@ -206,6 +216,8 @@ pub struct Config {
     pub apps: BTreeMap<Port, SocketAddr>,
     /// The services that the app connects to, some with a local address of their own.
     pub upstreams: Vec<Upstream>,
+    /// The services that become upstreams when the app first connects to them; each has a local address.
+    pub on_demand: Vec<Upstream>,
     /// Whether the app may connect to every service.
     pub all_upstreams: bool,
     /// Whether upstream services' stable loopback addresses are listened on.
@@ -256,6 +268,7 @@ impl Cli {
             advertise: args.advertise,
             apps,
             upstreams: args.upstreams,
+            on_demand: args.on_demand,
             all_upstreams: args.all_upstreams,
             loopback_addresses: args.loopback_addresses,
             admin_listen: args.admin_listen,
@@ -299,20 +312,43 @@ impl Config {
         if self.probe.interval < Duration::from_millis(10) || self.probe.timeout.is_zero() {
             return Err(rule("probe-interval", "at least 10ms, with a timeout above zero".into()));
         }
+        self.validate_on_demand()?;
         let mut taken = BTreeMap::new();
-        for upstream in &self.upstreams {
+        let named = self.upstreams.iter().map(|upstream| ("upstream", upstream));
+        for (flag, upstream) in named.chain(self.on_demand.iter().map(|it| ("upstream-on-demand", it))) {
             let Some(address) = upstream.listen else { continue };
             if !address.ip().is_loopback() {
                 let why =
                     "is no loopback address: whoever reaches it would act as this workload; use 127.0.0.1";
-                return Err(rule("upstream", format!("{address} {why}")));
+                return Err(rule(flag, format!("{address} {why}")));
             }
             if address.port() == 0 {
                 continue;
             }
             if taken.insert(address, upstream).is_some() || address == self.inbound_listen {
-                return Err(rule("upstream", format!("{address} is used twice; give each its own")));
+                return Err(rule(flag, format!("{address} is used twice; give each its own")));
             }
+        }
+        Ok(())
+    }
+
+    fn validate_on_demand(&self) -> Result<(), ConfigError> {
+        const FLAG: &str = "upstream-on-demand";
+        for Upstream { service, listen, .. } in &self.on_demand {
+            if listen.is_none() {
+                let why =
+                    "needs a local address, since the service's own is not known before it is an upstream";
+                return Err(rule(FLAG, format!("{service} {why}; add =127.0.0.1:PORT")));
+            }
+            if self.all_upstreams || self.upstreams.iter().any(|upstream| upstream.service == *service) {
+                return Err(rule(
+                    FLAG,
+                    format!("{service} is an upstream from the start; use --upstream for its address"),
+                ));
+            }
+        }
+        if self.on_demand.len() + self.upstreams.len() > UPSTREAMS_MAX {
+            return Err(rule(FLAG, format!("at most {UPSTREAMS_MAX} upstreams, the others counted in")));
         }
         Ok(())
     }
@@ -402,6 +438,11 @@ mod tests {
             (vec![local, "--upstream=db"], "--upstream"),
             (vec![local, "--upstream=a:1=127.0.0.1:5", "--upstream=b:1=127.0.0.1:5"], "--upstream"),
             (vec![local, "--upstream=a:1=0.0.0.0:5"], "--upstream"),
+            (vec![local, "--upstream-on-demand=a:1"], "--upstream-on-demand"),
+            (vec![local, "--upstream-on-demand=a:1=10.0.0.1:5"], "--upstream-on-demand"),
+            (vec![local, "--upstream=a:1", "--upstream-on-demand=a:2=127.0.0.1:5"], "--upstream-on-demand"),
+            (vec![local, "--all-upstreams", "--upstream-on-demand=a:2=127.0.0.1:5"], "--upstream-on-demand"),
+            (vec![local, "--upstream=a:1=127.0.0.1:5", "--upstream-on-demand=b:1=127.0.0.1:5"], "twice"),
             (vec![local, "--probe-rise=0"], "--probe-rise"),
             (vec![local, "--join-token-file=/nonexistent"], "/nonexistent"),
         ] {

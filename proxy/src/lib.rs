@@ -23,6 +23,7 @@ mod admin;
 mod balance;
 mod clock;
 mod connections;
+mod demand;
 mod discovery;
 mod drain;
 mod health;

@@ -26,6 +26,7 @@ const RECORDS_DROPPED: &str = "weft_records_dropped_total";
 const LISTENERS_FAILED: &str = "weft_listeners_failed";
 const APP_HEALTHY: &str = "weft_app_healthy";
 const SELF_DOUBT: &str = "weft_self_doubt";
+const UPSTREAMS_ADDED: &str = "weft_upstreams_added_total";
 const PANIC: &str = "weft_services_in_panic";
 const PANIC_PICKS: &str = "weft_panic_picks_total";
 
@@ -47,6 +48,7 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
 
 fn describe() {
     describe_counter!(OPENED, "Connections accepted, by direction");
+    describe_counter!(UPSTREAMS_ADDED, "Upstreams on demand that were asked for, by result");
     describe_counter!(CLOSED, "Connections ended or refused, by direction and close reason");
     describe_gauge!(LIVE, "Connections that are open now, by direction");
     describe_counter!(
@@ -111,6 +113,11 @@ pub(crate) fn moved(connection: &Connection) {
 
 pub(crate) fn connected(direction: Direction, took: Duration) {
     histogram!(CONNECT_SECONDS, "direction" => direction.as_str()).record(took);
+}
+
+/// A controller was asked for an upstream on demand.
+pub(crate) fn upstream_added(result: &'static str) {
+    counter!(UPSTREAMS_ADDED, "result" => result).increment(1);
 }
 
 /// `failure` is none for an attempt that succeeded.

@@ -82,6 +82,10 @@ async fn relay(
 
 /// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries.
 async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Result<Opened, Close> {
+    let shared = &worker.shared;
+    if shared.demand.may_add(&target.service) && shared.lacks(&target.service) {
+        shared.demand.wait(target, shared.subscribe()).await?;
+    }
     let mut tried = Vec::new();
     let mut last = None;
     loop {

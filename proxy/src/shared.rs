@@ -2,6 +2,7 @@
 //! change it.
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Registry};
+use crate::demand::Demand;
 use crate::records::RecordSender;
 use crate::routes::Routes;
 use crate::tls::Tls;
@@ -11,7 +12,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Semaphore, watch};
-use weft_model::{CloseReason, ConfigVersion, InstanceId, Port};
+use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName};
 use weft_routing::{Snapshot, verdict};
 
 /// Most connections at once that have not said yet who they are. A handshake takes milliseconds, so this many are some
@@ -26,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) tls: Tls,
     pub(crate) connections: Arc<Registry>,
     pub(crate) records: RecordSender,
+    /// Services that become upstreams when they are first used.
+    pub(crate) demand: Demand,
     /// One permit for each connection that is not authenticated yet.
     pub(crate) unauthenticated: Semaphore,
     /// The newest version that a peer said it runs.
@@ -36,13 +39,19 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(own: InstanceId, apps: BTreeMap<Port, SocketAddr>, records: RecordSender) -> Arc<Self> {
+    pub(crate) fn new(
+        own: InstanceId,
+        apps: BTreeMap<Port, SocketAddr>,
+        records: RecordSender,
+        demand: Demand,
+    ) -> Arc<Self> {
         Arc::new(Self {
             own,
             apps,
             tls: Tls::default(),
             connections: Arc::default(),
             records,
+            demand,
             unauthenticated: Semaphore::new(UNAUTHENTICATED_MAX),
             seen: watch::Sender::new(ConfigVersion::default()),
             routes: ArcSwapOption::empty(),
@@ -59,6 +68,11 @@ impl Shared {
     /// The snapshot in use.
     pub(crate) fn snapshot(&self) -> Option<Arc<Snapshot>> {
         self.routes.load().as_ref().map(|routes| Arc::clone(&routes.snapshot))
+    }
+
+    /// Whether there is a snapshot, and this service is not in it.
+    pub(crate) fn lacks(&self, service: &ServiceName) -> bool {
+        self.routes.load().as_ref().is_some_and(|routes| !routes.snapshot.endpoints.contains_key(service))
     }
 
     /// Tells every snapshot from the one in use on; the newest only, if the reader is slow.

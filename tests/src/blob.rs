@@ -14,7 +14,7 @@ use crate::sidecar::{OwnSidecar, Place};
 use crate::wait::until;
 
 /// The service and its port.
-const PORT: u16 = 9000;
+pub const PORT: u16 = 9000;
 /// How long a change may take to be taken, or to be everywhere, whatever happens to controllers and database meanwhile.
 const CHANGE_LIMIT: Duration = Duration::from_secs(30);
 /// How long the first connection may take to pass.
@@ -140,6 +140,15 @@ impl Blob {
     /// It is refused, or does not arrive in time.
     pub async fn open(&self) -> anyhow::Result<Pair> {
         self.app.open(self.address).await
+    }
+
+    /// The same through another sidecar, which takes connections to the service at `address`.
+    ///
+    /// # Errors
+    ///
+    /// It is refused, or does not arrive in time.
+    pub async fn open_through(&self, address: SocketAddr) -> anyhow::Result<Pair> {
+        self.app.open(address).await
     }
 
     /// Stops both sidecars.

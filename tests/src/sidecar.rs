@@ -38,6 +38,13 @@ pub enum Place {
         /// Where the app listens.
         app: SocketAddr,
     },
+    /// It leads to a service once that is used.
+    OnDemand {
+        /// `<namespace>/<service>:<port>`
+        upstream: String,
+        /// Where connections are taken for it.
+        listen: SocketAddr,
+    },
     /// It leads to a service.
     Towards {
         /// `<namespace>/<service>:<port>`
@@ -106,6 +113,9 @@ impl OwnSidecar {
         command.args(["--inbound-listen", &inbound.to_string(), "--admin-listen", &admin.to_string()]);
         match place {
             Place::Before { port, app } => command.args(["--app", &format!("{port}={app}")]),
+            Place::OnDemand { upstream, listen } => {
+                command.args(["--upstream-on-demand", &format!("{upstream}={listen}")])
+            }
             Place::Towards { upstream, listen } => {
                 command.args(["--upstream", &format!("{upstream}={listen}")])
             }

@@ -9,6 +9,7 @@ mod stories {
     mod bad_input;
     mod controllers;
     mod database;
+    mod demand;
     mod smoke;
     mod up;
 }

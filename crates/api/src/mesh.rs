@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::{Request, Response, Status};
 use weft_identity::token::JoinToken;
+use weft_model::membership::MembershipCommand;
 use weft_model::token::{JoinTokenCreated, TokenCommand};
 use weft_model::version::ExpectedVersion;
 use weft_model::{Command, ConfigVersion, InstanceId, Scope};
@@ -267,7 +268,7 @@ impl mesh_server::Mesh for Mesh {
         let message = request.into_inner();
         let pb::DrainInstanceRequest { meta, expected, instance } = message.clone();
         let instance: InstanceId = convert::name("instance", &instance)?;
-        let command = Command::Membership(instance, weft_model::membership::MembershipCommand::Drain);
+        let command = Command::Membership(instance, MembershipCommand::Drain);
         Ok(self.membership(&caller, "drain_instance", &message, meta, expected, command).await?)
     }
 
@@ -279,8 +280,22 @@ impl mesh_server::Mesh for Mesh {
         let message = request.into_inner();
         let pb::DeregisterInstanceRequest { meta, expected, instance } = message.clone();
         let instance: InstanceId = convert::name("instance", &instance)?;
-        let command = Command::Membership(instance, weft_model::membership::MembershipCommand::Deregister);
+        let command = Command::Membership(instance, MembershipCommand::Deregister);
         Ok(self.membership(&caller, "deregister_instance", &message, meta, expected, command).await?)
+    }
+
+    async fn add_upstream(
+        &self,
+        request: Request<pb::AddUpstreamRequest>,
+    ) -> Result<Response<pb::ApplyResponse>, Status> {
+        let caller = self.caller(&request)?;
+        let message = request.into_inner();
+        let pb::AddUpstreamRequest { meta, instance, service, port } = message.clone();
+        let (instance, service) =
+            (convert::name("instance", &instance)?, convert::name("service", &service)?);
+        let wanted = MembershipCommand::AddUpstream { service, port: convert::port("port", port)? };
+        let command = Command::Membership(instance, wanted);
+        Ok(self.membership(&caller, "add_upstream", &message, meta, None, command).await?)
     }
 
     async fn put_traffic_policy(

@@ -150,9 +150,11 @@ fn detailed(code: Code, message: String, change: Option<u32>, detail: Option<Det
 }
 
 fn rejected(scope: &Scope, rejection: &Rejection) -> Detail {
-    let (field, current_revision) = match rejection {
-        Rejection::Invalid { field, .. } => (field.clone(), 0),
-        Rejection::StaleObservation { current } => (String::new(), *current),
+    let mut detail = Rejected { scope: scope.to_string(), ..Rejected::default() };
+    match rejection {
+        Rejection::Invalid { field, .. } => detail.field.clone_from(field),
+        Rejection::StaleObservation { current } => detail.current_revision = *current,
+        Rejection::NotAdmitted { by, .. } => detail.rule.clone_from(by),
         Rejection::Absent(_)
         | Rejection::UnknownService(_)
         | Rejection::ServiceInUse { .. }
@@ -161,9 +163,9 @@ fn rejected(scope: &Scope, rejection: &Rejection) -> Detail {
         | Rejection::TokenUnknown
         | Rejection::TokenUsed { .. }
         | Rejection::TokenExpired { .. }
-        | Rejection::TokenElsewhere { .. } => (String::new(), 0),
-    };
-    Detail::Rejected(Rejected { scope: scope.to_string(), field, current_revision })
+        | Rejection::TokenElsewhere { .. } => {}
+    }
+    Detail::Rejected(detail)
 }
 
 fn overloaded(retry_after_ms: u64) -> Status {

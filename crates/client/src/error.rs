@@ -34,6 +34,8 @@ pub enum CallError {
         field: String,
         /// For a stale observation: the revision that is recorded; else 0.
         current_revision: u64,
+        /// For a connection that a policy does not admit: the rule or default; else empty.
+        rule: String,
         /// Why.
         message: String,
     },
@@ -98,6 +100,7 @@ impl From<Status> for CallError {
                 scope: rejected.scope,
                 field: rejected.field,
                 current_revision: rejected.current_revision,
+                rule: rejected.rule,
                 message,
             },
             (Code::InvalidArgument, None) => Self::Invalid { change, message },

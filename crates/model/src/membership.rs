@@ -18,7 +18,7 @@ pub const METADATA_BYTES_MAX: usize = 256;
 
 event_family! {
     /// What can happen in a `membership` scope.
-    MembershipEvent { InstanceRegistered = 1, InstanceDraining = 1, InstanceDeregistered = 1 }
+    MembershipEvent { InstanceRegistered = 1, InstanceDraining = 1, InstanceDeregistered = 1, UpstreamAdded = 1 }
 }
 
 /// The instance takes part and is reached like this.
@@ -46,6 +46,15 @@ pub enum Upstreams {
     Only(BTreeSet<ServiceName>),
 }
 
+impl InstanceRegistered {
+    fn with(mut self, added: &UpstreamAdded) -> Self {
+        if let Upstreams::Only(services) = &mut self.upstreams {
+            services.insert(added.service.clone());
+        }
+        self
+    }
+}
+
 impl Upstreams {
     /// Whether `service` is among them.
     #[must_use]
@@ -67,6 +76,14 @@ pub struct InstanceDraining {}
 #[serde(deny_unknown_fields)]
 pub struct InstanceDeregistered {}
 
+/// The instance may connect to one more service, from when its app first did. A new registration says anew what it may.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpstreamAdded {
+    /// The service.
+    pub service: ServiceName,
+}
+
 /// What someone wants of a membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MembershipCommand {
@@ -76,6 +93,13 @@ pub enum MembershipCommand {
     Drain,
     /// Leave.
     Deregister,
+    /// Connect to a port of one more service.
+    AddUpstream {
+        /// The service.
+        service: ServiceName,
+        /// Its port. Not recorded: policies decide again at every connection.
+        port: Port,
+    },
 }
 
 /// Where an instance stands.
@@ -124,7 +148,7 @@ pub fn decide(
     state: &MembershipState,
     command: &MembershipCommand,
 ) -> Result<Vec<MembershipEvent>, Rejection> {
-    use MembershipCommand::{Deregister, Drain, Register};
+    use MembershipCommand::{AddUpstream, Deregister, Drain, Register};
     use MembershipState::{Absent, Draining, Gone, Ready};
     match (command, state) {
         (Register(wanted), Ready(current)) if wanted == current => Ok(Vec::new()),
@@ -132,12 +156,21 @@ pub fn decide(
             validate(wanted)?;
             Ok(vec![wanted.clone().into()])
         }
-        (Drain | Deregister, Absent) => Err(Rejection::Absent(Scope::Membership(instance.clone()))),
+        (Drain | Deregister | AddUpstream { .. }, Absent) => {
+            Err(Rejection::Absent(Scope::Membership(instance.clone())))
+        }
         (Drain, Ready(_)) => Ok(vec![InstanceDraining {}.into()]),
         (Drain, Draining(_)) => Ok(Vec::new()),
-        (Drain, Gone) => Err(Rejection::Gone(instance.clone())),
+        (Drain | AddUpstream { .. }, Gone) => Err(Rejection::Gone(instance.clone())),
         (Deregister, Ready(_) | Draining(_)) => Ok(vec![InstanceDeregistered {}.into()]),
         (Deregister, Gone) => Ok(Vec::new()),
+        (AddUpstream { service, .. }, Ready(current) | Draining(current)) => match &current.upstreams {
+            upstreams if upstreams.contains(service) => Ok(Vec::new()),
+            Upstreams::Only(services) if services.len() >= UPSTREAMS_MAX => Err(too_many_upstreams()),
+            Upstreams::Only(_) | Upstreams::All => {
+                Ok(vec![UpstreamAdded { service: service.clone() }.into()])
+            }
+        },
     }
 }
 
@@ -151,8 +184,16 @@ pub fn apply(state: MembershipState, event: &MembershipEvent) -> MembershipState
             Draining(registration)
         }
         (MembershipEvent::InstanceDraining(_), Absent) => Absent,
-        (MembershipEvent::InstanceDraining(_), Gone) | (MembershipEvent::InstanceDeregistered(_), _) => Gone,
+        (MembershipEvent::InstanceDraining(_) | MembershipEvent::UpstreamAdded(_), Gone)
+        | (MembershipEvent::InstanceDeregistered(_), _) => Gone,
+        (MembershipEvent::UpstreamAdded(added), Ready(registration)) => Ready(registration.with(added)),
+        (MembershipEvent::UpstreamAdded(added), Draining(registration)) => Draining(registration.with(added)),
+        (MembershipEvent::UpstreamAdded(_), Absent) => Absent,
     }
+}
+
+fn too_many_upstreams() -> Rejection {
+    Rejection::invalid("upstreams", format!("at most {UPSTREAMS_MAX}; ask for all instead"))
 }
 
 fn validate(wanted: &InstanceRegistered) -> Result<(), Rejection> {
@@ -162,8 +203,7 @@ fn validate(wanted: &InstanceRegistered) -> Result<(), Rejection> {
     if let Upstreams::Only(services) = &wanted.upstreams
         && services.len() > UPSTREAMS_MAX
     {
-        let rule = format!("at most {UPSTREAMS_MAX}; ask for all instead");
-        return Err(Rejection::invalid("upstreams", rule));
+        return Err(too_many_upstreams());
     }
     if wanted.metadata.len() > METADATA_ENTRIES_MAX {
         return Err(Rejection::invalid("metadata", format!("at most {METADATA_ENTRIES_MAX} entries")));
@@ -238,6 +278,40 @@ mod tests {
     fn a_new_address_is_a_new_registration() {
         let moved = MembershipCommand::Register(registration(2));
         assert_eq!(when(&[registration(1).into()], &moved), Ok(vec![registration(2).into()]));
+    }
+
+    #[test]
+    fn an_upstream_is_added_once_and_changes_nothing_else() {
+        let only = |services: &[&str]| {
+            let services = services.iter().map(|name| name.parse().unwrap()).collect();
+            InstanceRegistered { upstreams: Upstreams::Only(services), ..registration(1) }
+        };
+        let add = |name: &str| {
+            let (service, port) = (name.parse().unwrap(), Port::new(80).unwrap());
+            MembershipCommand::AddUpstream { service, port }
+        };
+        let added: MembershipEvent = UpstreamAdded { service: "default/db".parse().unwrap() }.into();
+        let ready = [only(&["default/web"]).into()];
+        assert_eq!(when(&ready, &add("default/db")), Ok(vec![added.clone()]));
+        assert_eq!(when(&ready, &add("default/web")), Ok(vec![]));
+        assert_eq!(when(&[registration(1).into()], &add("default/db")), Ok(vec![]), "it may connect to all");
+        let both = only(&["default/db", "default/web"]);
+        let after = |events: &[MembershipEvent]| events.iter().fold(MembershipState::Absent, apply);
+        assert_eq!(after(&[ready[0].clone(), added.clone()]), MembershipState::Ready(both.clone()));
+        let leaving = [ready[0].clone(), InstanceDraining {}.into(), added.clone()];
+        assert_eq!(after(&leaving), MembershipState::Draining(both), "who leaves still ends what it does");
+        let gone = [ready[0].clone(), InstanceDeregistered {}.into()];
+        assert_eq!(when(&gone, &add("default/db")), Err(Rejection::Gone(api())));
+        assert_eq!(when(&[], &add("default/db")), Err(Rejection::Absent(Scope::Membership(api()))));
+        let many: Vec<_> = (0..UPSTREAMS_MAX).map(|n| format!("default/s{n}")).collect();
+        let full = [only(&many.iter().map(String::as_str).collect::<Vec<_>>()).into()];
+        assert!(matches!(when(&full, &add("default/db")), Err(Rejection::Invalid { .. })));
+        assert_eq!(
+            when(&[ready[0].clone(), added], &MembershipCommand::Register(only(&["default/web"])))
+                .unwrap()
+                .len(),
+            1
+        );
     }
 
     #[test]

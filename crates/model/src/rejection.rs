@@ -1,6 +1,6 @@
 //! Why a command is refused by a rule of the mesh. Nothing was changed.
 
-use crate::id::{InstanceId, ServiceName};
+use crate::id::{InstanceId, Port, ServiceName};
 use crate::scope::Scope;
 use crate::time::Timestamp;
 use std::net::Ipv4Addr;
@@ -59,6 +59,18 @@ pub enum Rejection {
     TokenElsewhere {
         /// What the caller asked for.
         wanted: InstanceId,
+    },
+    /// Policies let nobody of the service connect there.
+    #[error("{by} refuses connections from {from} to {to}:{port}")]
+    NotAdmitted {
+        /// Who would connect.
+        from: ServiceName,
+        /// To whom.
+        to: ServiceName,
+        /// To which port.
+        port: Port,
+        /// The rule or default that says so, such as `security/default/db#deny-all`.
+        by: String,
     },
     /// A field's value breaks a rule.
     #[error("{field}: {rule}")]

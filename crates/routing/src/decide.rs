@@ -3,14 +3,16 @@
 //! may declare a service and its policies together.
 
 use crate::damping;
+use crate::shard::build;
 use crate::state::RoutingState;
+use crate::verdict;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use weft_model::health::{HealthCommand, HealthState};
 use weft_model::membership::{MembershipCommand, MembershipState};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
 use weft_model::{
-    Command, Event, InstanceId, Rejection, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope,
+    Command, Event, InstanceId, Port, Rejection, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope,
     Version, ca, health, identity, membership, mesh, security, service, token, traffic,
 };
 
@@ -109,7 +111,12 @@ impl<'a> BatchView<'a> {
                 Command::Membership(instance, MembershipCommand::Deregister) => {
                     view.leaving.insert(instance);
                 }
-                Command::Membership(_, MembershipCommand::Register(_) | MembershipCommand::Drain)
+                Command::Membership(
+                    _,
+                    MembershipCommand::Register(_)
+                    | MembershipCommand::Drain
+                    | MembershipCommand::AddUpstream { .. },
+                )
                 | Command::Health(..)
                 | Command::Traffic(..)
                 | Command::Security(..)
@@ -182,6 +189,9 @@ impl<'a> BatchView<'a> {
             Command::Service(name, ServiceCommand::Declare(declared)) => self.admit_address(name, declared),
             Command::Service(name, ServiceCommand::Delete) => self.admit_deletion(name),
             Command::Membership(instance, MembershipCommand::Register(_)) => self.admit_instance(instance),
+            Command::Membership(instance, MembershipCommand::AddUpstream { service, port }) => {
+                self.admit_upstream(&instance.service, service, *port)
+            }
             Command::Membership(_, MembershipCommand::Drain | MembershipCommand::Deregister) => {
                 Ok(BTreeSet::new())
             }
@@ -238,6 +248,26 @@ impl<'a> BatchView<'a> {
             ));
         }
         self.needs([&instance.service])
+    }
+
+    /// Nobody learns where a service is who may not connect to it. That is asked for the state before the batch, and not
+    /// guarded: whoever becomes an upstream is asked for its policy at every connection.
+    fn admit_upstream(
+        &self,
+        from: &ServiceName,
+        to: &ServiceName,
+        port: Port,
+    ) -> Result<BTreeSet<Scope>, Rejection> {
+        let guards = self.needs([to])?;
+        let Some(inbound) = build::inbound(self.state, to).filter(|inbound| inbound.has_port(port)) else {
+            return Err(Rejection::invalid("port", format!("{to} declares no port {port}")));
+        };
+        let verdict = verdict::authorize(&inbound, from, port);
+        if verdict.permitted() {
+            return Ok(guards);
+        }
+        let by = verdict.ruling.by.to_string();
+        Err(Rejection::NotAdmitted { from: from.clone(), to: to.clone(), port, by })
     }
 
     fn admit_address(

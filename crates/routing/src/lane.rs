@@ -29,7 +29,10 @@ impl Lane {
         match event {
             Event::Service(ServiceEvent::ServiceDeleted(_))
             | Event::Membership(
-                MembershipEvent::InstanceDraining(_) | MembershipEvent::InstanceDeregistered(_),
+                MembershipEvent::InstanceDraining(_)
+                | MembershipEvent::InstanceDeregistered(_)
+                // A connection waits for it.
+                | MembershipEvent::UpstreamAdded(_),
             )
             // Every one of them may deny: a rule says so, or an allowing one is not there any more. Which it is takes the state
             // before, and they are too few to be worth a wait.

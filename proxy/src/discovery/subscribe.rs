@@ -222,7 +222,14 @@ impl Subscriber {
         }
         // With every service, single ones are in it already, and naming them as well is refused.
         let named = self.config.upstreams.iter().filter(|_| !self.config.all_upstreams);
-        let upstreams: BTreeSet<&ServiceName> = named.map(|upstream| &upstream.service).collect();
+        // What was added stays: connections that go there shall not end because the sidecar was restarted.
+        let snapshot = self.shared.snapshot();
+        let is_added = |service: &ServiceName| {
+            snapshot.as_ref().is_some_and(|snapshot| snapshot.endpoints.contains_key(service))
+        };
+        let added = self.config.on_demand.iter().filter(|upstream| is_added(&upstream.service));
+        let upstreams: BTreeSet<&ServiceName> =
+            named.chain(added).map(|upstream| &upstream.service).collect();
         let request = v1::RegisterInstanceRequest {
             meta: Some(command("the sidecar connects")),
             expected: None,

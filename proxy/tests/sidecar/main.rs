@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot run fails")]
 
 mod config;
+mod demand;
 mod life;
 mod path;
 mod policy;

@@ -67,7 +67,10 @@ fn wanted(command: &Command) -> Option<Wanted> {
         Command::Mesh(defaults) => Wanted::SetMeshDefaults(mesh(*defaults)),
         // No resource asks for these.
         Command::Service(_, ServiceCommand::Delete)
-        | Command::Membership(_, MembershipCommand::Drain | MembershipCommand::Deregister)
+        | Command::Membership(
+            _,
+            MembershipCommand::Drain | MembershipCommand::Deregister | MembershipCommand::AddUpstream { .. },
+        )
         | Command::Traffic(_, TrafficCommand::Delete)
         | Command::Security(_, SecurityCommand::Delete)
         | Command::Health(..)

@@ -129,6 +129,10 @@ impl Reading {
             state.held.insert(id.clone());
         }
         let instance = state.instances.make(id);
+        instance.placed = match record.placed {
+            0 => membership.source.position,
+            placed => Position(placed),
+        };
         (instance.membership, instance.damping) = (membership, damping);
         if takes_part {
             state.enter(id);

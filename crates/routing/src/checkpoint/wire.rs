@@ -54,6 +54,9 @@ pub(super) struct Record {
     /// Of a membership: the event that put the instance into its class.
     #[prost(uint64, tag = "10")]
     pub(super) since: u64,
+    /// Of a membership: the last event that said how the instance is reached, if that is not `position`.
+    #[prost(uint64, tag = "15")]
+    pub(super) placed: u64,
     /// Of a membership: how the endpoint is damped, as JSON; empty if it never got points.
     #[prost(string, tag = "14")]
     pub(super) damping: String,

@@ -23,6 +23,9 @@ pub(super) fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
     for (id, instance) in state.instances.iter() {
         records.push(&Scope::Membership(id.clone()), &instance.membership, |record| {
             record.since = checkpoint.since.get(id).map_or(0, |since| since.0);
+            let placed =
+                Some(instance.placed).filter(|placed| *placed != instance.membership.source.position);
+            record.placed = placed.map_or(0, |placed| placed.0);
             record.damping = instance.damping.as_ref().map(json).unwrap_or_default();
         });
     }

@@ -50,7 +50,7 @@ fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoin
             address: SocketAddr::new(registration.address, registration.port.number()),
             draining: matches!(membership.state, MembershipState::Draining(_)),
             health: seen.health,
-            position: membership.source.position.max(seen.source.position),
+            position: instance.placed.max(seen.source.position),
         })
     };
     state.live_of(service).filter_map(endpoint).collect()
@@ -63,7 +63,7 @@ fn in_panic(endpoints: &[Endpoint]) -> bool {
     guard::panics(usable, of)
 }
 
-fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {
+pub(crate) fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {
     if state.service(service)?.state.is_none() {
         // Policies that cover a deleted service do not touch its shard, so it must not show them.
         return Some(InboundShard {

@@ -206,10 +206,19 @@ impl RoutingState {
         let described_anew = match (event, instance.membership.state.registration()) {
             (MembershipEvent::InstanceRegistered(after), Some(before)) => after.metadata != before.metadata,
             (MembershipEvent::InstanceRegistered(_), None)
-            | (MembershipEvent::InstanceDraining(_) | MembershipEvent::InstanceDeregistered(_), _) => false,
+            | (
+                MembershipEvent::InstanceDraining(_)
+                | MembershipEvent::InstanceDeregistered(_)
+                | MembershipEvent::UpstreamAdded(_),
+                _,
+            ) => false,
         };
         fold(&mut instance.membership, fact, |state| membership::apply(state, event));
         let after = place(&instance.membership.state);
+        if matches!(event, MembershipEvent::UpstreamAdded(_)) {
+            return Ok(Touched { shards: TouchedShards::None, instance: Some(id) });
+        }
+        instance.placed = fact.position;
         match (before, after) {
             (None, Some(_)) => {
                 self.enter(id);

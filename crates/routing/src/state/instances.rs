@@ -15,7 +15,7 @@ use std::sync::Arc;
 use weft_model::health::{Health, HealthState};
 use weft_model::identity::IdentityState;
 use weft_model::membership::MembershipState;
-use weft_model::{InstanceId, Timestamp};
+use weft_model::{InstanceId, Position, Timestamp};
 
 /// Where each instance is.
 ///
@@ -31,6 +31,8 @@ pub(crate) struct Instance {
     pub(crate) health: Entry<HealthState>,
     pub(crate) identity: Entry<IdentityState>,
     pub(crate) seen: EffectiveHealth,
+    /// The last event that said how it is reached. What is said of its upstreams is not told to those who connect to it.
+    pub(crate) placed: Position,
     /// None until it gets points; most instances never do.
     pub(crate) damping: Option<Box<Damping>>,
 }

@@ -180,6 +180,7 @@ impl Life {
         match self.rng.random_range(0..10) {
             0 => MembershipCommand::Drain,
             1 => MembershipCommand::Deregister,
+            2 => MembershipCommand::AddUpstream { service: self.service(), port: self.port() },
             _ => MembershipCommand::Register(self.registration()),
         }
     }

@@ -33,6 +33,7 @@ pub(crate) enum Call {
     Registered(InstanceId),
     Drained(InstanceId),
     Deregistered(InstanceId),
+    UpstreamAsked(InstanceId, ServiceName),
     Health(InstanceId, Health, u64),
     Subscribed(InstanceId),
     Pulled(InstanceId),

@@ -38,6 +38,7 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
         advertise: None,
         apps: BTreeMap::new(),
         upstreams: Vec::new(),
+        on_demand: Vec::new(),
         all_upstreams: false,
         loopback_addresses: false,
         admin_listen: any,

@@ -25,6 +25,7 @@ fn cause(scope: Scope, event: Event) -> Command {
                 MembershipEvent::InstanceRegistered(registered) => MembershipCommand::Register(registered),
                 MembershipEvent::InstanceDraining(_) => MembershipCommand::Drain,
                 MembershipEvent::InstanceDeregistered(_) => MembershipCommand::Deregister,
+                MembershipEvent::UpstreamAdded(_) => unreachable!("a fleet adds no upstreams"),
             },
         ),
         (Event::Health(HealthEvent::HealthReported(report)), Scope::Health(id)) => {

@@ -24,7 +24,7 @@ use weft_identity::spiffe::Subject;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity, peer_identity};
 use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
-use weft_model::{Command, InstanceId, Port, Rejection};
+use weft_model::{Command, InstanceId, Port, Rejection, ServiceName};
 use weft_proto::v1;
 use weft_proto::v1::discovery_server::{Discovery, DiscoveryServer};
 use weft_proto::v1::identity_server::{Identity, IdentityServer};
@@ -123,12 +123,12 @@ fn answer(inner: &Inner, command: Command) -> Result<Response<v1::ApplyResponse>
             Ok(Response::new(v1::ApplyResponse { version, outcomes: Vec::new(), repeated: false }))
         }
         Err(refused) => {
-            let current_revision = match *refused.rejection {
-                Rejection::StaleObservation { current } => current,
-                _ => 0,
-            };
-            let rejected =
-                v1::Rejected { scope: refused.scope.to_string(), field: String::new(), current_revision };
+            let mut rejected = v1::Rejected { scope: refused.scope.to_string(), ..v1::Rejected::default() };
+            match &*refused.rejection {
+                Rejection::StaleObservation { current } => rejected.current_revision = *current,
+                Rejection::NotAdmitted { by, .. } => rejected.rule.clone_from(by),
+                _ => {}
+            }
             let detail =
                 v1::ErrorDetail { change: None, detail: Some(v1::error_detail::Detail::Rejected(rejected)) };
             let details = detail.encode_to_vec().into();
@@ -303,6 +303,18 @@ impl Mesh for Api {
         };
         self.state().calls.push(Call::Registered(instance.clone()));
         answer(self, Command::Membership(instance, MembershipCommand::Register(registered)))
+    }
+
+    async fn add_upstream(
+        &self,
+        request: Request<v1::AddUpstreamRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        let instance = caller(&request)?;
+        let v1::AddUpstreamRequest { service, port, .. } = request.into_inner();
+        let (service, port): (ServiceName, _) = (service.parse().unwrap(), port.try_into().unwrap());
+        self.state().calls.push(Call::UpstreamAsked(instance.clone(), service.clone()));
+        let command = MembershipCommand::AddUpstream { service, port: Port::new(port).unwrap() };
+        answer(self, Command::Membership(instance, command))
     }
 
     async fn drain_instance(
