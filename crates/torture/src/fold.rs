@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long)]
     seed: Option<u64>,
     /// Events to fold
-    #[arg(long, default_value_t = 5_000)]
+    #[arg(long, default_value_t = 20_000)]
     events: usize,
     /// Services of the mesh
     #[arg(long, default_value_t = 200)]

@@ -20,8 +20,8 @@ use weft_model::{
     Command, Epoch, Event, Fact, InstanceId, Port, Scope, SecurityScope, ServiceName, Timestamp, TokenId,
     TrafficScope,
 };
-use weft_routing::RoutingState;
 use weft_routing::decide::decide;
+use weft_routing::{RoutingState, damping};
 
 const NAMESPACES: [&str; 4] = ["shop", "billing", "search", "platform"];
 /// Instances that a service may have, at most.
@@ -56,7 +56,8 @@ impl Life {
     pub(super) fn next(&mut self, most: usize) -> anyhow::Result<Vec<Fact>> {
         let mut facts = Vec::new();
         while facts.len() < most {
-            self.tick += 1;
+            // Milliseconds, and now and then a quiet minute or two, in which who flapped calms down.
+            self.tick += if self.rng.random_bool(0.004) { self.rng.random_range(0..150_000) } else { 1 };
             match self.rng.random_range(0..100_000) {
                 0 => {
                     // The server was restarted.
@@ -69,7 +70,8 @@ impl Life {
                     self.record(Scope::Mesh, Event::Mesh(adopted.into()), &mut facts)?;
                 }
                 _ => {
-                    let command = self.command();
+                    let due = if self.rng.random_bool(0.05) { self.due() } else { None };
+                    let command = due.unwrap_or_else(|| self.command());
                     // What a rule refuses leaves no event.
                     let Ok(decisions) = decide(&self.state, &[command], Timestamp(self.tick)) else {
                         continue;
@@ -140,8 +142,10 @@ impl Life {
         name(&format!("{}/service-{number}", NAMESPACES[number % NAMESPACES.len()]))
     }
 
+    /// One service is busier than the others: its instances come, go and flap often enough to be damped.
     fn instance(&mut self) -> InstanceId {
-        let service = self.service_of(0..self.inhabited());
+        let numbers = if self.rng.random_bool(0.3) { 0..1 } else { 0..self.inhabited() };
+        let service = self.service_of(numbers);
         name(&format!("{service}/i-{}", self.rng.random_range(0..INSTANCES)))
     }
 
@@ -151,6 +155,13 @@ impl Life {
 
     fn port(&mut self) -> Port {
         name(["80", "443", "5432"][self.rng.random_range(0..3)])
+    }
+
+    /// A held endpoint that is to be let go, if there is one; whoever leads asks for it.
+    fn due(&mut self) -> Option<Command> {
+        let due = damping::due(&self.state, Timestamp(self.tick));
+        let place = self.rng.random_range(0..due.len().max(1));
+        due.into_iter().nth(place).map(|id| Command::Health(id, HealthCommand::Reconsider))
     }
 
     fn health(&mut self) -> HealthCommand {
