@@ -25,8 +25,7 @@ async fn a_service_becomes_an_upstream_when_it_is_first_used() -> anyhow::Result
 
     blob.open_through(listen).await?.ping().await?;
     ensure!(held(&late.config().await?.all) == 1, "it is an upstream now");
-    let added =
-        mesh.weft.json(&["sql", "select actor from weft.event where event_type = 'UpstreamAdded'"]).await?;
+    let added = mesh.weft.json(&["sql", "select actor from weft.event where type = 'UpstreamAdded'"]).await?;
     let by = added[0]["actor"].as_str().unwrap_or_default();
     ensure!(by.ends_with("/ns/default/svc/caller/inst/late"), "{added}");
 
