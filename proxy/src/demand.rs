@@ -174,7 +174,7 @@ async fn add(request: &v1::AddUpstreamRequest, sessions: &mut Sessions) -> Resul
 fn refusal(target: &Target, error: &CallError) -> Option<Close> {
     match error {
         CallError::Rejected { rule, message, .. } if !rule.is_empty() => {
-            Some(Close::local(CloseReason::PolicyDenied, message.clone()).with_rule(rule.clone()))
+            Some(Close::local(CloseReason::PolicyDenied, message.clone()).with_rule(rule.to_string()))
         }
         CallError::Rejected { message, .. }
         | CallError::Invalid { message, .. }

@@ -35,7 +35,7 @@ pub enum CallError {
         /// For a stale observation: the revision that is recorded; else 0.
         current_revision: u64,
         /// For a connection that a policy does not admit: the rule or default; else empty.
-        rule: String,
+        rule: Box<str>,
         /// Why.
         message: String,
     },
@@ -100,7 +100,7 @@ impl From<Status> for CallError {
                 scope: rejected.scope,
                 field: rejected.field,
                 current_revision: rejected.current_revision,
-                rule: rejected.rule,
+                rule: rejected.rule.into(),
                 message,
             },
             (Code::InvalidArgument, None) => Self::Invalid { change, message },
