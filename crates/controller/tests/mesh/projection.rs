@@ -85,7 +85,7 @@ async fn the_fold_to_any_position_is_the_same_as_the_view_was() {
 async fn one_of_two_controllers_projects_and_the_other_takes_over() {
     let mesh = busy().await;
     let second = mesh.another("c2").await;
-    assert!(matches!(*mesh.controller.view().role().borrow(), Role::Leader { term: 1 }));
+    assert_eq!(*mesh.controller.view().role().borrow(), Role::Leader { term: 1 });
     assert_eq!(*second.view().role().borrow(), Role::Follower);
 
     // The follower publishes what the leader commits, and takes commands itself.
