@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 use weft_client::{command, retry};
 use weft_identity::credential::Credential;
 use weft_identity::tls::TlsIdentity;
@@ -27,6 +28,13 @@ pub(crate) struct Member {
     pub(crate) seen: AtomicI32,
 }
 
+/// The number of a sidecar's first report: by the clock, as real ones number theirs, so above those of an earlier fleet of the same
+/// names.
+fn first_revision() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_1970.as_micros()).unwrap_or_default()
+}
+
 impl Member {
     pub(crate) fn new(
         index: usize,
@@ -44,7 +52,7 @@ impl Member {
             identity: OnceLock::new(),
             line,
             session: Mutex::default(),
-            revision: AtomicU64::new(1),
+            revision: AtomicU64::new(first_revision()),
             seen: AtomicI32::new(v1::Health::Healthy.into()),
         })
     }
