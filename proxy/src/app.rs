@@ -4,6 +4,7 @@ use crate::admin;
 use crate::clock;
 use crate::config::Config;
 use crate::demand::{self, Asker};
+use crate::discovery::canary::Canary;
 use crate::discovery::join::{self, JoinError};
 use crate::discovery::keep::Keeper;
 use crate::discovery::own::{self, Own};
@@ -250,6 +251,7 @@ impl Control {
             registered: false,
             keeper,
             witnesses,
+            canary: Canary::default(),
             backoff: Backoff::new(),
         };
         tasks.spawn(subscriber.run());

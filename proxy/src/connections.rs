@@ -10,6 +10,7 @@
 use crate::clock;
 use crate::metrics;
 use crate::records::{Record, RecordSender};
+use crate::tally::Tally;
 use crate::tunnel::copy::{Counters, Ended, Side};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -156,11 +157,17 @@ pub(crate) struct Connection {
     cut: CancellationToken,
     cause: OnceLock<Close>,
     records: RecordSender,
+    tally: Arc<Tally>,
 }
 
 impl Connection {
     /// A connection that was just accepted.
-    pub(crate) fn begin(direction: Direction, facts: Facts, records: RecordSender) -> Arc<Self> {
+    pub(crate) fn begin(
+        direction: Direction,
+        facts: Facts,
+        records: RecordSender,
+        tally: Arc<Tally>,
+    ) -> Arc<Self> {
         metrics::opened(direction);
         Arc::new(Self {
             direction,
@@ -172,6 +179,7 @@ impl Connection {
             cut: CancellationToken::new(),
             cause: OnceLock::new(),
             records,
+            tally,
         })
     }
 
@@ -212,6 +220,7 @@ impl Connection {
     pub(crate) fn established(&self) {
         let took = self.started.elapsed();
         metrics::connected(self.direction, took);
+        self.tally.established();
         self.facts().connect_ms = Some(milliseconds(took));
     }
 
@@ -219,6 +228,7 @@ impl Connection {
     pub(crate) fn finish(&self, close: Close) {
         metrics::closed(self, close.reason);
         let mut facts = self.facts().clone();
+        self.tally.ended(close.reason, facts.connect_ms.is_some());
         facts.rule = close.rule.or(facts.rule);
         self.records.send(Record {
             time: clock::rfc3339(clock::now()),
@@ -362,7 +372,8 @@ mod tests {
     fn who_comes_after_the_end_is_told_why() {
         let dir = tempfile::tempdir().unwrap();
         let (records, _writer) = crate::records::start(&ConnectionLog::File(dir.path().join("log"))).unwrap();
-        let begin = || Connection::begin(Direction::Inbound, Facts::default(), records.clone());
+        let begin =
+            || Connection::begin(Direction::Inbound, Facts::default(), records.clone(), Arc::default());
         let registry = Arc::<Registry>::default();
         let early = begin();
         let registered = registry.register(&early).unwrap();

@@ -5,6 +5,7 @@
 //! The data path never waits for anything here. Without a controller all of it fails and is tried again, and the last
 //! good snapshot goes on (I5).
 
+pub(crate) mod canary;
 pub(crate) mod disk;
 pub(crate) mod join;
 pub(crate) mod keep;

@@ -38,7 +38,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: Socket
         destination: Some(shared.own.service.clone()),
         ..Facts::default()
     };
-    let connection = Connection::begin(Direction::Inbound, facts, shared.records.clone());
+    let connection = shared.begin(Direction::Inbound, facts);
     let close = match shared.connections.register(&connection) {
         Ok(_registered) => relay(&shared, &connection, socket).await.unwrap_or_else(|close| close),
         Err(close) => {

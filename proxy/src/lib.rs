@@ -35,6 +35,7 @@ mod routes;
 mod shared;
 mod socket;
 mod status;
+mod tally;
 mod tls;
 mod tunnel;
 mod worker;

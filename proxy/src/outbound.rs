@@ -44,7 +44,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, app: TcpStream, source: SocketAdd
         ..Facts::default()
     };
     socket::reset_on_drop(&app);
-    let connection = Connection::begin(Direction::Outbound, facts, worker.shared.records.clone());
+    let connection = worker.shared.begin(Direction::Outbound, facts);
     let close = match worker.shared.connections.register(&connection) {
         Ok(_registered) => relay(&worker, &connection, app, &target).await.unwrap_or_else(|close| close),
         Err(close) => close,

@@ -1,10 +1,11 @@
 //! What the data-plane threads and the control tasks share. Threads read it without a lock; only the control tasks
 //! change it.
 
-use crate::connections::{Close, ClosedBy, Connection, Direction, Registry};
+use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registry};
 use crate::demand::Demand;
 use crate::records::RecordSender;
 use crate::routes::Routes;
+use crate::tally::Tally;
 use crate::tls::Tls;
 use arc_swap::{ArcSwapOption, Guard};
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) tls: Tls,
     pub(crate) connections: Arc<Registry>,
     pub(crate) records: RecordSender,
+    /// How connections go.
+    pub(crate) tally: Arc<Tally>,
     /// Services that become upstreams when they are first used.
     pub(crate) demand: Demand,
     /// One permit for each connection that is not authenticated yet.
@@ -51,6 +54,7 @@ impl Shared {
             tls: Tls::default(),
             connections: Arc::default(),
             records,
+            tally: Arc::default(),
             demand,
             unauthenticated: Semaphore::new(UNAUTHENTICATED_MAX),
             seen: watch::Sender::new(ConfigVersion::default()),
@@ -58,6 +62,11 @@ impl Shared {
             snapshots: watch::Sender::new(None),
             draining: AtomicBool::new(false),
         })
+    }
+
+    /// A connection that was just accepted.
+    pub(crate) fn begin(&self, direction: Direction, facts: Facts) -> Arc<Connection> {
+        Connection::begin(direction, facts, self.records.clone(), Arc::clone(&self.tally))
     }
 
     /// What connections are routed by; none before the first snapshot.

@@ -23,6 +23,8 @@ use weft_eventlog::{AppendError, AppendRequest, Appended, Appender, NewEvent, Re
 use weft_model::version::{ExpectedVersion, Version};
 use weft_model::{Command, ConfigVersion, Event, Position, Scope};
 use weft_projector::View;
+use weft_proto::v1 as pb;
+use weft_routing::RoutingState;
 use weft_routing::decide::{Decision, decide};
 
 use crate::status::ApiError;
@@ -59,6 +61,16 @@ pub struct Change {
     pub expected: ExpectedVersion,
     /// The change.
     pub command: Command,
+    /// Where other scopes have to be that it rests on.
+    pub also: Vec<(Scope, ExpectedVersion)>,
+}
+
+impl Change {
+    /// A change of one scope.
+    #[must_use]
+    pub const fn new(expected: ExpectedVersion, command: Command) -> Self {
+        Self { expected, command, also: Vec::new() }
+    }
 }
 
 /// What became of a request.
@@ -136,6 +148,29 @@ impl Commands {
         result
     }
 
+    /// Executes a change that this controller, which is `actor`, wants itself. It has an id of its own each time, so whoever repeats it
+    /// sees to it that a repeat is harmless.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn execute_own(
+        &self,
+        actor: &str,
+        reason: String,
+        command: Command,
+    ) -> Result<Outcome, ApiError> {
+        let command_id = Uuid::now_v7();
+        let named = pb::CommandMeta { command_id: command_id.to_string(), reason: reason.clone() };
+        let request = Request {
+            command_id,
+            reason: Some(reason),
+            actor: actor.to_owned(),
+            fingerprint: fingerprint("own", actor, &named),
+            changes: vec![Change::new(ExpectedVersion::Any, command)],
+        };
+        self.execute(&request).await
+    }
+
     /// Decides a request, against everything that is in the log now, and changes nothing.
     ///
     /// # Errors
@@ -198,19 +233,13 @@ impl Commands {
         let batch: Vec<Command> = changes.iter().map(|change| change.command.clone()).collect();
         let now = (self.clock)();
         // One look, so that version, decisions and expectations are about the same moment.
-        let (version, decided, current) = self.view.read(|projection| {
+        let (version, decided, stale) = self.view.read(|projection| {
             let state = projection.state();
-            let current: Vec<_> =
-                changes.iter().map(|change| state.source(&change.command.scope()).version).collect();
-            (projection.version(), decide(state, &batch, now), current)
+            (projection.version(), decide(state, &batch, now), stale(state, changes))
         });
         // A stale expectation is told before a refusal: the refusal may come from what the caller has not seen.
-        for (index, (change, current)) in changes.iter().zip(current).enumerate() {
-            if !change.expected.admits(current) {
-                let (scope, expected) = (change.command.scope(), change.expected);
-                let conflict = ApiError::Conflict { change: None, scope, expected, current };
-                return (version, Err(conflict.at_change(index)));
-            }
+        if let Some(conflict) = stale {
+            return (version, Err(conflict));
         }
         let decisions = decided.map_err(|refused| {
             let (scope, rejection) = (refused.scope, refused.rejection);
@@ -280,6 +309,19 @@ impl Commands {
             None => ApiError::Unavailable("this controller is behind the log; try again".into()),
         }
     }
+}
+
+/// The first expectation that does not hold.
+fn stale(state: &RoutingState, changes: &[Change]) -> Option<ApiError> {
+    let expectations = changes.iter().enumerate().flat_map(|(index, change)| {
+        let own = (change.command.scope(), change.expected);
+        [own].into_iter().chain(change.also.iter().cloned()).map(move |expectation| (index, expectation))
+    });
+    expectations.into_iter().find_map(|(index, (scope, expected))| {
+        let current = state.source(&scope).version;
+        let conflict = || ApiError::Conflict { change: None, scope, expected, current }.at_change(index);
+        (!expected.admits(current)).then(conflict)
+    })
 }
 
 /// What the log is asked to append for a request that was decided so.

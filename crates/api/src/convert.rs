@@ -18,6 +18,7 @@ use weft_model::membership::{
     InstanceRegistered, METADATA_ENTRIES_MAX, MembershipCommand, UPSTREAMS_MAX, Upstreams,
 };
 use weft_model::mesh::MeshDefaults;
+use weft_model::rollout::{CANDIDATES_MAX, Candidate, Evidence, Plan, RolloutCommand};
 use weft_model::security::{
     Action, Mode, RULE_LIST_MAX, RULES_MAX, Rule, SecurityCommand, SecurityPolicy, Sources,
 };
@@ -134,7 +135,34 @@ fn change(wire: pb::Change) -> Result<Change, ApiError> {
         }
         Wire::SetMeshDefaults(defaults) => Command::Mesh(mesh_defaults(defaults)?),
     };
-    Ok(Change { expected: expected(wire.expected)?, command })
+    Ok(Change::new(expected(wire.expected)?, command))
+}
+
+/// The change that gives changes of policies to some sidecars first.
+pub(crate) fn rollout(canary: pb::Canary, changes: Vec<Change>) -> Result<Change, ApiError> {
+    let pb::Canary { share_ppm, watch_ms, tolerance_ppm } = canary;
+    bounded("changes", changes.len(), CANDIDATES_MAX)?;
+    let (mut candidates, mut also) = (Vec::new(), Vec::new());
+    for (index, change) in changes.into_iter().enumerate() {
+        let scope = change.command.scope();
+        let candidate = Candidate::of(change.command).ok_or_else(|| {
+            let rule = format!(
+                "is {scope}; only traffic and security policies can be tried by canaries, apply it before"
+            );
+            ApiError::invalid(&format!("changes[{index}]"), rule)
+        })?;
+        candidates.push(candidate);
+        also.push((scope, change.expected));
+    }
+    let plan = Plan { candidates, share_ppm, watch_ms, tolerance_ppm };
+    let command = Command::Rollout(RolloutCommand::Begin(plan));
+    Ok(Change { expected: ExpectedVersion::Any, command, also })
+}
+
+/// What a canary met with; the rollout that it is about, first.
+pub(crate) fn evidence(wire: pb::Evidence) -> (Position, Evidence) {
+    let pb::Evidence { rollout, connections, refused, failed } = wire;
+    (Position(rollout), Evidence { connections, refused, failed })
 }
 
 fn declare_service(declare: pb::DeclareService) -> Result<Command, ApiError> {

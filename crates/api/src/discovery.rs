@@ -26,6 +26,7 @@ use crate::acks::{Acks, Connected, Said};
 use crate::caller::Caller;
 use crate::convert;
 use crate::pull;
+use crate::rollouts::Word;
 use crate::status::ApiError;
 use crate::telling::Telling;
 use crate::witness::Witnesses;
@@ -193,6 +194,8 @@ impl discovery_server::Discovery for Discovery {
         let have = convert::header("have", have)?;
         self.context.witnesses.check(&witness, &format!("sidecar {instance}")).await?;
         self.check_not_rewound(instance, have.map(|have| have.0)).await?;
+        let word = Word { applied: have.map(|have| have.0), ..Word::default() };
+        self.context.rollouts.hear(&self.context.view, instance, &word);
         let connected = self.context.acks.connect(instance, have);
         let retry_after_ms = STREAMS_RETRY_MS;
         let connected = connected.ok_or(ApiError::Overloaded { retry_after_ms })?;
@@ -222,7 +225,7 @@ impl discovery_server::Discovery for Discovery {
     async fn ack(&self, request: Request<pb::AckRequest>) -> Result<Response<pb::AckResponse>, Status> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
-        let pb::AckRequest { applied, took_ms, error, swaps } = request.into_inner();
+        let pb::AckRequest { applied, took_ms, error, swaps, evidence } = request.into_inner();
         let applied = convert::header("applied", applied)?;
         let swaps = convert::swaps(swaps)?;
         let result = if error.is_empty() { "applied" } else { "refused" };
@@ -241,6 +244,12 @@ impl discovery_server::Discovery for Discovery {
                 "a sidecar runs other content than was published at its version; restart it");
         }
         if wanted.is_some() {
+            let word = Word {
+                applied: applied.map(|applied| applied.0),
+                error: &error,
+                evidence: evidence.map(convert::evidence),
+            };
+            self.context.rollouts.hear(&self.context.view, instance, &word);
             self.context.acks.record(instance, Said { applied, took_ms, error, swaps });
         }
         Ok(Response::new(pb::AckResponse {}))

@@ -12,15 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 use weft_model::health::{FlapsSummarized, HealthCommand, HealthEvent, HealthReported};
-use weft_model::version::ExpectedVersion;
 use weft_model::{Command, InstanceId, Rejection, Scope};
-use weft_proto::v1 as pb;
 use weft_routing::damping::counting::Taken;
 use weft_routing::damping::{self, Counting};
 
-use crate::commands::{self, Change, Commands, fingerprint};
+use crate::commands::Commands;
 use crate::status::ApiError;
 use crate::{Clock, Context};
 
@@ -148,19 +145,9 @@ impl Keeper {
         command: HealthCommand,
         reason: String,
     ) -> Result<(), ApiError> {
-        // An id of its own each time: what makes a repeat harmless is the report's revision, and that a release finds nothing
-        // left to do.
-        let command_id = Uuid::now_v7();
-        let named = pb::ReportHealthRequest { instance: instance.to_string(), ..Default::default() };
+        // What makes a repeat harmless is the report's revision, and that a release finds nothing left to do.
         let command = Command::Health(instance.clone(), command);
-        let request = commands::Request {
-            command_id,
-            reason: Some(reason),
-            actor: self.actor.clone(),
-            fingerprint: fingerprint(&command_id.to_string(), &self.actor, &named),
-            changes: vec![Change { expected: ExpectedVersion::Any, command }],
-        };
-        let result = self.commands.execute(&request).await.map(drop);
+        let result = self.commands.execute_own(&self.actor, reason, command).await.map(drop);
         if let Err(error) = &result {
             tracing::debug!(%instance, ?error, "health could not be recorded");
         }

@@ -77,13 +77,13 @@ impl Identity {
         }
         let key = public_key(&request.csr)?;
         let secret_sha256 = token.secret_sha256();
-        let redeem = Change {
-            expected: ExpectedVersion::Any,
-            command: Command::Token(
+        let redeem = Change::new(
+            ExpectedVersion::Any,
+            Command::Token(
                 token.id().clone(),
                 TokenCommand::Redeem { secret_sha256: secret_sha256.clone(), instance: instance.clone() },
             ),
-        };
+        );
         let leaf = self.issue(&instance, &key)?;
         let actor = self.spiffe_id(&instance).to_string();
         let fingerprint = join_fingerprint(&secret_sha256, &instance, &key);
@@ -215,7 +215,7 @@ fn record(instance: &InstanceId, leaf: &IssuedLeaf) -> Change {
         not_before: leaf.identity.not_before,
         not_after: leaf.identity.not_after,
     };
-    Change { expected: ExpectedVersion::Any, command: Command::Identity(instance.clone(), issued) }
+    Change::new(ExpectedVersion::Any, Command::Identity(instance.clone(), issued))
 }
 
 /// What makes a repeated join the same one: the token's secret, who joins, and with which key.

@@ -26,6 +26,7 @@ pub mod mesh;
 mod past;
 pub mod pull;
 mod reads;
+pub mod rollouts;
 pub mod status;
 pub mod telling;
 pub mod witness;
@@ -49,6 +50,7 @@ use flaps::Flaps;
 use identity::Identity;
 use mesh::Mesh;
 use past::Past;
+use rollouts::Rollouts;
 use witness::Witnesses;
 
 /// Largest request. The largest honest one applies a thousand resources; the log takes at most as much at once.
@@ -76,6 +78,8 @@ pub struct Context {
     pub acks: Arc<Acks>,
     /// What sidecars report while their endpoints flap is counted here.
     pub flaps: Arc<Flaps>,
+    /// What canaries say of the running rollout.
+    pub rollouts: Arc<Rollouts>,
     /// What sidecars have seen of the log.
     pub witnesses: Arc<Witnesses>,
     /// Ends streams when the controller shuts down.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tonic::{Request, Response, Status};
 use weft_identity::token::JoinToken;
 use weft_model::membership::MembershipCommand;
+use weft_model::rollout::{Evidence, RolloutCommand};
 use weft_model::token::{JoinTokenCreated, TokenCommand};
 use weft_model::version::ExpectedVersion;
 use weft_model::{Command, ConfigVersion, InstanceId, Scope};
@@ -24,6 +25,7 @@ use crate::history;
 use crate::log;
 use crate::past::Past;
 use crate::reads;
+use crate::rollouts;
 use crate::status::ApiError;
 
 /// Longest life of a join token: a day covers any rollout that a person watches.
@@ -82,6 +84,10 @@ impl Mesh {
         caller.require(Need::Change)?;
         let message = request.into_inner();
         let changes = convert::changes(message.changes.clone())?;
+        let changes = match message.canary {
+            Some(canary) => vec![convert::rollout(canary, changes)?],
+            None => changes,
+        };
         if message.dry_run {
             return Ok(Response::new(applied(self.commands.rehearse(&changes).await?)));
         }
@@ -101,7 +107,7 @@ impl Mesh {
         if let Command::Membership(instance, _) = &command {
             caller.require(Need::Membership(instance))?;
         }
-        let change = Change { expected: convert::expected(expected)?, command };
+        let change = Change::new(convert::expected(expected)?, command);
         self.one(caller, operation, fingerprinted, meta, change).await
     }
 
@@ -119,10 +125,7 @@ impl Mesh {
             Taken::Record(command) => command,
         };
         // The revision orders observations; the scope's version would only make a late one conflict twice.
-        let change = Change {
-            expected: ExpectedVersion::Any,
-            command: Command::Health(instance.clone(), command.clone()),
-        };
+        let change = Change::new(ExpectedVersion::Any, Command::Health(instance.clone(), command.clone()));
         let result = self.one(caller, "report_health", &message, message.meta.clone(), change).await;
         flaps.settle(&self.context.clock, &instance, &command, &result);
         result
@@ -165,10 +168,8 @@ impl Mesh {
             instance,
             expires_at,
         };
-        let change = Change {
-            expected: ExpectedVersion::Empty,
-            command: Command::Token(token.id().clone(), TokenCommand::Create(created)),
-        };
+        let create = Command::Token(token.id().clone(), TokenCommand::Create(created));
+        let change = Change::new(ExpectedVersion::Empty, create);
         let mut request =
             command(&caller, "create_join_token", &message, message.meta.clone(), vec![change])?;
         let outcome = self.commands.execute(&request).await?;
@@ -179,6 +180,20 @@ impl Mesh {
         }
         let token = token.reveal().to_string();
         Ok(Response::new(pb::CreateJoinTokenResponse { token, expires_at_ms: expires_at.0 }))
+    }
+
+    async fn end_rollout(
+        &self,
+        request: Request<pb::EndRolloutRequest>,
+        operation: &str,
+        end: impl FnOnce(Evidence) -> RolloutCommand + Send,
+    ) -> Result<Response<pb::ApplyResponse>, ApiError> {
+        let caller = self.caller(&request)?;
+        caller.require(Need::Change)?;
+        let message = request.into_inner();
+        let evidence = rollouts::evidence(&self.context).await?;
+        let change = Change::new(ExpectedVersion::Any, Command::Rollout(end(evidence)));
+        self.one(&caller, operation, &message, message.meta.clone(), change).await
     }
 
     async fn status_now(&self) -> Result<pb::StatusResponse, ApiError> {
@@ -307,7 +322,7 @@ impl mesh_server::Mesh for Mesh {
         let message = request.into_inner();
         let put = message.put.as_ref().ok_or_else(|| ApiError::invalid("put", "is missing"))?;
         let command = convert::put_traffic_policy(put)?;
-        let change = Change { expected: convert::expected(message.expected)?, command };
+        let change = Change::new(convert::expected(message.expected)?, command);
         Ok(self.one(&caller, "put_traffic_policy", &message, message.meta.clone(), change).await?)
     }
 
@@ -320,8 +335,35 @@ impl mesh_server::Mesh for Mesh {
         let message = request.into_inner();
         let put = message.put.clone().ok_or_else(|| ApiError::invalid("put", "is missing"))?;
         let command = convert::put_security_policy(put)?;
-        let change = Change { expected: convert::expected(message.expected)?, command };
+        let change = Change::new(convert::expected(message.expected)?, command);
         Ok(self.one(&caller, "put_security_policy", &message, message.meta.clone(), change).await?)
+    }
+
+    async fn advance_rollout(
+        &self,
+        request: Request<pb::EndRolloutRequest>,
+    ) -> Result<Response<pb::ApplyResponse>, Status> {
+        Ok(self.end_rollout(request, "advance_rollout", RolloutCommand::Advance).await?)
+    }
+
+    async fn abort_rollout(
+        &self,
+        request: Request<pb::EndRolloutRequest>,
+    ) -> Result<Response<pb::ApplyResponse>, Status> {
+        let reason = request.get_ref().meta.as_ref().map(|meta| meta.reason.as_str()).unwrap_or_default();
+        let reason = if reason.is_empty() { "an operator took it back" } else { reason }.to_owned();
+        let abort = |evidence| RolloutCommand::Abort { reason, evidence };
+        Ok(self.end_rollout(request, "abort_rollout", abort).await?)
+    }
+
+    async fn get_rollout(
+        &self,
+        request: Request<pb::GetRolloutRequest>,
+    ) -> Result<Response<pb::GetRolloutResponse>, Status> {
+        self.caller(&request)?.require(Need::Read)?;
+        let canaries = rollouts::witnessed(&self.context).await?;
+        let answer = self.context.view.read(|projection| reads::rollout(projection.state(), canaries));
+        Ok(Response::new(answer))
     }
 
     async fn report_health(

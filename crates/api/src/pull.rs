@@ -93,7 +93,7 @@ pub fn plan(
         if before.is_some_and(|before| before.hash == entry.hash) || held.contains(&entry.hash.prefix()) {
             continue;
         }
-        let shard = published.shard(key).filter(|shard| shard.built.hash == entry.hash);
+        let shard = published.shard(key, entry.hash);
         let shard = shard.ok_or_else(|| ApiError::Internal(format!("shard {key} is not published")))?;
         shards.push((key.clone(), shard.clone()));
     }

@@ -1,8 +1,9 @@
 //! Get, Status and Why: questions about the mesh at one moment, answered from one projection.
 
 use weft_eventlog::Rewind;
+use weft_model::rollout::{Evidence, Witnessed};
 use weft_model::{ConfigVersion, InstanceId, Scope, ServiceName, Timestamp};
-use weft_projector::rows::{security_summary, traffic_summary};
+use weft_projector::rows::{rollout_summary, security_summary, traffic_summary};
 use weft_projector::{LeaderStatus, Propagation, SidecarStatus};
 use weft_proto::v1 as pb;
 use weft_routing::damping::Damping;
@@ -11,6 +12,36 @@ use weft_routing::{Projection, RoutingState};
 
 use crate::convert::{self, config_version, resources, service_ports};
 use crate::status::ApiError;
+
+/// The running rollout and what its canaries say, or how the last one ended.
+pub(crate) fn rollout(
+    state: &RoutingState,
+    canaries: Vec<(InstanceId, Witnessed)>,
+) -> pb::GetRolloutResponse {
+    let entry = state.rollout();
+    let Some(summary) = rollout_summary(&entry.state) else { return pb::GetRolloutResponse::default() };
+    let begun = entry.state.running();
+    let canary = |(instance, witnessed): (InstanceId, Witnessed)| {
+        let Witnessed { applied, error, evidence: Evidence { connections, refused, failed } } = witnessed;
+        let error = error.unwrap_or_default();
+        pb::CanaryStatus { instance: instance.to_string(), applied, error, connections, refused, failed }
+    };
+    pb::GetRolloutResponse {
+        state: entry.state.as_str().to_owned(),
+        summary,
+        position: entry.source.position.0,
+        at_ms: entry.at.0,
+        by: entry.actor.clone(),
+        scopes: begun
+            .iter()
+            .flat_map(|begun| &begun.candidates)
+            .map(|candidate| candidate.scope().to_string())
+            .collect(),
+        watch_ms: begun.map(|begun| begun.watch_ms).unwrap_or_default(),
+        tolerance_ppm: begun.map(|begun| begun.tolerance_ppm).unwrap_or_default(),
+        canaries: canaries.into_iter().map(canary).collect(),
+    }
+}
 
 /// Resources, as [`pb::GetRequest`] asks.
 pub(crate) fn get(projection: &Projection, kind: pb::Kind, name: &str) -> Result<pb::GetResponse, ApiError> {

@@ -163,7 +163,11 @@ fn rejected(scope: &Scope, rejection: &Rejection) -> Detail {
         | Rejection::TokenUnknown
         | Rejection::TokenUsed { .. }
         | Rejection::TokenExpired { .. }
-        | Rejection::TokenElsewhere { .. } => {}
+        | Rejection::TokenElsewhere { .. }
+        | Rejection::RolloutRunning
+        | Rejection::NoRollout
+        | Rejection::InRollout(_)
+        | Rejection::NoCanary(_) => {}
     }
     Detail::Rejected(detail)
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use weft_eventlog::Point;
-use weft_model::{ConfigVersion, InstanceId};
+use weft_model::{ConfigVersion, InstanceId, Position};
 use weft_projector::{Patch, Published, WantedSnapshot};
 use weft_proto::v1 as pb;
 use weft_routing::Hash;
@@ -40,6 +40,8 @@ pub struct Telling {
 pub struct News {
     head: ConfigVersion,
     wanted: Option<(ConfigVersion, Hash)>,
+    /// The rollout that the caller is a canary of.
+    rollout: Option<Position>,
     patch: Option<Arc<Patch>>,
     /// What a witness is to come along of; none with a notice of a change.
     pub witness: Option<Point>,
@@ -73,12 +75,13 @@ impl Telling {
             return None;
         }
         let base = self.told.filter(|_| change).map(|(_, hash)| hash);
+        let rollout = wanted.as_ref().and_then(|wanted| wanted.class.rollout);
         let patch = wanted.zip(base).and_then(|(wanted, base)| published.patch(wanted.class, base));
         self.told = news;
         self.next_heartbeat =
             if heartbeat { now + HEARTBEAT } else { self.next_heartbeat.min(now + WITNESS_WITHIN) };
         let witness = published.point().filter(|_| heartbeat);
-        Some(News { head: published.version(), wanted: news, patch, witness })
+        Some(News { head: published.version(), wanted: news, rollout, patch, witness })
     }
 }
 
@@ -102,6 +105,7 @@ impl News {
                 .zip(self.wanted)
                 .map(|(patch, (wanted, _))| pull::patch(patch, wanted)),
             ack_spread_ms: millis(ack_spread),
+            rollout: self.rollout.unwrap_or_default().0,
         }
     }
 }

@@ -1,8 +1,8 @@
 //! What can be typed.
 
 use crate::command::{
-    apply, check, completion, delete, describe, down, get, log, replay, sim, sql, status, token, up, verify,
-    version, watchdog, why,
+    apply, check, completion, delete, describe, down, get, log, replay, rollout, sim, sql, status, token, up,
+    verify, version, watchdog, why,
 };
 use crate::context::ContextArgs;
 use crate::sample;
@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Delete(delete::Args),
     /// What happened: the event log
     Log(log::Args),
+    /// Policies that some sidecars try first: how that goes, or to end it
+    Rollout(rollout::Args),
     /// Whether a connection would pass, and why
     Why(why::Args),
     /// Fold the log again up to a version, read from the database
@@ -91,6 +93,10 @@ mod tests {
             "weft status --at 42 -o json",
             "weft apply -f mesh.yaml --if-version 3 --reason why --wait",
             "weft apply -f - --dry-run",
+            "weft apply -f mesh.yaml --canary 5% --watch 2m --tolerance 0.5% --wait",
+            "weft rollout",
+            "weft rollout abort --reason why",
+            "weft rollout advance",
             "weft get services",
             "weft get security db --at 1.42 -o yaml",
             "weft describe instance api/api-1",

@@ -9,6 +9,7 @@ pub(crate) mod down;
 pub(crate) mod get;
 pub(crate) mod log;
 pub(crate) mod replay;
+pub(crate) mod rollout;
 pub(crate) mod sim;
 pub(crate) mod sql;
 pub(crate) mod status;
@@ -39,6 +40,7 @@ pub(crate) async fn run(arguments: Arguments) -> Outcome<Exit> {
         Command::Describe(args) => describe::run(args, context).await,
         Command::Delete(args) => delete::run(args, context).await,
         Command::Log(args) => log::run(args, context).await,
+        Command::Rollout(args) => rollout::run(args, context).await,
         Command::Why(args) => why::run(args, context).await,
         Command::Replay(args) => Box::pin(replay::run(args, context)).await,
         Command::Verify(args) => Box::pin(verify::run(args, context)).await,

@@ -264,7 +264,7 @@ impl Session {
     }
 
     /// Says what is in force, how long the last swap `took`, and what is wrong, if anything; with what was swapped since the last
-    /// word of it.
+    /// word of it. What a canary met with is for the caller to add.
     pub fn acknowledge(
         &mut self,
         applied: Option<&Snapshot>,
@@ -281,6 +281,7 @@ impl Session {
             took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
             error,
             swaps: self.swaps.drain(..).map(swap).collect(),
+            evidence: None,
         }
     }
 

@@ -134,11 +134,14 @@ impl Controller {
             clock,
             acks,
             flaps: Arc::default(),
+            rollouts: Arc::default(),
             witnesses: Arc::new(Witnesses::new(view.clone(), log.reader(), Arc::clone(&authority))),
             drain: drain.clone(),
         };
         let flaps = Arc::clone(&context.flaps);
         background.spawn(flaps.run(context.clone(), actor(&config), drain.clone()));
+        let rollouts = Arc::clone(&context.rollouts);
+        background.spawn(rollouts.run(context.clone(), actor(&config), drain.clone()));
         let history = History::default();
 
         let mut last = JoinSet::new();
@@ -369,7 +372,7 @@ async fn announce_root(
         reason: Some("a controller started with this root".into()),
         actor: actor(config),
         fingerprint: *sha256.as_bytes(),
-        changes: vec![Change { expected: ExpectedVersion::Any, command: Command::Ca(root) }],
+        changes: vec![Change::new(ExpectedVersion::Any, Command::Ca(root))],
     };
     match execute_patiently(context, &request).await {
         Ok(()) => Ok(()),

@@ -30,6 +30,7 @@ pub(crate) struct Member {
 
 /// The number of a sidecar's first report: by the clock, as real ones number theirs, so above those of an earlier fleet of the same
 /// names.
+#[expect(clippy::disallowed_methods, reason = "what was reported before is told by the clock alone")]
 fn first_revision() -> u64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_1970.as_micros()).unwrap_or_default()

@@ -37,7 +37,7 @@ impl Operator {
     pub async fn apply(&self, why: &str, changes: Vec<Wire>) -> Result<v1::ApplyResponse, FleetError> {
         let changes = changes.into_iter().map(|change| v1::Change { expected: None, change: Some(change) });
         let request =
-            v1::ApplyRequest { meta: Some(command(why)), changes: changes.collect(), dry_run: false };
+            v1::ApplyRequest { meta: Some(command(why)), changes: changes.collect(), ..Default::default() };
         let applied = retry(|| {
             let (mut client, request) = (self.client.clone(), request.clone());
             async move { client.apply(request).await }

@@ -6,6 +6,7 @@ use crate::id::{InstanceId, ServiceName};
 use crate::identity::IdentityCommand;
 use crate::membership::MembershipCommand;
 use crate::mesh::MeshCommand;
+use crate::rollout::RolloutCommand;
 use crate::scope::{Scope, SecurityScope, TokenId, TrafficScope};
 use crate::security::SecurityCommand;
 use crate::service::ServiceCommand;
@@ -33,6 +34,8 @@ pub enum Command {
     Ca(CaCommand),
     /// Of the mesh's defaults.
     Mesh(MeshCommand),
+    /// Of the rollout of policies.
+    Rollout(RolloutCommand),
 }
 
 impl Command {
@@ -49,6 +52,7 @@ impl Command {
             Self::Token(id, _) => Scope::Token(id.clone()),
             Self::Ca(_) => Scope::Ca,
             Self::Mesh(_) => Scope::Mesh,
+            Self::Rollout(_) => Scope::Rollout,
         }
     }
 }

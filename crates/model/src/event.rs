@@ -34,6 +34,7 @@ use crate::health::HealthEvent;
 use crate::identity::IdentityEvent;
 use crate::membership::MembershipEvent;
 use crate::mesh::MeshEvent;
+use crate::rollout::RolloutEvent;
 use crate::scope::Scope;
 use crate::security::SecurityEvent;
 use crate::service::ServiceEvent;
@@ -107,6 +108,7 @@ families! {
     Token(TokenEvent) = Scope::Token(_),
     Ca(CaEvent) = Scope::Ca,
     Mesh(MeshEvent) = Scope::Mesh,
+    Rollout(RolloutEvent) = Scope::Rollout,
 }
 
 /// A stored event cannot be read by this version of Weft.

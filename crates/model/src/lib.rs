@@ -20,6 +20,7 @@ pub mod membership;
 pub mod mesh;
 pub mod reason;
 pub mod rejection;
+pub mod rollout;
 pub mod scope;
 pub mod security;
 pub mod service;

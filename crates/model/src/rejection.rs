@@ -72,6 +72,22 @@ pub enum Rejection {
         /// The rule or default that says so, such as `security/default/db#deny-all`.
         by: String,
     },
+    /// A rollout is running: another one cannot begin.
+    #[error(
+        "a rollout is running; wait for its end, or end it with `weft rollout advance` or `weft rollout abort`"
+    )]
+    RolloutRunning,
+    /// There is no rollout to end.
+    #[error("no rollout is running")]
+    NoRollout,
+    /// The scope's policy is part of the running rollout.
+    #[error(
+        "{0} is part of the running rollout; wait for its end, or take it back with `weft rollout abort`"
+    )]
+    InRollout(Scope),
+    /// Nobody would be a canary.
+    #[error("no ready instance is concerned by {0}, so there is nobody to try it; apply it without a canary")]
+    NoCanary(Scope),
     /// A field's value breaks a rule.
     #[error("{field}: {rule}")]
     Invalid {

@@ -27,6 +27,8 @@ pub enum Scope {
     Ca,
     /// `mesh`: defaults of the whole mesh.
     Mesh,
+    /// `rollout`: a change of policies that some sidecars get first.
+    Rollout,
 }
 
 /// What a traffic policy is about.
@@ -92,7 +94,7 @@ pub enum ScopeError {
     Name(#[from] IdError),
     /// The part before the first slash is not a kind of scope.
     #[error(
-        "a scope starts with service, membership, health, traffic, security, identity or token, or is ca or mesh"
+        "a scope starts with service, membership, health, traffic, security, identity or token, or is ca, mesh or rollout"
     )]
     Kind,
     /// What follows `token/` is not a token id.
@@ -114,6 +116,7 @@ impl Scope {
             Self::Token(_) => "token",
             Self::Ca => "ca",
             Self::Mesh => "mesh",
+            Self::Rollout => "rollout",
         }
     }
 }
@@ -129,7 +132,7 @@ impl fmt::Display for Scope {
             Self::Traffic(scope) => write!(f, "{kind}/{scope}"),
             Self::Security(scope) => write!(f, "{kind}/{scope}"),
             Self::Token(id) => write!(f, "{kind}/{id}"),
-            Self::Ca | Self::Mesh => f.write_str(kind),
+            Self::Ca | Self::Mesh | Self::Rollout => f.write_str(kind),
         }
     }
 }
@@ -141,6 +144,7 @@ impl FromStr for Scope {
         match s.split_once('/') {
             None if s == "ca" => Ok(Self::Ca),
             None if s == "mesh" => Ok(Self::Mesh),
+            None if s == "rollout" => Ok(Self::Rollout),
             Some(("service", rest)) => Ok(Self::Service(rest.parse()?)),
             Some(("membership", rest)) => Ok(Self::Membership(rest.parse()?)),
             Some(("health", rest)) => Ok(Self::Health(rest.parse()?)),
@@ -184,6 +188,18 @@ impl FromStr for TrafficScope {
 impl fmt::Debug for TrafficScope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+impl SecurityScope {
+    /// Whether it protects a service.
+    #[must_use]
+    pub fn covers(&self, service: &ServiceName) -> bool {
+        match self {
+            Self::Mesh => true,
+            Self::Namespace(namespace) => service.namespace == *namespace,
+            Self::Service(own) => own == service,
+        }
     }
 }
 
@@ -238,6 +254,7 @@ mod tests {
             "token/0123456789abcdef0123456789abcdef",
             "ca",
             "mesh",
+            "rollout",
         ] {
             assert_eq!(text.parse::<Scope>().unwrap().to_string(), text);
         }

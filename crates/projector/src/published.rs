@@ -69,6 +69,8 @@ pub struct Delta {
     /// When the last event was folded.
     pub(crate) folded_at: Option<Instant>,
     pub(crate) shards: BTreeMap<ShardKey, BuiltShard>,
+    /// What canaries have instead; none where they have nothing of their own any more.
+    pub(crate) variants: BTreeMap<ShardKey, Option<BuiltShard>>,
     pub(crate) classes: BTreeMap<ClassId, Option<PublishedClass>>,
     pub(crate) sidecars: BTreeMap<InstanceId, Option<PublishedSidecar>>,
 }
@@ -82,6 +84,7 @@ impl Delta {
         scopes: impl IntoIterator<Item = &'a Scope>,
     ) -> Self {
         let built = |key: &ShardKey| Some((key.clone(), projection.shards().get(key)?.clone()));
+        let variant = |key: &ShardKey| (key.clone(), projection.variants().get(key).cloned());
         let class = |id: &ClassId| (*id, projection.classes().get(id).map(PublishedClass::from));
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
@@ -92,6 +95,7 @@ impl Delta {
             urgent: false,
             folded_at: None,
             shards: changes.shards.iter().filter_map(built).collect(),
+            variants: changes.variants.iter().map(variant).collect(),
             classes: changes.manifests.union(&changes.classes).map(class).collect(),
             sidecars: changes.sidecars.iter().map(sidecar).collect(),
         }
@@ -101,6 +105,7 @@ impl Delta {
     #[must_use]
     pub fn everything(projection: &Projection) -> Self {
         let shard = |(key, shard): (&ShardKey, &BuiltShard)| (key.clone(), shard.clone());
+        let variant = |(key, shard): (&ShardKey, &BuiltShard)| (key.clone(), Some(shard.clone()));
         let class = |(id, class): (&ClassId, &Class)| (*id, Some(PublishedClass::from(class)));
         let sidecar = |instance: &InstanceId| (instance.clone(), PublishedSidecar::of(projection, instance));
         Self {
@@ -111,6 +116,7 @@ impl Delta {
             urgent: true,
             folded_at: None,
             shards: projection.shards().iter().map(shard).collect(),
+            variants: projection.variants().iter().map(variant).collect(),
             classes: projection.classes().iter().map(class).collect(),
             sidecars: projection.sidecars().map(sidecar).collect(),
         }
@@ -125,6 +131,7 @@ impl Delta {
         self.urgent |= next.urgent;
         self.folded_at = next.folded_at;
         self.shards.extend(next.shards);
+        self.variants.extend(next.variants);
         self.classes.extend(next.classes);
         self.sidecars.extend(next.sidecars);
     }
@@ -137,6 +144,8 @@ pub struct PublishedClass {
     pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
+    /// The event that began the rollout that its members are canaries of.
+    pub rollout: Option<Position>,
     /// Former manifests, the newest last. They share what did not change.
     former: VecDeque<Manifest>,
     /// Those that were asked for, by the manifest that they begin with.
@@ -202,6 +211,7 @@ impl From<&Class> for PublishedClass {
         Self {
             manifest: class.manifest.clone(),
             position: class.position,
+            rollout: class.rollout,
             former: VecDeque::new(),
             patches: Arc::default(),
         }
@@ -329,6 +339,8 @@ pub struct Published {
     version: ConfigVersion,
     hash: Option<EventHash>,
     shards: BTreeMap<ShardKey, PublishedShard>,
+    /// What canaries have instead.
+    variants: BTreeMap<ShardKey, PublishedShard>,
     classes: BTreeMap<ClassId, PublishedClass>,
     sidecars: BTreeMap<InstanceId, PublishedSidecar>,
     feeds: BTreeMap<ClassId, watch::Sender<ConfigVersion>>,
@@ -351,10 +363,11 @@ impl Published {
         self.hash.map(|hash| Point { epoch, position, hash })
     }
 
-    /// A shard of some manifest in force.
+    /// The shard of some manifest in force, everybody's or canaries', as the manifest lists it.
     #[must_use]
-    pub fn shard(&self, key: &ShardKey) -> Option<&PublishedShard> {
-        self.shards.get(key)
+    pub fn shard(&self, key: &ShardKey, hash: Hash) -> Option<&PublishedShard> {
+        let both = [self.shards.get(key), self.variants.get(key)];
+        both.into_iter().flatten().find(|shard| shard.built.hash == hash)
     }
 
     /// What a sidecar is to run; none if it does not take part.
@@ -404,7 +417,7 @@ impl Published {
         let mut bytes = 0;
         for Changed { key, entry, before } in difference.changed {
             let before = before?;
-            let shard = self.shards.get(key).filter(|shard| shard.built.hash == entry.hash)?;
+            let shard = self.shard(key, entry.hash)?;
             let change = if entry.hash == before.hash { None } else { Some(shard.change_from(before.hash)?) };
             bytes += change.as_ref().map_or(0, ShardChange::len);
             if bytes > PATCH_BYTES_MAX {
@@ -425,17 +438,13 @@ impl Published {
         self.version = delta.version;
         self.hash = delta.hash;
         for (key, built) in delta.shards {
-            match self.shards.entry(key) {
-                // Only its position moved: the compressed bytes stay good.
-                Entry::Occupied(mut shard) if shard.get().built.hash == built.hash => {
-                    shard.get_mut().built = built;
-                }
-                Entry::Occupied(mut shard) => {
-                    let before = shard.insert(PublishedShard::new(built));
-                    shard.get_mut().succeed(before);
-                }
-                Entry::Vacant(place) => {
-                    place.insert(PublishedShard::new(built));
+            put(&mut self.shards, key, built);
+        }
+        for (key, built) in delta.variants {
+            match built {
+                Some(built) => put(&mut self.variants, key, built),
+                None => {
+                    self.variants.remove(&key);
                 }
             }
         }
@@ -499,6 +508,21 @@ impl Published {
             self.feeds.values().for_each(|feed| tell(feed, self.version));
         }
         told
+    }
+}
+
+/// Puts a shard into the place of what it was before.
+fn put(shards: &mut BTreeMap<ShardKey, PublishedShard>, key: ShardKey, built: BuiltShard) {
+    match shards.entry(key) {
+        // Only its position moved: the compressed bytes stay good.
+        Entry::Occupied(mut shard) if shard.get().built.hash == built.hash => shard.get_mut().built = built,
+        Entry::Occupied(mut shard) => {
+            let before = shard.insert(PublishedShard::new(built));
+            shard.get_mut().succeed(before);
+        }
+        Entry::Vacant(place) => {
+            place.insert(PublishedShard::new(built));
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
+use weft_model::rollout::{Evidence, RolloutAborted, RolloutAdvanced, RolloutState};
 use weft_model::security::{Action, Mode, SecurityPolicy};
 use weft_model::traffic::TrafficPolicy;
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
@@ -33,6 +34,7 @@ pub struct ShardRow {
 pub struct ClassRow {
     pub(crate) service: String,
     pub(crate) upstreams: Option<String>,
+    pub(crate) canary: bool,
 }
 
 /// A row of `weft.class_manifest`.
@@ -130,6 +132,9 @@ impl RowChanges {
         for key in &changes.shards {
             rows.shards.insert(key.to_string(), projection.shards().get(key).map(ShardRow::from));
         }
+        for key in &changes.variants {
+            rows.shards.insert(variant_name(key), projection.variants().get(key).map(ShardRow::from));
+        }
         for id in &changes.classes {
             rows.put_class(projection, id);
         }
@@ -151,7 +156,10 @@ impl RowChanges {
         let state = projection.state();
         let mut rows = Self::default();
         let shard = |(key, shard): (&ShardKey, &BuiltShard)| (key.to_string(), Some(ShardRow::from(shard)));
+        let variant =
+            |(key, shard): (&ShardKey, &BuiltShard)| (variant_name(key), Some(ShardRow::from(shard)));
         rows.shards = projection.shards().iter().map(shard).collect();
+        rows.shards.extend(projection.variants().iter().map(variant));
         for id in projection.classes().keys() {
             rows.put_class(projection, id);
             rows.put_manifest(projection, id);
@@ -163,7 +171,7 @@ impl RowChanges {
             .chain(state.instances().map(|(instance, _)| Scope::Membership(instance.clone())))
             .chain(state.traffic().map(|(scope, _)| Scope::Traffic(scope.clone())))
             .chain(state.security().map(|(scope, _)| Scope::Security(scope.clone())))
-            .chain([Scope::Mesh]);
+            .chain([Scope::Mesh, Scope::Rollout]);
         scopes.for_each(|scope| rows.put_scope(projection, &scope));
         rows.drop_absent();
         rows
@@ -260,6 +268,9 @@ impl RowChanges {
             Scope::Mesh => {
                 self.policies.insert(scope.to_string(), mesh_row(projection));
             }
+            Scope::Rollout => {
+                self.policies.insert(scope.to_string(), rollout_row(projection));
+            }
             // Tokens and roots have no row: the log shows them, and the trust shard.
             Scope::Token(_) | Scope::Ca => {}
         }
@@ -293,7 +304,11 @@ impl From<&BuiltShard> for ShardRow {
 
 impl From<&InterestClass> for ClassRow {
     fn from(interest: &InterestClass) -> Self {
-        Self { service: interest.service.to_string(), upstreams: upstreams(&interest.upstreams) }
+        Self {
+            service: interest.service.to_string(),
+            upstreams: upstreams(&interest.upstreams),
+            canary: interest.canary,
+        }
     }
 }
 
@@ -396,6 +411,41 @@ fn mesh_row(projection: &Projection) -> Option<PolicyRow> {
         if defaults.damping.enabled { "damped" } else { "not damped" }
     );
     Some(PolicyRow { kind: "mesh".into(), writer: Writer::of(entry), spec: json(defaults), summary })
+}
+
+fn rollout_row(projection: &Projection) -> Option<PolicyRow> {
+    let entry = projection.state().rollout();
+    let summary = rollout_summary(&entry.state)?;
+    Some(PolicyRow { kind: "rollout".into(), writer: Writer::of(entry), spec: json(&entry.state), summary })
+}
+
+/// The rollout of the moment in words, or how the last one ended; none if there never was one.
+#[must_use]
+pub fn rollout_summary(rollout: &RolloutState) -> Option<String> {
+    Some(match rollout {
+        RolloutState::None => return None,
+        RolloutState::Running(begun) => {
+            let scopes: Vec<_> = begun.candidates.iter().map(|it| it.scope().to_string()).collect();
+            let (count, seconds) = (begun.canaries.len(), begun.watch_ms.div_ceil(1_000));
+            format!("{count} sidecar(s) try {} for {seconds} s", scopes.join(", "))
+        }
+        RolloutState::Advanced(RolloutAdvanced { evidence }) => {
+            format!("everybody has it, after {}", evidence_summary(evidence))
+        }
+        RolloutState::Aborted(RolloutAborted { reason, evidence }) => {
+            format!("taken back after {}: {reason}", evidence_summary(evidence))
+        }
+    })
+}
+
+fn evidence_summary(evidence: &Evidence) -> String {
+    let Evidence { connections, refused, failed } = evidence;
+    format!("{connections} connections of canaries, {refused} refused, {failed} failed")
+}
+
+/// What the row of a variant is called; no shard is.
+fn variant_name(key: &ShardKey) -> String {
+    format!("canary/{key}")
 }
 
 /// A traffic policy in words, for a table.

@@ -9,6 +9,7 @@ mod checkpoint;
 mod lease;
 mod propagation;
 mod read;
+mod rollout;
 mod write;
 
 pub use acks::{Ack, ClassAck, Serving, SidecarStatus};

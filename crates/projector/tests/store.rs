@@ -218,7 +218,7 @@ const WANTED: &str = "insert into weft.projection values ('mesh', 1, 1, 10, now(
 
 /// That sidecar's class.
 fn class_id() -> ClassId {
-    InterestClass { service: "default/api".parse().unwrap(), upstreams: Upstreams::All }.id()
+    InterestClass { service: "default/api".parse().unwrap(), upstreams: Upstreams::All, canary: false }.id()
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! may declare a service and its policies together.
 
 use crate::damping;
+use crate::rollout::Audience;
 use crate::shard::build;
 use crate::state::RoutingState;
 use crate::verdict;
@@ -10,7 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use weft_model::health::{HealthCommand, HealthState};
 use weft_model::membership::{MembershipCommand, MembershipState};
+use weft_model::rollout::{
+    self, Candidate, Plan, RolloutAborted, RolloutAdvanced, RolloutBegun, RolloutCommand, RolloutEvent,
+};
+use weft_model::security::{SecurityCommand, SecurityPolicy};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
+use weft_model::traffic::TrafficCommand;
 use weft_model::{
     Command, Event, InstanceId, Port, Rejection, Scope, SecurityScope, ServiceName, Timestamp, TrafficScope,
     Version, ca, health, identity, membership, mesh, security, service, token, traffic,
@@ -48,7 +54,8 @@ pub struct Refused {
     pub rejection: Box<Rejection>,
 }
 
-/// Decides a batch: every command passes, or the first that does not is named.
+/// Decides a batch: every command passes, or the first that does not is named. What an advanced rollout makes of its scopes is
+/// decided with it, and comes before the rollout's own end.
 ///
 /// # Errors
 /// If a rule refuses a command. Nothing is to be appended.
@@ -56,7 +63,14 @@ pub fn decide(state: &RoutingState, batch: &[Command], now: Timestamp) -> Result
     let mut scopes = BTreeSet::new();
     let view = BatchView::new(state, batch);
     let mut decisions = Vec::with_capacity(batch.len());
-    for (index, command) in batch.iter().enumerate() {
+    let advanced = batch.iter().enumerate().flat_map(|(index, command)| {
+        let advances = matches!(command, Command::Rollout(RolloutCommand::Advance(_)));
+        let candidates: Vec<_> = state.candidates().filter(|_| advances).map(Candidate::command).collect();
+        candidates.into_iter().map(move |command| (index, command))
+    });
+    let advanced: Vec<_> = advanced.collect();
+    let all = advanced.iter().map(|(index, command)| (*index, command)).chain(batch.iter().enumerate());
+    for (index, command) in all {
         let scope = command.scope();
         let refused = |rejection| Refused { index, scope: scope.clone(), rejection: Box::new(rejection) };
         if !scopes.insert(scope.clone()) {
@@ -91,12 +105,19 @@ struct BatchView<'a> {
     addresses: BTreeMap<Ipv4Addr, &'a ServiceName>,
     /// Instances that it deregisters.
     leaving: BTreeSet<&'a InstanceId>,
+    /// Whether it gives the running rollout to everybody.
+    advances: bool,
 }
 
 impl<'a> BatchView<'a> {
     fn new(state: &'a RoutingState, batch: &'a [Command]) -> Self {
-        let mut view =
-            Self { state, services: BTreeMap::new(), addresses: BTreeMap::new(), leaving: BTreeSet::new() };
+        let mut view = Self {
+            state,
+            services: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            leaving: BTreeSet::new(),
+            advances: false,
+        };
         for command in batch {
             match command {
                 Command::Service(name, ServiceCommand::Declare(declared)) => {
@@ -124,6 +145,7 @@ impl<'a> BatchView<'a> {
                 | Command::Token(..)
                 | Command::Ca(_)
                 | Command::Mesh(_) => {}
+                Command::Rollout(command) => view.advances |= matches!(command, RolloutCommand::Advance(_)),
             }
         }
         view
@@ -156,6 +178,38 @@ impl<'a> BatchView<'a> {
             }
             Command::Ca(root) => into_events(ca::decide(&state.ca().state, root)?),
             Command::Mesh(defaults) => into_events(mesh::decide(&state.mesh().state, defaults)?),
+            Command::Rollout(command) => self.decide_rollout(command, now),
+        }
+    }
+
+    fn decide_rollout(&self, command: &RolloutCommand, now: Timestamp) -> Result<Vec<Event>, Rejection> {
+        let current = &self.state.rollout().state;
+        match command {
+            RolloutCommand::Begin(plan) => {
+                rollout::check(current, plan)?;
+                let Plan { candidates, share_ppm, watch_ms, tolerance_ppm } = plan;
+                let mut changes = Vec::new();
+                for candidate in candidates {
+                    // As if everybody were given it now.
+                    if !self.decide_one(&candidate.command(), now)?.is_empty() {
+                        changes.push(candidate.clone());
+                    }
+                }
+                if changes.is_empty() {
+                    return Ok(Vec::new());
+                }
+                let canaries = self.state.pick_canaries(&changes, *share_ppm).map_err(Rejection::NoCanary)?;
+                let (watch_ms, tolerance_ppm) = (*watch_ms, *tolerance_ppm);
+                let begun = RolloutBegun { candidates: changes, canaries, watch_ms, tolerance_ppm };
+                Ok(vec![RolloutEvent::from(begun).into()])
+            }
+            RolloutCommand::Advance(evidence) => {
+                into_events(rollout::end(current, RolloutAdvanced { evidence: *evidence })?)
+            }
+            RolloutCommand::Abort { reason, evidence } => {
+                let aborted = RolloutAborted { reason: reason.clone(), evidence: *evidence };
+                into_events(rollout::end(current, aborted)?)
+            }
         }
     }
 
@@ -204,25 +258,74 @@ impl<'a> BatchView<'a> {
                     Some(MembershipState::Absent) | None => Err(Rejection::Absent(scope)),
                 }
             }
-            Command::Traffic(TrafficScope { source, destination }, traffic::TrafficCommand::Put(_)) => {
-                self.needs(source.iter().chain([destination]))
-            }
-            Command::Security(scope, security::SecurityCommand::Put(policy)) => {
-                let named = policy.rules.iter().flat_map(|rule| &rule.from.services);
-                let own = match scope {
-                    SecurityScope::Service(service) => Some(service),
-                    SecurityScope::Mesh | SecurityScope::Namespace(_) => None,
+            Command::Traffic(scope, command) => {
+                let needs = match command {
+                    TrafficCommand::Put(_) => self.traffic_needs(scope)?,
+                    TrafficCommand::Delete => BTreeSet::new(),
                 };
-                self.needs(named.chain(own))
+                self.admit_policy(Scope::Traffic(scope.clone()), needs)
+            }
+            Command::Security(scope, command) => {
+                let needs = match command {
+                    SecurityCommand::Put(policy) => self.security_needs(scope, policy)?,
+                    SecurityCommand::Delete => BTreeSet::new(),
+                };
+                self.admit_policy(Scope::Security(scope.clone()), needs)
+            }
+            Command::Rollout(RolloutCommand::Begin(plan)) => {
+                let mut needs = BTreeSet::new();
+                for candidate in &plan.candidates {
+                    needs.append(&mut self.admit_candidate(candidate)?);
+                }
+                Ok(needs)
             }
             Command::Token(_, token::TokenCommand::Create(token)) => self.needs([&token.service]),
             Command::Token(_, token::TokenCommand::Redeem { .. })
-            | Command::Traffic(_, traffic::TrafficCommand::Delete)
-            | Command::Security(_, security::SecurityCommand::Delete)
             | Command::Identity(..)
             | Command::Ca(_)
-            | Command::Mesh(_) => Ok(BTreeSet::new()),
+            | Command::Mesh(_)
+            | Command::Rollout(RolloutCommand::Advance(_) | RolloutCommand::Abort { .. }) => {
+                Ok(BTreeSet::new())
+            }
         }
+    }
+
+    /// What a policy rests on while it may be changed: no rollout has one for its scope.
+    fn admit_policy(&self, scope: Scope, mut needs: BTreeSet<Scope>) -> Result<BTreeSet<Scope>, Rejection> {
+        if !self.advances && self.state.in_rollout(&scope) {
+            return Err(Rejection::InRollout(scope));
+        }
+        needs.insert(Scope::Rollout);
+        Ok(needs)
+    }
+
+    fn admit_candidate(&self, candidate: &Candidate) -> Result<BTreeSet<Scope>, Rejection> {
+        let mut needs = match candidate {
+            Candidate::Traffic { scope, policy: Some(_) } => self.traffic_needs(scope)?,
+            Candidate::Security { scope, policy: Some(policy) } => self.security_needs(scope, policy)?,
+            Candidate::Traffic { policy: None, .. } | Candidate::Security { policy: None, .. } => {
+                BTreeSet::new()
+            }
+        };
+        needs.insert(candidate.scope());
+        Ok(needs)
+    }
+
+    fn traffic_needs(&self, scope: &TrafficScope) -> Result<BTreeSet<Scope>, Rejection> {
+        self.needs(scope.source.iter().chain([&scope.destination]))
+    }
+
+    fn security_needs(
+        &self,
+        scope: &SecurityScope,
+        policy: &SecurityPolicy,
+    ) -> Result<BTreeSet<Scope>, Rejection> {
+        let named = policy.rules.iter().flat_map(|rule| &rule.from.services);
+        let own = match scope {
+            SecurityScope::Service(service) => Some(service),
+            SecurityScope::Mesh | SecurityScope::Namespace(_) => None,
+        };
+        self.needs(named.chain(own))
     }
 
     fn needs<'s>(
@@ -259,7 +362,9 @@ impl<'a> BatchView<'a> {
         port: Port,
     ) -> Result<BTreeSet<Scope>, Rejection> {
         let guards = self.needs([to])?;
-        let Some(inbound) = build::inbound(self.state, to).filter(|inbound| inbound.has_port(port)) else {
+        let Some(inbound) =
+            build::inbound(self.state, to, Audience::Everybody).filter(|inbound| inbound.has_port(port))
+        else {
             return Err(Rejection::invalid("port", format!("{to} declares no port {port}")));
         };
         let verdict = verdict::authorize(&inbound, from, port);

@@ -12,6 +12,8 @@ pub struct InterestClass {
     pub service: ServiceName,
     /// The services that it may connect to.
     pub upstreams: Upstreams,
+    /// Whether it runs the candidates of the running rollout.
+    pub canary: bool,
 }
 
 /// A short name for a class, derived from its content: what classes are found by, since a class may name a thousand services.
@@ -28,7 +30,7 @@ impl InterestClass {
 
 impl fmt::Display for InterestClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ->{}", self.service, Listed(&self.upstreams))
+        write!(f, "{} ->{}", self.service, Listed(&self.upstreams, self.canary))
     }
 }
 
@@ -44,24 +46,26 @@ impl fmt::Debug for ClassId {
     }
 }
 
-/// The same for upstreams alone, which classes of several services may share.
+/// The same but for the service, which classes of several services may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ListId([u8; 16]);
 
 impl ListId {
-    pub(crate) fn of(upstreams: &Upstreams) -> Self {
-        Self(digest(&Listed(upstreams)))
+    pub(crate) fn of(class: &InterestClass) -> Self {
+        Self(digest(&Listed(&class.upstreams, class.canary)))
     }
 }
 
-struct Listed<'a>(&'a Upstreams);
+struct Listed<'a>(&'a Upstreams, bool);
 
 impl fmt::Display for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Upstreams::All => f.write_str(" *"),
             Upstreams::Only(services) => services.iter().try_for_each(|service| write!(f, " {service}")),
-        }
+        }?;
+        // No service is called so: their names have a slash.
+        if self.1 { f.write_str(" canary") } else { Ok(()) }
     }
 }
 

@@ -8,6 +8,7 @@ use weft_model::health::{Health, HealthEvent};
 use weft_model::identity::IdentityEvent;
 use weft_model::membership::MembershipEvent;
 use weft_model::mesh::MeshEvent;
+use weft_model::rollout::RolloutEvent;
 use weft_model::security::{Action, SecurityEvent};
 use weft_model::service::ServiceEvent;
 use weft_model::token::TokenEvent;
@@ -38,6 +39,12 @@ impl Lane {
             // before, and they are too few to be worth a wait.
             | Event::Security(
                 SecurityEvent::SecurityPolicySet(_) | SecurityEvent::SecurityPolicyDeleted(_),
+            )
+            // It may deny, as its policies may, or take back what does.
+            | Event::Rollout(
+                RolloutEvent::RolloutBegun(_)
+                | RolloutEvent::RolloutAdvanced(_)
+                | RolloutEvent::RolloutAborted(_),
             )
             // A service needs it.
             | Event::Health(HealthEvent::DampingOverridden(_))

@@ -23,6 +23,7 @@ pub mod interest;
 pub mod lane;
 pub mod manifest;
 pub mod projection;
+mod rollout;
 pub mod shard;
 pub mod snapshot;
 mod splice;

@@ -7,6 +7,9 @@
 //! newest shard, and a sidecar's snapshot version is the newer of that and the event that put it into its class, so it
 //! never falls (I4).
 //!
+//! While a rollout runs, its canaries are in classes of their own, whose manifests list **variants** of the shards that the rollout's
+//! policies concern, and for the rest what everybody's list. Sidecars do not see the difference.
+//!
 //! [`Projection::recompute`] builds everything from the state alone; tests and `weft verify` hold the two against each
 //! other.
 
@@ -18,6 +21,7 @@ pub use batch::Bulk;
 use crate::hash::Hash;
 use crate::interest::{ClassId, InterestClass, ListId};
 use crate::manifest::{Manifest, ManifestEntry};
+use crate::rollout::Audience;
 use crate::shard::{ShardKey, build};
 use crate::state::{FoldError, RoutingState};
 use std::collections::btree_map::Entry;
@@ -49,6 +53,8 @@ pub struct Class {
     pub manifest: Manifest,
     /// The last event that touched anything in it.
     pub position: Position,
+    /// The event that began the rollout that its members are canaries of.
+    pub rollout: Option<Position>,
     /// Who is in it.
     pub members: BTreeSet<InstanceId>,
     list: ListId,
@@ -72,6 +78,8 @@ pub struct Wanted<'a> {
 pub struct Changes {
     /// Shards that were touched. One that is no more in the projection was never built.
     pub shards: BTreeSet<ShardKey>,
+    /// Those of which canaries have, or had, variants that were touched.
+    pub variants: BTreeSet<ShardKey>,
     /// Classes that got their first member, or lost their last one and are no more in the projection.
     pub classes: BTreeSet<ClassId>,
     /// Classes whose manifest was made anew.
@@ -114,6 +122,8 @@ struct Sidecar {
 pub struct Projection {
     state: RoutingState,
     shards: BTreeMap<ShardKey, BuiltShard>,
+    /// What canaries have instead.
+    variants: BTreeMap<ShardKey, BuiltShard>,
     classes: BTreeMap<ClassId, Class>,
     sidecars: BTreeMap<InstanceId, Sidecar>,
     lists: Lists,
@@ -138,6 +148,17 @@ impl Projection {
     #[must_use]
     pub const fn shards(&self) -> &BTreeMap<ShardKey, BuiltShard> {
         &self.shards
+    }
+
+    /// The shards that canaries of the running rollout have instead, by key.
+    #[must_use]
+    pub const fn variants(&self) -> &BTreeMap<ShardKey, BuiltShard> {
+        &self.variants
+    }
+
+    /// Everything that some sidecar has, by key: what everybody has, then what canaries have instead.
+    pub fn built(&self) -> impl Iterator<Item = (&ShardKey, &BuiltShard)> {
+        self.shards.iter().chain(&self.variants)
     }
 
     /// Every interest class with at least one member.
@@ -187,12 +208,18 @@ impl Projection {
             if let Some(instance) = touched.instance {
                 self.assign(batch, instance, fact.position);
             }
+            if let Some(rollout) = &touched.rollout {
+                batch.variants.extend(self.state.variants(rollout));
+                for canary in &rollout.canaries {
+                    self.assign(batch, canary, fact.position);
+                }
+            }
         }
         Ok(())
     }
 
     fn build(&mut self, batch: Batch) -> Changes {
-        let Batch { endpoints, inbound, trust, new_lists, mut changes } = batch;
+        let Batch { endpoints, inbound, trust, mut variants, new_lists, mut changes } = batch;
         let mut dirty = Dirty { lists: new_lists, ..Dirty::default() };
         let endpoints = endpoints.into_iter().map(|(service, at)| (ShardKey::Endpoints(service), at));
         let inbound = inbound.into_iter().map(|(service, at)| (ShardKey::Inbound(service), at));
@@ -202,7 +229,15 @@ impl Projection {
                 changes.work.shards += 1;
                 self.mark(&mut dirty, &key);
             }
+            if self.state.has_variant(&key) {
+                variants.insert(key.clone());
+            }
             changes.shards.insert(key);
+        }
+        for key in variants {
+            changes.work.shards += usize::from(self.rebuild_variant(&key));
+            self.mark(&mut dirty, &key);
+            changes.variants.insert(key);
         }
         self.rebuild_manifests(dirty, &mut changes);
         changes
@@ -234,6 +269,9 @@ impl Projection {
         fresh.rebuild_shard(&ShardKey::Trust, position(&ShardKey::Trust));
         let live: Vec<_> = fresh.state.live_instances().collect();
         let mut batch = Batch::default();
+        if let Some((rollout, _)) = fresh.state.running_rollout() {
+            batch.variants = fresh.state.variants(rollout);
+        }
         for instance in &live {
             fresh.assign(&mut batch, instance, since(instance));
         }
@@ -250,13 +288,16 @@ impl Projection {
     fn assign(&mut self, batch: &mut Batch, instance: &InstanceId, position: Position) {
         let registration = self.state.membership(instance).and_then(|entry| entry.state.registration());
         let current = self.sidecars.get(instance).and_then(|sidecar| self.classes.get(&sidecar.class));
-        // A class is of its instance's own service, so the upstreams tell.
-        if registration.map(|it| &it.upstreams) == current.map(|class| &class.interest.upstreams) {
+        let canary = self.state.is_canary(instance);
+        // A class is of its instance's own service, so the rest tells.
+        let here = current.map(|class| (&class.interest.upstreams, class.interest.canary));
+        if registration.map(|it| (&it.upstreams, canary)) == here {
             return;
         }
         let wanted = registration.map(|registration| InterestClass {
             service: instance.service.clone(),
             upstreams: registration.upstreams.clone(),
+            canary,
         });
         if let Some(sidecar) = self.sidecars.remove(instance) {
             self.leave(batch, instance, sidecar.class);
@@ -270,16 +311,18 @@ impl Projection {
     fn join(&mut self, batch: &mut Batch, instance: &InstanceId, class: InterestClass, since: Position) {
         let id = class.id();
         let entry = self.classes.entry(id).or_insert_with(|| {
-            let list = ListId::of(&class.upstreams);
-            if self.lists.join(list, &class.upstreams, id) {
+            let list = ListId::of(&class);
+            if self.lists.join(list, &class, id) {
                 batch.new_lists.insert(list, Touched::Everything);
             }
             self.of_service.entry(class.service.clone()).or_default().insert(id);
             batch.changes.classes.insert(id);
+            let begun = self.state.running_rollout().filter(|_| class.canary);
             Class {
                 interest: Arc::new(class),
                 manifest: Manifest::default(),
                 position: Position::ZERO,
+                rollout: begun.map(|(_, source)| source.position),
                 members: BTreeSet::new(),
                 list,
             }
@@ -295,7 +338,7 @@ impl Projection {
             return;
         }
         let class = entry.remove();
-        self.lists.leave(class.list, &class.interest.upstreams, id);
+        self.lists.leave(class.list, &class.interest, id);
         if let Entry::Occupied(mut classes) = self.of_service.entry(class.interest.service.clone()) {
             classes.get_mut().remove(&id);
             if classes.get().is_empty() {
@@ -320,16 +363,31 @@ impl Projection {
 
     /// Builds a shard, if there is something to build it from.
     fn rebuild_shard(&mut self, key: &ShardKey, position: Position) -> bool {
-        let Some(bytes) = build::build(&self.state, key) else { return false };
-        let shard = BuiltShard { hash: Hash::of(&bytes), bytes: bytes.into(), position };
-        self.shards.insert(key.clone(), shard);
+        let Some(bytes) = build::build(&self.state, key, Audience::Everybody) else { return false };
+        self.shards.insert(key.clone(), BuiltShard::new(bytes, position));
+        true
+    }
+
+    /// Builds what canaries have instead of a shard, or forgets it if there is no such thing any more. It is touched by what
+    /// touches the shard, and by the rollout's begin.
+    fn rebuild_variant(&mut self, key: &ShardKey) -> bool {
+        let begun = self.state.running_rollout().filter(|_| self.state.has_variant(key));
+        let position = begun.map(|(_, source)| source.position);
+        let position = position.zip(self.shards.get(key)).map(|(begun, shard)| begun.max(shard.position));
+        let bytes = position.and_then(|_| build::build(&self.state, key, Audience::Canaries));
+        let Some((bytes, position)) = bytes.zip(position) else {
+            self.variants.remove(key);
+            return false;
+        };
+        self.variants.insert(key.clone(), BuiltShard::new(bytes, position));
         true
     }
 
     fn rebuild_manifests(&mut self, Dirty { lists, mut own }: Dirty, changes: &mut Changes) {
         let mut manifests = BTreeSet::new();
         for (list, touched) in lists {
-            changes.work.lists += usize::from(self.lists.rebuild(list, &touched, &self.shards));
+            let built = Built { shards: &self.shards, variants: &self.variants };
+            changes.work.lists += usize::from(self.lists.rebuild(list, &touched, &built));
             manifests.extend(self.lists.classes(list));
         }
         own.extend(changes.classes.iter().filter(|id| self.classes.contains_key(id)));
@@ -339,8 +397,9 @@ impl Projection {
             let upstreams = self.lists.pages(class.list);
             class.manifest = if own.contains(id) {
                 let keys = [ShardKey::Inbound(class.interest.service.clone()), ShardKey::Trust];
+                let built = Built { shards: &self.shards, variants: &self.variants };
                 let listed = keys.into_iter().filter_map(|key| {
-                    let entry = listed(&self.shards, &key)?;
+                    let entry = built.listed(&key, class.interest.canary)?;
                     Some((key, entry))
                 });
                 Manifest::of(upstreams, listed.collect())
@@ -354,8 +413,23 @@ impl Projection {
     }
 }
 
-/// What a manifest lists of a shard that was built.
-fn listed(shards: &BTreeMap<ShardKey, BuiltShard>, key: &ShardKey) -> Option<ManifestEntry> {
-    let shard = shards.get(key)?;
-    Some(ManifestEntry { hash: shard.hash, position: shard.position })
+impl BuiltShard {
+    fn new(bytes: Vec<u8>, position: Position) -> Self {
+        Self { hash: Hash::of(&bytes), bytes: bytes.into(), position }
+    }
+}
+
+/// What was built.
+struct Built<'a> {
+    shards: &'a BTreeMap<ShardKey, BuiltShard>,
+    variants: &'a BTreeMap<ShardKey, BuiltShard>,
+}
+
+impl Built<'_> {
+    /// What a manifest lists of a shard, a canary's or everybody's.
+    fn listed(&self, key: &ShardKey, canary: bool) -> Option<ManifestEntry> {
+        let variant = self.variants.get(key).filter(|_| canary);
+        let shard = variant.or_else(|| self.shards.get(key))?;
+        Some(ManifestEntry { hash: shard.hash, position: shard.position })
+    }
 }

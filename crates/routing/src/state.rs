@@ -16,6 +16,7 @@ use weft_model::health::{Health, HealthState};
 use weft_model::identity::IdentityState;
 use weft_model::membership::{InstanceRegistered, MembershipState};
 use weft_model::mesh::MeshState;
+use weft_model::rollout::RolloutState;
 use weft_model::security::SecurityState;
 use weft_model::service::ServiceState;
 use weft_model::token::TokenState;
@@ -70,6 +71,7 @@ pub struct RoutingState {
     pub(crate) ca: Entry<CaState>,
     pub(crate) mesh: Entry<MeshState>,
     pub(crate) mesh_security: ScopeVersion,
+    pub(crate) rollout: Entry<RolloutState>,
     pub(crate) addresses: Addresses,
     /// The instances that are ready or draining; what an instance costs ends with it.
     pub(crate) live: BTreeMap<ServiceName, BTreeMap<Name, Place>>,
@@ -108,6 +110,7 @@ impl RoutingState {
             Scope::Token(id) => self.tokens.get(id).map(|it| it.source).unwrap_or_default(),
             Scope::Ca => self.ca.source,
             Scope::Mesh => self.mesh.source,
+            Scope::Rollout => self.rollout.source,
         }
     }
 
@@ -281,6 +284,12 @@ impl RoutingState {
     #[must_use]
     pub const fn ca(&self) -> &Entry<CaState> {
         &self.ca
+    }
+
+    /// The rollout of the moment, or how the last one ended.
+    #[must_use]
+    pub const fn rollout(&self) -> &Entry<RolloutState> {
+        &self.rollout
     }
 
     /// The mesh's defaults.

@@ -59,6 +59,7 @@ pub fn explain(
         has_endpoint(projection, destination, endpoints.as_ref()),
     ];
     steps.extend(flapping(projection, destination));
+    steps.extend(tried(projection, source, destination, port)?);
     steps.extend(inbound.iter().map(|inbound| allowed(inbound, source, port)));
 
     let stop = steps.iter().find(|step| step.refusal.is_some());
@@ -218,6 +219,37 @@ fn flapping(projection: &Projection, service: &ServiceName) -> Vec<Step> {
         })
     };
     state.live_of(service).filter_map(step).take(SHOWN_MAX).collect()
+}
+
+/// What a running rollout changes, if it has a policy for this way. It refuses nothing to everybody.
+fn tried(
+    projection: &Projection,
+    source: &ServiceName,
+    destination: &ServiceName,
+    port: Port,
+) -> Result<Option<Step>, ShardError> {
+    let variant = |key: ShardKey| projection.variants().get(&key).map(|shard| &shard.bytes);
+    let inbound = variant(ShardKey::Inbound(destination.clone()));
+    let inbound = inbound.map(|bytes| InboundShard::decode(bytes)).transpose()?;
+    let steered = variant(ShardKey::Endpoints(destination.clone())).is_some();
+    let Some((begun, since)) = projection.state().running_rollout() else { return Ok(None) };
+    let of =
+        |service: &ServiceName| begun.canaries.iter().filter(|canary| canary.service == *service).count();
+    let mut parts = Vec::new();
+    if steered {
+        parts.push(format!("{} sidecar(s) of {source} try another traffic policy", of(source)));
+    }
+    if let Some(inbound) = inbound {
+        let ruling = authorize(&inbound, source, port).ruling;
+        let (action, by) = (ruling.action.as_str(), &ruling.by);
+        parts.push(format!("{} sidecar(s) of {destination} try {action} by {by}", of(destination)));
+    }
+    Ok((!parts.is_empty()).then(|| Step {
+        question: "does a rollout try something else?".to_owned(),
+        answer: parts.join("; "),
+        refusal: None,
+        rests_on: Some((Scope::Rollout, since)),
+    }))
 }
 
 fn allowed(inbound: &InboundShard, source: &ServiceName, port: Port) -> Step {

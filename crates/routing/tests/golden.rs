@@ -16,6 +16,7 @@ use std::time::Duration;
 use weft_model::health::{FlapsSummarized, Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
+use weft_model::rollout::{Candidate, Evidence, Plan, RolloutBegun, RolloutCommand};
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
@@ -88,6 +89,7 @@ fn run(script: &str) -> (String, Hash) {
         match words[..] {
             ["show", "endpoints", service] => mesh.show_endpoints(&service.parse().unwrap()),
             ["show", "inbound", service] => mesh.show_inbound(&service.parse().unwrap()),
+            ["show", "variants"] => mesh.show_variants(),
             ["show", "sidecar", instance] => mesh.show_sidecar(&instance.parse().unwrap()),
             ["why", source, destination, port] => {
                 mesh.why(&source.parse().unwrap(), &destination.parse().unwrap(), port.parse().unwrap());
@@ -196,6 +198,15 @@ impl Mesh {
         }
     }
 
+    fn show_variants(&mut self) {
+        for (key, shard) in self.projection.variants() {
+            writeln!(self.shown, "canaries have {key} at {}", shard.position).unwrap();
+        }
+        let names = |begun: &RolloutBegun| begun.canaries.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let canaries = self.projection.state().running_rollout().map(|(begun, _)| names(begun).join(" "));
+        writeln!(self.shown, "canaries: {}", canaries.unwrap_or_else(|| "none".into())).unwrap();
+    }
+
     fn show_sidecar(&mut self, instance: &InstanceId) {
         let Some(wanted) = self.projection.wanted(instance) else {
             writeln!(self.shown, "{instance}: takes no part").unwrap();
@@ -207,7 +218,7 @@ impl Mesh {
             writeln!(self.shown, "    {key} at {}", entry.position).unwrap();
         }
         let shards: BTreeMap<_, _> =
-            self.projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+            self.projection.built().map(|(_, shard)| (shard.hash, shard.bytes.clone())).collect();
         let manifest = &wanted.class.manifest;
         let error = Snapshot::assemble(wanted.version, manifest.hash(), &manifest.encode(), &shards).err();
         writeln!(self.shown, "    {}", error.map_or("whole".into(), |error| format!("not usable: {error}")))
@@ -304,6 +315,21 @@ fn command(text: &str) -> Option<Command> {
         ["delete-security", scope] => Command::Security(scope.parse().ok()?, SecurityCommand::Delete),
         ["mesh", security] => {
             Command::Mesh(MeshDefaults { security: action(security)?, ..MeshDefaults::default() })
+        }
+        ["canary", share_ppm, ..] => {
+            let policies = text.split_once(": ")?.1.split(" | ").map(|text| Candidate::of(command(text)?));
+            let (candidates, share_ppm) = (policies.collect::<Option<_>>()?, share_ppm.parse().ok()?);
+            Command::Rollout(RolloutCommand::Begin(Plan {
+                candidates,
+                share_ppm,
+                watch_ms: 60_000,
+                tolerance_ppm: 10_000,
+            }))
+        }
+        ["advance"] => Command::Rollout(RolloutCommand::Advance(Evidence::default())),
+        ["abort", reason] => {
+            let evidence = Evidence::default();
+            Command::Rollout(RolloutCommand::Abort { reason: reason.into(), evidence })
         }
         _ => return None,
     })

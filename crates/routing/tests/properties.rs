@@ -9,12 +9,13 @@ use std::sync::Arc;
 use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
+use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
 use weft_model::{
-    Command, ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Namespace, Port, Scope, SecurityScope,
-    ServiceName, Timestamp, TrafficScope, Version, ca,
+    Command, ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Namespace, Port, Scope, ScopeVersion,
+    SecurityScope, ServiceName, Timestamp, TrafficScope, Version, ca,
 };
 use weft_routing::decide::decide;
 use weft_routing::verdict::authorize;
@@ -150,7 +151,7 @@ proptest! {
     fn snapshots_show_the_state(commands in commands()) {
         let mut projection = Projection::default();
         projection.apply(&history(&commands)).unwrap();
-        let shards = projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+        let shards = projection.built().map(|(_, shard)| (shard.hash, shard.bytes.clone())).collect();
         for instance in projection.sidecars() {
             let wanted = projection.wanted(instance).unwrap();
             let manifest = &wanted.class.manifest;
@@ -175,7 +176,7 @@ proptest! {
         let earlier = projection.clone();
         projection.apply(after).unwrap();
         let shards = |projection: &Projection| -> BTreeMap<weft_routing::Hash, Arc<[u8]>> {
-            projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect()
+            projection.built().map(|(_, shard)| (shard.hash, shard.bytes.clone())).collect()
         };
         let all = shards(&projection);
         for instance in projection.sidecars() {
@@ -201,6 +202,40 @@ proptest! {
                 prop_assert!(old.next(version, manifest.hash(), &fewer, &lacks).is_err());
             }
         }
+    }
+
+    /// What a rollout tries is what everybody has once it is advanced, and nothing is left of it.
+    #[test]
+    fn an_advanced_rollout_is_what_canaries_tried(commands in commands()) {
+        let (mut projection, mut now) = (Projection::default(), 0);
+        projection.apply(&history(&commands)).unwrap();
+        let tried: BTreeMap<_, _> =
+            projection.variants().iter().map(|(key, shard)| (key.clone(), shown(key, &shard.bytes))).collect();
+        prop_assert_eq!(tried.is_empty(), projection.state().running_rollout().is_none());
+        let advance = Command::Rollout(RolloutCommand::Advance(Evidence::default()));
+        let Ok(decisions) = decide(projection.state(), &[advance], Timestamp(0)) else { return Ok(()) };
+        let mut facts = Vec::new();
+        for decision in decisions {
+            for event in decision.events {
+                now += 1;
+                facts.push(Fact {
+                    epoch: Epoch(u64::MAX),
+                    position: weft_model::Position(projection.version().position.0 + now),
+                    version: decision.seen.next(),
+                    at: Timestamp(0),
+                    actor: String::new(),
+                    scope: decision.scope.clone(),
+                    event,
+                });
+            }
+        }
+        projection.apply(&facts).unwrap();
+        prop_assert!(projection.variants().is_empty());
+        prop_assert!(projection.classes().values().all(|class| !class.interest.canary));
+        for (key, tried) in tried {
+            prop_assert_eq!(shown(&key, &projection.shards()[&key].bytes), tried);
+        }
+        prop_assert_eq!(&projection, &projection.recompute());
     }
 
     /// I8: the evaluator agrees with a naive reading of the rules, straight from the state.
@@ -247,7 +282,7 @@ proptest! {
         let wanted = projection.wanted(instance).unwrap();
         let (listed, hash) = (&wanted.class.manifest, wanted.class.manifest.hash());
         let shards: BTreeMap<_, _> =
-            projection.shards().values().map(|shard| (shard.hash, shard.bytes.clone())).collect();
+            projection.built().map(|(_, shard)| (shard.hash, shard.bytes.clone())).collect();
 
         let mut manifest = listed.encode();
         let place = at.index(manifest.len());
@@ -316,6 +351,27 @@ fn a_log_that_is_out_of_order_is_refused_and_nothing_changes() {
     assert!(state.apply(&Fact { version: Version(2), ..facts[1].clone() }).is_err(), "a gap in the scope");
     assert!(state.apply(&Fact { scope: Scope::Mesh, ..facts[1].clone() }).is_err(), "another scope's event");
     assert_eq!(state, before);
+}
+
+/// What a shard says, but for where its policies stand in the log.
+fn shown(key: &ShardKey, bytes: &[u8]) -> String {
+    match key {
+        ShardKey::Endpoints(_) => {
+            let mut shard = EndpointsShard::decode(bytes).unwrap();
+            shard
+                .traffic
+                .iter_mut()
+                .chain(shard.overrides.values_mut())
+                .for_each(|it| it.source = ScopeVersion::default());
+            format!("{shard:?}")
+        }
+        ShardKey::Inbound(_) => {
+            let mut shard = InboundShard::decode(bytes).unwrap();
+            shard.layers.iter_mut().for_each(|it| it.source = ScopeVersion::default());
+            format!("{shard:?}")
+        }
+        ShardKey::Trust => format!("{bytes:?}"),
+    }
 }
 
 /// Decides the commands one after the other; those that a rule refuses leave no event.
@@ -498,6 +554,18 @@ fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
     })
 }
 
+fn policy() -> impl Strategy<Value = Command> {
+    let traffic_scope = (prop::option::of(service()), service())
+        .prop_map(|(source, destination)| TrafficScope { source, destination });
+    let traffic =
+        prop_oneof![3 => traffic_policy().prop_map(TrafficCommand::Put), 1 => Just(TrafficCommand::Delete)];
+    let security = prop_oneof![3 => security_policy().prop_map(SecurityCommand::Put), 1 => Just(SecurityCommand::Delete)];
+    prop_oneof![
+        2 => (traffic_scope, traffic).prop_map(|(scope, command)| Command::Traffic(scope, command)),
+        3 => (security_scope(), security).prop_map(|(scope, command)| Command::Security(scope, command)),
+    ]
+}
+
 fn command() -> impl Strategy<Value = Command> {
     let membership = prop_oneof![
         4 => registration().prop_map(MembershipCommand::Register),
@@ -513,17 +581,25 @@ fn command() -> impl Strategy<Value = Command> {
             .prop_map(|ports| declare(&ports.into_iter().collect::<Vec<_>>())),
         1 => Just(ServiceCommand::Delete),
     ];
-    let traffic_scope = (prop::option::of(service()), service())
-        .prop_map(|(source, destination)| TrafficScope { source, destination });
-    let traffic =
-        prop_oneof![3 => traffic_policy().prop_map(TrafficCommand::Put), 1 => Just(TrafficCommand::Delete)];
-    let security = prop_oneof![3 => security_policy().prop_map(SecurityCommand::Put), 1 => Just(SecurityCommand::Delete)];
+    let policies = prop::collection::vec(policy().prop_map(|command| Candidate::of(command).unwrap()), 1..3);
+    let plan = (policies, 1..=WHOLE_PPM).prop_map(|(candidates, share_ppm)| Plan {
+        candidates,
+        share_ppm,
+        watch_ms: 1_000,
+        tolerance_ppm: 0,
+    });
+    let evidence = Evidence { connections: 3, refused: 1, failed: 0 };
+    let rollout = prop_oneof![
+        2 => plan.prop_map(RolloutCommand::Begin),
+        1 => Just(RolloutCommand::Advance(evidence)),
+        1 => Just(RolloutCommand::Abort { reason: "no".into(), evidence }),
+    ];
     prop_oneof![
+        3 => rollout.prop_map(Command::Rollout),
         6 => (instance(), membership).prop_map(|(id, command)| Command::Membership(id, command)),
         6 => (instance(), health).prop_map(|(id, report)| Command::Health(id, HealthCommand::Report(report))),
         2 => (service(), service_command).prop_map(|(name, command)| Command::Service(name, command)),
-        2 => (traffic_scope, traffic).prop_map(|(scope, command)| Command::Traffic(scope, command)),
-        3 => (security_scope(), security).prop_map(|(scope, command)| Command::Security(scope, command)),
+        5 => policy(),
         1 => (action(), 10..2_000_u32).prop_map(|(security, bound)| {
             Command::Mesh(MeshDefaults { security, propagation_bound_ms: bound, ..MeshDefaults::default() })
         }),

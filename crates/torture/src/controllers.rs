@@ -225,6 +225,6 @@ pub(crate) fn declaration(service: &str, port: u32) -> pb::ApplyRequest {
     pb::ApplyRequest {
         meta: Some(command("torture")),
         changes: vec![pb::Change { expected: None, change: Some(change) }],
-        dry_run: false,
+        ..pb::ApplyRequest::default()
     }
 }

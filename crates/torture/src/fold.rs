@@ -62,7 +62,7 @@ struct Outcome {
 
 impl Outcome {
     fn of(projection: &Projection) -> Self {
-        let shards = projection.shards().iter();
+        let shards = projection.built();
         let mut lines: Vec<_> =
             shards.map(|(key, it)| format!("{key} {} {}\n", it.hash, it.position)).collect();
         lines.extend(
@@ -128,7 +128,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
         batches += 1;
         let before = folded;
         folded += batch.len();
-        if points.range(before..folded).next().is_some() || folded == args.events {
+        if points.range(before..folded).next().is_some() || folded >= args.events {
             log.flush()?;
             if !same(&projection, &path)? {
                 say(&format!(

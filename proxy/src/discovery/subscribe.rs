@@ -10,6 +10,7 @@
 //! from taking effect; the ack then says that it is not durable, and a crash before the disk has it goes back to what is
 //! there, until a controller is reached.
 
+use super::canary::Canary;
 use super::keep::Keeper;
 use super::own::Own;
 use super::witness::Witnesses;
@@ -32,6 +33,7 @@ use weft_client::follow::{self, Ack, Ask, Follower, HEARTBEAT_DEFAULT, Heard, MI
 use weft_client::take;
 use weft_client::{ALPN, Backoff, CallError, command};
 use weft_identity::tls::ExpectedPeer;
+use weft_model::rollout::Evidence;
 use weft_model::{Chain, ConfigVersion, ServiceName};
 use weft_proto::v1;
 use weft_proto::v1::discovery_client::DiscoveryClient;
@@ -71,6 +73,7 @@ pub(crate) struct Subscriber {
     pub(crate) registered: bool,
     pub(crate) keeper: Keeper,
     pub(crate) witnesses: Witnesses,
+    pub(crate) canary: Canary,
     /// Waits after a controller failed, and after one had too much to do; over when a controller gave what it has.
     pub(crate) backoff: Backoff,
 }
@@ -82,6 +85,10 @@ impl Subscriber {
     /// Follows controllers until the task is aborted.
     pub(crate) async fn run(mut self) {
         let due = Due::new(Instant::now() + HEARTBEAT_DEFAULT * MISSED_MAX);
+        if let Some(snapshot) = self.shared.snapshot() {
+            // From the disk: what is met with counts from the beginning.
+            self.canary.swapped(snapshot.version, Evidence::default());
+        }
         let staleness = watch_staleness(due.subscribe(), Arc::clone(&self.status));
         let follow = async {
             let mut controllers = self.config.controllers.clone();
@@ -138,6 +145,7 @@ impl Subscriber {
         let mut notices = answer(discovery.subscribe(v1::SubscribeRequest { have, witness })).await?;
         self.status.clear_rewound();
         self.open_session(channel);
+        self.canary.greet(Instant::now());
         let mut last_miss = None;
         loop {
             let since = tokio::select! {
@@ -146,6 +154,7 @@ impl Subscriber {
                     let notice = notice.map_err(CallError::from)?.ok_or(SessionError::Ended)?;
                     let now = Instant::now();
                     let head = session.noticed(&notice, now);
+                    self.canary.told(notice.rollout, now);
                     due.send_replace(session.silent_at());
                     self.witnesses.told(head, &notice.witness);
                     if session.must_register(&notice, self.registered, now) {
@@ -171,15 +180,22 @@ impl Subscriber {
                 }
                 () = at(session.ack_at()) => {
                     if let Some(Ack { applied, took, error }) = session.take_ack() {
-                        let ack = session.acknowledge(Some(&applied), took, error, Instant::now());
-                        answer(discovery.ack(ack)).await?;
+                        self.acknowledge(&mut discovery, &mut session, Some(&applied), took, error).await?;
+                    }
+                    continue;
+                }
+                () = at(self.canary.say_at()) => {
+                    let totals = self.shared.tally.totals();
+                    // An acknowledgement that waits for its moment takes it along.
+                    if self.canary.has_news(totals, Instant::now()) && session.ack_at().is_none() {
+                        let current = self.shared.snapshot();
+                        self.acknowledge(&mut discovery, &mut session, current.as_deref(), Duration::ZERO, String::new()).await?;
                     }
                     continue;
                 }
                 snapshot = kept(&mut self.keeper, session.unkept()) => {
                     let took = session.last_notice().elapsed();
-                    let ack = session.acknowledge(Some(&snapshot), took, String::new(), Instant::now());
-                    answer(discovery.ack(ack)).await?;
+                    self.acknowledge(&mut discovery, &mut session, Some(&snapshot), took, String::new()).await?;
                     session.kept();
                     continue;
                 }
@@ -286,6 +302,21 @@ impl Subscriber {
         }
     }
 
+    /// Says what is in force, and what it met with if this sidecar is a canary.
+    async fn acknowledge(
+        &mut self,
+        discovery: &mut DiscoveryClient<Channel>,
+        session: &mut follow::Session,
+        applied: Option<&Snapshot>,
+        took: Duration,
+        error: String,
+    ) -> Result<(), SessionError> {
+        let ack = session.acknowledge(applied, took, error, Instant::now());
+        let evidence = self.canary.evidence(self.shared.tally.totals());
+        answer(discovery.ack(v1::AckRequest { evidence, ..ack })).await?;
+        Ok(())
+    }
+
     /// Decides something about this sidecar as it is.
     fn following<T>(&self, decide: impl FnOnce(Follower<'_>) -> T) -> T {
         let (current, identity) = (self.shared.snapshot(), self.own.tls.current());
@@ -321,9 +352,7 @@ impl Subscriber {
                 tracing::error!(error, "snapshot refused; the one in use stays");
                 self.status.set_refused(Some(error.clone()));
                 let current = self.shared.snapshot();
-                let ack = session.acknowledge(current.as_deref(), since.elapsed(), error, Instant::now());
-                answer(discovery.ack(ack)).await?;
-                Ok(())
+                self.acknowledge(discovery, session, current.as_deref(), since.elapsed(), error).await
             }
         }
     }
@@ -343,6 +372,8 @@ impl Subscriber {
         let answer = self.keeper.keep(taken.snapshot()).await;
         let kept = taken.kept(answer);
         let snapshot = Arc::clone(kept.snapshot());
+        // Before, so that what it cuts counts.
+        self.canary.swapped(snapshot.version, self.shared.tally.totals());
         let cut = self.shared.install(Arc::clone(&snapshot));
         let (swapped_at, took) = (Instant::now(), since.elapsed());
         metrics::config("applied", snapshot.version);

@@ -153,7 +153,12 @@ mod tests {
     use weft_routing::InterestClass;
 
     fn class(name: &str) -> ClassId {
-        InterestClass { service: format!("default/{name}").parse().unwrap(), upstreams: Upstreams::All }.id()
+        InterestClass {
+            service: format!("default/{name}").parse().unwrap(),
+            upstreams: Upstreams::All,
+            canary: false,
+        }
+        .id()
     }
 
     fn at(position: u64) -> ConfigVersion {

@@ -1,6 +1,7 @@
 //! What `apply` and `delete` share: sending changes, telling what became of them, and waiting until every sidecar has
 //! them.
 
+use crate::command::rollout::{self, CanaryArgs};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::output::table::Table;
 use crate::output::{Format, OutputArgs, json, print, yaml};
@@ -25,12 +26,15 @@ pub(crate) struct ChangeArgs {
     /// Why; recorded in the log
     #[arg(long, value_name = "TEXT", default_value = "")]
     reason: String,
-    /// Wait until every connected sidecar runs the change; one that is not connected is not waited for
+    /// Wait until every connected sidecar runs the change; one that is not connected is not waited for. With --canary: until the
+    /// rollout ended
     #[arg(long, conflicts_with = "dry_run")]
     wait: bool,
     /// Longest to wait
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, requires = "wait")]
     timeout: Duration,
+    #[command(flatten)]
+    canary: CanaryArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -89,6 +93,7 @@ pub(crate) async fn run(
         meta: Some(command(args.reason)),
         changes: wanted.iter().map(|wanted| wanted.change.clone()).collect(),
         dry_run: args.dry_run,
+        canary: args.canary.wire(),
     };
     let applied = retry(|| {
         let (mut client, request) = (client.clone(), request.clone());
@@ -98,6 +103,16 @@ pub(crate) async fn run(
     let acknowledged = Instant::now();
 
     let version = response.version.unwrap_or_default();
+    if let Some(outcome) = response.outcomes.first().filter(|_| request.canary.is_some()) {
+        return match (outcome.changed, args.dry_run) {
+            (true, false) => {
+                let wait = args.wait.then_some(args.timeout);
+                rollout::follow(&mut client, version.position, wait, args.output.format).await
+            }
+            (true, true) => print("dry run: nothing was changed; a rollout would begin\n").map(|()| Exit::Ok),
+            (false, _) => print("unchanged: everybody has these policies already\n").map(|()| Exit::Ok),
+        };
+    }
     let changes = wanted.iter().zip(&response.outcomes).map(|(wanted, outcome)| Changed {
         resource: wanted.label.clone(),
         scope: outcome.scope.clone(),

@@ -262,7 +262,11 @@ fn validate(command: &Command) -> Result<(), Rejection> {
         Command::Traffic(scope, command) => traffic::decide(scope, &None, command).map(drop),
         Command::Security(scope, command) => security::decide(scope, &None, command).map(drop),
         Command::Mesh(defaults) => mesh::decide(&MeshDefaults::default(), defaults).map(drop),
-        Command::Health(..) | Command::Identity(..) | Command::Token(..) | Command::Ca(_) => Ok(()),
+        Command::Health(..)
+        | Command::Identity(..)
+        | Command::Token(..)
+        | Command::Ca(_)
+        | Command::Rollout(_) => Ok(()),
     }
 }
 

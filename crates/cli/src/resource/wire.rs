@@ -76,7 +76,8 @@ fn wanted(command: &Command) -> Option<Wanted> {
         | Command::Health(..)
         | Command::Identity(..)
         | Command::Token(..)
-        | Command::Ca(_) => return None,
+        | Command::Ca(_)
+        | Command::Rollout(_) => return None,
     })
 }
 

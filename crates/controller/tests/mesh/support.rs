@@ -194,7 +194,7 @@ pub(crate) fn apply_request(changes: Vec<Wire>) -> pb::ApplyRequest {
     pb::ApplyRequest {
         meta: Some(command("test")),
         changes: changes.into_iter().map(change).collect(),
-        dry_run: false,
+        ..pb::ApplyRequest::default()
     }
 }
 

@@ -162,7 +162,7 @@ fn every_schema_up_to_the_current_one_is_read() {
 }
 
 /// One of each kind.
-const SCOPES: [&str; 9] = [
+const SCOPES: [&str; 10] = [
     "service/default/db",
     "membership/default/db/db-1",
     "health/default/db/db-1",
@@ -172,6 +172,7 @@ const SCOPES: [&str; 9] = [
     "token/0123456789abcdef0123456789abcdef",
     "ca",
     "mesh",
+    "rollout",
 ];
 
 /// Columns, filters and golden logs name an event by its type alone.

@@ -79,7 +79,11 @@ mod tests {
 
     fn push(announcements: &mut Announcements, position: u64, classes: usize) {
         let version = ConfigVersion::new(Epoch(1), Position(position));
-        let class = InterestClass { service: "default/api".parse().unwrap(), upstreams: Upstreams::All };
+        let class = InterestClass {
+            service: "default/api".parse().unwrap(),
+            upstreams: Upstreams::All,
+            canary: false,
+        };
         let news = (0..classes).map(|_| (version, class.id(), 3)).collect();
         announcements.push(news, Instant::now(), Instant::now());
     }

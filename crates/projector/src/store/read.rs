@@ -33,9 +33,9 @@ pub(super) async fn all(connection: &mut PgConnection) -> Result<(ConfigVersion,
         .await?,
         classes: table(
             connection,
-            "select class_id, service, upstreams from weft.interest_class",
+            "select class_id, service, upstreams, canary from weft.interest_class",
             "weft.interest_class",
-            |row| Some(ClassRow { service: row.get(1), upstreams: row.get(2) }),
+            |row| Some(ClassRow { service: row.get(1), upstreams: row.get(2), canary: row.get(3) }),
         )
         .await?,
         manifests: table(

@@ -72,9 +72,10 @@ async fn shards(connection: &mut PgConnection, table: &Table<ShardRow>) -> Resul
 }
 
 async fn classes(connection: &mut PgConnection, table: &Table<ClassRow>) -> Result<(), sqlx::Error> {
-    const PUT: &str = "insert into weft.interest_class (class_id, service, upstreams) \
-         select * from unnest($1::text[], $2::text[], $3::text[]) \
-         on conflict (class_id) do update set service = excluded.service, upstreams = excluded.upstreams";
+    const PUT: &str = "insert into weft.interest_class (class_id, service, upstreams, canary) \
+         select * from unnest($1::text[], $2::text[], $3::text[], $4::boolean[]) \
+         on conflict (class_id) do update set service = excluded.service, upstreams = excluded.upstreams, \
+         canary = excluded.canary";
     let (keys, rows, gone) = split(table);
     remove(connection, "delete from weft.interest_class where class_id = any($1)", &gone).await?;
     if keys.is_empty() {
@@ -82,7 +83,15 @@ async fn classes(connection: &mut PgConnection, table: &Table<ClassRow>) -> Resu
     }
     let services = column(&rows, |row| row.service.clone());
     let upstreams = column(&rows, |row| row.upstreams.clone());
-    sqlx::query(PUT).bind(keys).bind(services).bind(upstreams).execute(connection).await.map(|_| ())
+    let canary = column(&rows, |row| row.canary);
+    sqlx::query(PUT)
+        .bind(keys)
+        .bind(services)
+        .bind(upstreams)
+        .bind(canary)
+        .execute(connection)
+        .await
+        .map(|_| ())
 }
 
 async fn manifests(connection: &mut PgConnection, table: &Table<ManifestRow>) -> Result<(), sqlx::Error> {

@@ -106,6 +106,7 @@ impl Reading {
             }
             Scope::Ca => self.checkpoint.state.ca = self.entry(&mut record)?,
             Scope::Mesh => self.checkpoint.state.mesh = self.entry(&mut record)?,
+            Scope::Rollout => self.checkpoint.state.rollout = self.entry(&mut record)?,
         }
         self.last = Some(scope);
         Ok(())

@@ -50,6 +50,7 @@ pub(super) fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
     }
     records.push(&Scope::Ca, &state.ca, |_| ());
     records.push(&Scope::Mesh, &state.mesh, |_| ());
+    records.push(&Scope::Rollout, &state.rollout, |_| ());
     let header = Header {
         fold_version: FOLD_VERSION,
         epoch: state.version.epoch.0,

@@ -15,6 +15,8 @@ pub(super) struct Batch {
     pub(super) endpoints: Positions,
     pub(super) inbound: Positions,
     pub(super) trust: Option<Position>,
+    /// Shards of which canaries get variants, or lose them.
+    pub(super) variants: BTreeSet<ShardKey>,
     /// Lists of upstreams that nobody had before.
     pub(super) new_lists: BTreeMap<ListId, Touched>,
     pub(super) changes: Changes,

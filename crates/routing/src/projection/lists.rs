@@ -1,7 +1,8 @@
-//! Lists of upstreams: what the classes with the same upstreams share of their manifests, made once for all of them.
+//! Lists of upstreams: what the classes with the same upstreams share of their manifests, made once for all of them; those of
+//! canaries apart.
 
-use super::{BuiltShard, listed};
-use crate::interest::{ClassId, ListId};
+use super::Built;
+use crate::interest::{ClassId, InterestClass, ListId};
 use crate::manifest::{ManifestEntry, Pages};
 use crate::shard::ShardKey;
 use std::collections::btree_map::Entry;
@@ -15,13 +16,14 @@ pub(super) struct Lists {
     all: BTreeMap<ListId, List>,
     /// Which lists name a service.
     naming: BTreeMap<ServiceName, BTreeSet<ListId>>,
-    /// The one that names every service, if it is there.
-    wildcard: Option<ListId>,
+    /// Those that name every service: everybody's and canaries', if they are there.
+    wildcards: BTreeSet<ListId>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct List {
     upstreams: Upstreams,
+    canary: bool,
     pages: Pages,
     /// Who shares it.
     classes: BTreeSet<ClassId>,
@@ -38,7 +40,8 @@ pub(super) enum Touched {
 
 impl Lists {
     /// A class has these upstreams. True if none had before.
-    pub(super) fn join(&mut self, id: ListId, upstreams: &Upstreams, class: ClassId) -> bool {
+    pub(super) fn join(&mut self, id: ListId, interest: &InterestClass, class: ClassId) -> bool {
+        let InterestClass { upstreams, canary, .. } = interest;
         let list = match self.all.entry(id) {
             Entry::Occupied(list) => {
                 list.into_mut().classes.insert(class);
@@ -46,13 +49,16 @@ impl Lists {
             }
             Entry::Vacant(place) => place.insert(List {
                 upstreams: upstreams.clone(),
+                canary: *canary,
                 pages: Pages::new(&[]),
                 classes: BTreeSet::new(),
             }),
         };
         list.classes.insert(class);
         match upstreams {
-            Upstreams::All => self.wildcard = Some(id),
+            Upstreams::All => {
+                self.wildcards.insert(id);
+            }
             Upstreams::Only(services) => {
                 for service in services {
                     self.naming.entry(service.clone()).or_default().insert(id);
@@ -63,15 +69,17 @@ impl Lists {
     }
 
     /// A class is no more.
-    pub(super) fn leave(&mut self, id: ListId, upstreams: &Upstreams, class: ClassId) {
+    pub(super) fn leave(&mut self, id: ListId, interest: &InterestClass, class: ClassId) {
         let Entry::Occupied(mut list) = self.all.entry(id) else { return };
         list.get_mut().classes.remove(&class);
         if !list.get().classes.is_empty() {
             return;
         }
         list.remove();
-        match upstreams {
-            Upstreams::All => self.wildcard = None,
+        match &interest.upstreams {
+            Upstreams::All => {
+                self.wildcards.remove(&id);
+            }
             Upstreams::Only(services) => {
                 for service in services {
                     if let Entry::Occupied(mut lists) = self.naming.entry(service.clone()) {
@@ -87,7 +95,7 @@ impl Lists {
 
     /// The lists that a service is in.
     pub(super) fn naming(&self, service: &ServiceName) -> impl Iterator<Item = ListId> {
-        self.naming.get(service).into_iter().flatten().copied().chain(self.wildcard)
+        self.naming.get(service).into_iter().flatten().chain(&self.wildcards).copied()
     }
 
     pub(super) fn classes(&self, id: ListId) -> impl Iterator<Item = ClassId> {
@@ -101,33 +109,29 @@ impl Lists {
 
     /// Makes a list's pages from the shards as they are: those with a key that was touched, or all if a service is new in
     /// it. False if nobody has the list.
-    pub(super) fn rebuild(
-        &mut self,
-        id: ListId,
-        touched: &Touched,
-        shards: &BTreeMap<ShardKey, BuiltShard>,
-    ) -> bool {
+    pub(super) fn rebuild(&mut self, id: ListId, touched: &Touched, built: &Built<'_>) -> bool {
         let Some(list) = self.all.get_mut(&id) else { return false };
         match touched {
             Touched::Keys(keys) if keys.iter().all(|key| list.pages.contains(key)) => {
-                list.pages = list.pages.with(keys.iter().map(|key| (key, listed(shards, key))));
+                let entry = |key| (key, built.listed(key, list.canary));
+                list.pages = list.pages.with(keys.iter().map(entry));
             }
-            Touched::Keys(_) | Touched::Everything => list.pages = Pages::new(&list.entries(shards)),
+            Touched::Keys(_) | Touched::Everything => list.pages = Pages::new(&list.entries(built)),
         }
         true
     }
 }
 
 impl List {
-    fn entries(&self, shards: &BTreeMap<ShardKey, BuiltShard>) -> Vec<(ShardKey, ManifestEntry)> {
+    fn entries(&self, built: &Built<'_>) -> Vec<(ShardKey, ManifestEntry)> {
         let named = |key: ShardKey| {
-            let entry = listed(shards, &key)?;
+            let entry = built.listed(&key, self.canary)?;
             Some((key, entry))
         };
         match &self.upstreams {
             Upstreams::All => {
                 // Shards sort by kind, so those of endpoints come first.
-                let all = shards.keys().take_while(|key| matches!(key, ShardKey::Endpoints(_)));
+                let all = built.shards.keys().take_while(|key| matches!(key, ShardKey::Endpoints(_)));
                 all.cloned().filter_map(named).collect()
             }
             Upstreams::Only(services) => {

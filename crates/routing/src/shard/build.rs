@@ -1,7 +1,8 @@
 //! Routing state to shards.
 
-use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, ShardKey, TrustShard};
+use super::{Endpoint, EndpointsShard, InboundShard, ShardKey, TrustShard};
 use crate::damping::guard;
+use crate::rollout::Audience;
 use crate::state::{Instance, RoutingState};
 use std::net::SocketAddr;
 use weft_model::health::Health;
@@ -10,25 +11,21 @@ use weft_model::security::Action;
 use weft_model::service::ServicePort;
 use weft_model::{InstanceId, ScopeVersion, SecurityScope, ServiceName, TrafficScope};
 
-/// The canonical bytes of a shard, or none if the state has nothing for it.
-pub(crate) fn build(state: &RoutingState, key: &ShardKey) -> Option<Vec<u8>> {
+/// The canonical bytes of a shard for an audience, or none if the state has nothing for it.
+pub(crate) fn build(state: &RoutingState, key: &ShardKey, audience: Audience) -> Option<Vec<u8>> {
     match key {
-        ShardKey::Endpoints(service) => endpoints(state, service).map(|shard| shard.encode()),
-        ShardKey::Inbound(service) => inbound(state, service).map(|shard| shard.encode()),
+        ShardKey::Endpoints(service) => endpoints(state, service, audience).map(|shard| shard.encode()),
+        ShardKey::Inbound(service) => inbound(state, service, audience).map(|shard| shard.encode()),
         ShardKey::Trust => trust(state).map(|shard| shard.encode()),
     }
 }
 
 /// A deleted service leaves an empty shard: who still names it learns that it is gone, and never runs an older
 /// version because a shard vanished.
-fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsShard> {
+fn endpoints(state: &RoutingState, service: &ServiceName, audience: Audience) -> Option<EndpointsShard> {
     let declared = state.service(service)?.state.is_some();
-    let resolved = |scope: &TrafficScope| {
-        let entry = state.traffic_policy(scope)?;
-        entry.state.map(|policy| ResolvedTraffic { policy, source: entry.source })
-    };
     let wide = TrafficScope { source: None, destination: service.clone() };
-    let narrow = state.traffic_to(service);
+    let narrow = state.traffic_scopes_to(audience, service);
     let endpoints = if declared { service_endpoints(state, service) } else { Vec::new() };
     Some(EndpointsShard {
         service: service.clone(),
@@ -36,8 +33,14 @@ fn endpoints(state: &RoutingState, service: &ServiceName) -> Option<EndpointsSha
         ports: ports(state, service),
         panic: in_panic(&endpoints),
         endpoints,
-        traffic: resolved(&wide),
-        overrides: narrow.filter_map(|(scope, _)| Some((scope.source.clone()?, resolved(scope)?))).collect(),
+        traffic: state.traffic_for(audience, &wide),
+        overrides: narrow
+            .into_iter()
+            .filter_map(|scope| {
+                let resolved = state.traffic_for(audience, scope)?;
+                Some((scope.source.clone()?, resolved))
+            })
+            .collect(),
     })
 }
 
@@ -63,7 +66,11 @@ fn in_panic(endpoints: &[Endpoint]) -> bool {
     guard::panics(usable, of)
 }
 
-pub(crate) fn inbound(state: &RoutingState, service: &ServiceName) -> Option<InboundShard> {
+pub(crate) fn inbound(
+    state: &RoutingState,
+    service: &ServiceName,
+    audience: Audience,
+) -> Option<InboundShard> {
     if state.service(service)?.state.is_none() {
         // Policies that cover a deleted service do not touch its shard, so it must not show them.
         return Some(InboundShard {
@@ -79,15 +86,10 @@ pub(crate) fn inbound(state: &RoutingState, service: &ServiceName) -> Option<Inb
         SecurityScope::Namespace(service.namespace.clone()),
         SecurityScope::Mesh,
     ];
-    let layer = |scope: SecurityScope| {
-        let entry = state.security_policy(&scope)?;
-        let policy = entry.state.clone()?;
-        Some(PolicyLayer { scope, source: entry.source, policy })
-    };
     Some(InboundShard {
         service: service.clone(),
         ports: ports(state, service),
-        layers: nearest_first.into_iter().filter_map(layer).collect(),
+        layers: nearest_first.into_iter().filter_map(|scope| state.security_for(audience, scope)).collect(),
         mesh_default: state.mesh().state.security,
         mesh_source: state.mesh_security_source(),
     })

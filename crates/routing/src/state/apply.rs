@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map;
 use std::sync::Arc;
 use weft_model::membership::{self, MembershipEvent, MembershipState};
+use weft_model::rollout::{self, RolloutBegun};
 use weft_model::service::{self, ServiceEvent};
 use weft_model::{
     ConfigVersion, Epoch, Event, Fact, InstanceId, Position, Scope, ScopeVersion, SecurityScope, ServiceName,
@@ -64,6 +65,8 @@ pub struct Touched<'a> {
     pub shards: TouchedShards<'a>,
     /// The instance whose registration changed.
     pub instance: Option<&'a InstanceId>,
+    /// The rollout that began or ended.
+    pub rollout: Option<RolloutBegun>,
 }
 
 /// The shards that an event touched.
@@ -145,6 +148,13 @@ impl RoutingState {
                 self.mesh_security = self.mesh.source;
                 Touched::shards(TouchedShards::Inbound(self.covered(&SecurityScope::Mesh)))
             }
+            (Event::Rollout(event), Scope::Rollout) => {
+                follows(Some(self.rollout.source), fact)?;
+                let before = self.rollout.state.running().cloned();
+                fold(&mut self.rollout, fact, |state| rollout::apply(state, event));
+                let touched = before.or_else(|| self.rollout.state.running().cloned());
+                Touched { rollout: touched, ..Touched::default() }
+            }
             // `Event::decode` takes the family from the scope, so only a fact made by hand comes here.
             (
                 Event::Service(_)
@@ -155,7 +165,8 @@ impl RoutingState {
                 | Event::Identity(_)
                 | Event::Token(_)
                 | Event::Ca(_)
-                | Event::Mesh(_),
+                | Event::Mesh(_)
+                | Event::Rollout(_),
                 _,
             ) => return Err(FoldError::Family { position: fact.position, scope: fact.scope.clone() }),
         })
@@ -216,7 +227,7 @@ impl RoutingState {
         fold(&mut instance.membership, fact, |state| membership::apply(state, event));
         let after = place(&instance.membership.state);
         if matches!(event, MembershipEvent::UpstreamAdded(_)) {
-            return Ok(Touched { shards: TouchedShards::None, instance: Some(id) });
+            return Ok(Touched { instance: Some(id), ..Touched::default() });
         }
         instance.placed = fact.position;
         match (before, after) {
@@ -227,7 +238,7 @@ impl RoutingState {
             (Some(before), Some(after)) => self.stay(id, before != after, described_anew, fact.at),
             (None, None) => {}
         }
-        Ok(Touched { shards: TouchedShards::Endpoints(&id.service), instance: Some(id) })
+        Ok(Touched { instance: Some(id), ..Touched::shards(TouchedShards::Endpoints(&id.service)) })
     }
 
     /// It takes part from now on; it is known already.
@@ -255,7 +266,7 @@ impl RoutingState {
 
 impl<'a> Touched<'a> {
     pub(super) const fn shards(shards: TouchedShards<'a>) -> Self {
-        Self { shards, instance: None }
+        Self { shards, instance: None, rollout: None }
     }
 }
 

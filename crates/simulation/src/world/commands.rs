@@ -302,7 +302,7 @@ impl World {
         }
         let mut print = Sha256::new();
         print.update(id.as_bytes());
-        let change = |command| Change { expected: ExpectedVersion::Any, command };
+        let change = |command| Change::new(ExpectedVersion::Any, command);
         let request = CommandRequest {
             command_id: id,
             reason: None,

@@ -12,6 +12,7 @@ use weft_model::health::{FlapsSummarized, Health, HealthCommand, HealthReported}
 use weft_model::identity::LeafIssued;
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::{HistoryAdopted, MeshDefaults};
+use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::token::{JoinTokenCreated, TokenCommand};
@@ -118,7 +119,8 @@ impl Life {
             }
             8_720..9_200 => Command::Traffic(self.traffic_scope(), self.traffic()),
             9_200..9_700 => Command::Security(self.security_scope(), self.security()),
-            9_700..9_960 => self.token(),
+            9_700..9_920 => self.token(),
+            9_920..9_960 => Command::Rollout(self.rollout()),
             9_960..9_980 => Command::Mesh(MeshDefaults {
                 security: self.action(),
                 propagation_bound_ms: self.rng.random_range(10..5_000),
@@ -281,6 +283,31 @@ impl Life {
         };
         let ports = if self.rng.random() { [self.port()].into() } else { [].into() };
         Rule { name: name(&format!("r{number}")), action: self.action(), from, ports }
+    }
+
+    /// Begins one, or ends the one that runs.
+    fn rollout(&mut self) -> RolloutCommand {
+        if self.state.running_rollout().is_some() {
+            let evidence = Evidence { connections: self.rng.random_range(0..1_000), ..Evidence::default() };
+            return if self.rng.random() {
+                RolloutCommand::Advance(evidence)
+            } else {
+                RolloutCommand::Abort { reason: format!("at {}", self.tick), evidence }
+            };
+        }
+        let policies = (0..self.rng.random_range(1..4)).map(|_| {
+            if self.rng.random() {
+                Command::Traffic(self.traffic_scope(), self.traffic())
+            } else {
+                Command::Security(self.security_scope(), self.security())
+            }
+        });
+        RolloutCommand::Begin(Plan {
+            candidates: policies.filter_map(Candidate::of).collect(),
+            share_ppm: self.rng.random_range(1..=WHOLE_PPM),
+            watch_ms: 60_000,
+            tolerance_ppm: 10_000,
+        })
     }
 
     fn token(&mut self) -> Command {

@@ -41,7 +41,12 @@ fn instance(n: usize) -> InstanceId {
 }
 
 fn id(class: &str) -> ClassId {
-    InterestClass { service: format!("default/{class}").parse().unwrap(), upstreams: Upstreams::All }.id()
+    InterestClass {
+        service: format!("default/{class}").parse().unwrap(),
+        upstreams: Upstreams::All,
+        canary: false,
+    }
+    .id()
 }
 
 fn apply(fleet: &mut Fleet, instance: &InstanceId, class: &str, position: u64) {

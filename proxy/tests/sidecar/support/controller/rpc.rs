@@ -159,7 +159,7 @@ impl Inner {
         let heartbeat_ms = state.heartbeat.as_millis().try_into().unwrap();
         let witness = state.witness.clone().into();
         let patch = state.patch.clone();
-        let fresh = v1::Notice { wanted, head, heartbeat_ms, witness, patch, ack_spread_ms: 0 };
+        let fresh = v1::Notice { wanted, head, heartbeat_ms, witness, patch, ..v1::Notice::default() };
         match state.frozen.get_mut(instance) {
             Some(told) => told.get_or_insert(fresh).clone(),
             None => fresh,
@@ -354,6 +354,27 @@ impl Mesh for Api {
     }
 
     async fn apply(&self, _: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        unscripted()
+    }
+
+    async fn advance_rollout(
+        &self,
+        _: Request<v1::EndRolloutRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        unscripted()
+    }
+
+    async fn abort_rollout(
+        &self,
+        _: Request<v1::EndRolloutRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        unscripted()
+    }
+
+    async fn get_rollout(
+        &self,
+        _: Request<v1::GetRolloutRequest>,
+    ) -> Result<Response<v1::GetRolloutResponse>, Status> {
         unscripted()
     }
 

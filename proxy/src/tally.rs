@@ -1,0 +1,93 @@
+//! How connections of this sidecar go, counted for whoever watches a rollout: what a canary meets with.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use weft_model::CloseReason;
+use weft_model::rollout::Evidence;
+
+/// Counts since the process began.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    connections: AtomicU64,
+    refused: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Tally {
+    /// A connection carries bytes.
+    pub(crate) fn established(&self) {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A connection ended, or never began.
+    pub(crate) fn ended(&self, reason: CloseReason, established: bool) {
+        let wrong = match reason {
+            CloseReason::PolicyDenied | CloseReason::PolicyChanged | CloseReason::IdentityRevoked => {
+                &self.refused
+            }
+            CloseReason::TlsFailed
+            | CloseReason::CertExpired
+            | CloseReason::ConnectTimeout
+            | CloseReason::ConnectRefused
+            | CloseReason::NoHealthyEndpoint
+            | CloseReason::CircuitOpen
+            | CloseReason::NoSnapshot
+            | CloseReason::Overload
+            | CloseReason::Internal
+                if !established =>
+            {
+                &self.failed
+            }
+            // It came to its end, or somebody ended it for reasons that no policy has to do with.
+            CloseReason::TlsFailed
+            | CloseReason::CertExpired
+            | CloseReason::ConnectTimeout
+            | CloseReason::ConnectRefused
+            | CloseReason::NoHealthyEndpoint
+            | CloseReason::CircuitOpen
+            | CloseReason::NoSnapshot
+            | CloseReason::Overload
+            | CloseReason::Internal
+            | CloseReason::ClientFin
+            | CloseReason::ServerFin
+            | CloseReason::ClientReset
+            | CloseReason::ServerReset
+            | CloseReason::IdleTimeout
+            | CloseReason::MaxAge
+            | CloseReason::EndpointRemoved
+            | CloseReason::DrainDeadline
+            | CloseReason::ProxyShutdown => return,
+        };
+        wrong.fetch_add(1, Ordering::Relaxed);
+        if !established {
+            self.connections.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn totals(&self) -> Evidence {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Evidence {
+            connections: read(&self.connections),
+            refused: read(&self.refused),
+            failed: read(&self.failed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_connection_counts_once_and_what_went_wrong_with_it() {
+        let tally = Tally::default();
+        tally.established();
+        tally.ended(CloseReason::ClientFin, true);
+        tally.established();
+        tally.ended(CloseReason::PolicyChanged, true);
+        tally.ended(CloseReason::PolicyDenied, false);
+        tally.ended(CloseReason::ConnectTimeout, false);
+        // A client that went away before it was connected says nothing about policies.
+        tally.ended(CloseReason::ClientReset, false);
+        assert_eq!(tally.totals(), Evidence { connections: 4, refused: 2, failed: 1 });
+    }
+}
