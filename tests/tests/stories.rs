@@ -10,6 +10,7 @@ mod stories {
     mod controllers;
     mod database;
     mod demand;
+    mod rollout;
     mod smoke;
     mod up;
 }

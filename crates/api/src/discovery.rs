@@ -243,13 +243,13 @@ impl discovery_server::Discovery for Discovery {
             tracing::error!(%instance, version = %wanted.0, published = %wanted.1, runs = %applied.1,
                 "a sidecar runs other content than was published at its version; restart it");
         }
+        let word = Word {
+            applied: applied.map(|applied| applied.0),
+            error: &error,
+            evidence: evidence.map(convert::evidence),
+        };
+        self.context.rollouts.hear(&self.context.view, instance, &word);
         if wanted.is_some() {
-            let word = Word {
-                applied: applied.map(|applied| applied.0),
-                error: &error,
-                evidence: evidence.map(convert::evidence),
-            };
-            self.context.rollouts.hear(&self.context.view, instance, &word);
             self.context.acks.record(instance, Said { applied, took_ms, error, swaps });
         }
         Ok(Response::new(pb::AckResponse {}))

@@ -3,9 +3,10 @@
 use crate::support::app::{expect_reset, ping};
 use crate::support::controller::Call;
 use crate::support::sidecar::upstream;
-use crate::support::{App, Controller, Sidecar};
+use crate::support::{App, Controller, LIMIT, Sidecar};
 use weft_model::Command;
 use weft_model::membership::{MembershipCommand, Upstreams};
+use weft_testkit::wait_until;
 
 /// `db` behind a sidecar, and `web` before one, whose app may come to need `db` and one that does not exist.
 async fn pair(controller: &Controller, app: &App) -> (Sidecar, Sidecar) {
@@ -26,10 +27,15 @@ fn asked(controller: &Controller) -> usize {
     controller.count(|call| matches!(call, Call::UpstreamAsked(..)))
 }
 
-fn upstreams(controller: &Controller) -> Upstreams {
+/// What the instance may connect to; none while it takes no part.
+fn upstreams(controller: &Controller) -> Option<Upstreams> {
     let state = controller.state();
-    let entry = state.projection.state().membership(&"default/web/web-1".parse().unwrap()).unwrap();
-    entry.state.registration().unwrap().upstreams.clone()
+    let entry = state.projection.state().membership(&"default/web/web-1".parse().unwrap())?;
+    Some(entry.state.registration()?.upstreams.clone())
+}
+
+fn only_db() -> Upstreams {
+    Upstreams::Only(["default/db".parse().unwrap()].into())
 }
 
 async fn holds(sidecar: &Sidecar) -> usize {
@@ -44,7 +50,7 @@ async fn the_first_connection_adds_its_service_and_proceeds() {
 
     let mut first = web.connect("default/db", 5432).await;
     ping(&mut first).await.unwrap();
-    assert_eq!(upstreams(&controller), Upstreams::Only(["default/db".parse().unwrap()].into()));
+    assert_eq!(upstreams(&controller), Some(only_db()));
     assert_eq!(holds(&web).await, 1);
     // From then on it is an upstream like others: nobody is asked, and it is there without a controller.
     let before = asked(&controller);
@@ -56,7 +62,7 @@ async fn the_first_connection_adds_its_service_and_proceeds() {
     let web = web.again().await;
     web.sees("default/db", 1).await;
     ping(&mut web.connect("default/db", 5432).await).await.unwrap();
-    assert_eq!(upstreams(&controller), Upstreams::Only(["default/db".parse().unwrap()].into()));
+    wait_until("its registration", LIMIT, async || upstreams(&controller) == Some(only_db())).await;
     assert_eq!(asked(&controller), 1);
 }
 
@@ -66,8 +72,7 @@ async fn many_first_connections_wait_for_one_addition() {
     let (_db, web) = pair(&controller, &app).await;
     let pings = (0..40).map(|_| async { ping(&mut web.connect("default/db", 5432).await).await.unwrap() });
     futures_util::future::join_all(pings).await;
-    let added = upstreams(&controller);
-    assert_eq!(added, Upstreams::Only(["default/db".parse().unwrap()].into()));
+    assert_eq!(upstreams(&controller), Some(only_db()));
     assert!(asked(&controller) < 40, "whoever waits for the same is answered with it");
 }
 
@@ -86,7 +91,7 @@ async fn what_does_not_exist_or_is_not_admitted_is_refused_by_name_and_not_added
         (denied["rule"].as_str(), denied["closed_by"].as_str()),
         (Some("security/default/db#default"), Some("local"))
     );
-    assert_eq!(upstreams(&controller), Upstreams::Only([].into()));
+    assert_eq!(upstreams(&controller), Some(Upstreams::Only([].into())));
     assert_eq!(holds(&web).await, 0);
 
     // A refusal is not remembered: the next connection asks again.

@@ -10,4 +10,5 @@ mod joins;
 mod projection;
 mod relays;
 mod rewind;
+mod rollout;
 mod support;
