@@ -75,6 +75,11 @@ impl TestMesh {
         Ok(operator.apply_all(WHY, &registered.collect::<Vec<_>>()).await?)
     }
 
+    /// Events in the log.
+    pub(crate) async fn events(&self) -> anyhow::Result<i64> {
+        self.number("select head from status.log").await
+    }
+
     /// Waits until everything is written that follows from the log.
     pub(crate) async fn projected(&self) -> anyhow::Result<()> {
         self.database.projected(PROJECTED_EVERY).await
