@@ -3,6 +3,7 @@
 use anyhow::{Context as _, bail};
 use futures_util::FutureExt;
 use metrics_exporter_prometheus::PrometheusHandle;
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -72,6 +73,8 @@ pub struct Controller {
     server: JoinSet<()>,
     background: JoinSet<()>,
     last: JoinSet<()>,
+    /// Nobody else goes by this name meanwhile.
+    _name: File,
 }
 
 impl Controller {
@@ -98,6 +101,7 @@ impl Controller {
                     format!("cannot use the certificate authority in {}", authority_dir.display())
                 })?;
         let authority = Arc::new(authority);
+        let name = take_name(&config)?;
         let admin = AdminCredential::issue(&authority, &config.state_dir, clock::now())?;
         let admin_credential = admin.dir().to_owned();
 
@@ -123,8 +127,8 @@ impl Controller {
         });
 
         let acks = Arc::new(Acks::new(view.clone()));
-        let (acks_store, name) = (store.clone(), config.name.to_string());
-        background.spawn(Arc::clone(&acks).run(acks_store, name, process, quiesce.clone()));
+        let (acks_store, own) = (store.clone(), config.name.to_string());
+        background.spawn(Arc::clone(&acks).run(acks_store, own, process, quiesce.clone()));
         let context = Context {
             view: view.clone(),
             appender: log.appender(),
@@ -213,6 +217,7 @@ impl Controller {
             server,
             background,
             last,
+            _name: name,
         })
     }
 
@@ -276,6 +281,27 @@ async fn join(tasks: &mut JoinSet<()>) {
 fn actor(config: &Config) -> String {
     let subject = Subject::Controller(config.name.clone());
     SpiffeId { trust_domain: config.trust_domain.clone(), subject }.to_string()
+}
+
+/// Takes the controller's name in its state directory for as long as the file is open: two processes of one name would write
+/// over each other's witness, and people could not tell them apart.
+fn take_name(config: &Config) -> anyhow::Result<File> {
+    let path = config.state_dir.join(format!("{}.lock", config.name));
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "a controller called {} runs already in {}; choose another --name, or stop it",
+                config.name,
+                config.state_dir.display()
+            )
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
 }
 
 /// Waits for the database, and brings its tables up to date.

@@ -246,3 +246,13 @@ async fn many_changes_are_projected_in_order() {
     assert!((1..=64).contains(&kept), "{kept}");
     mesh.controller.stop().await;
 }
+
+#[tokio::test]
+async fn a_name_is_one_process() {
+    let mesh = TestMesh::start().await;
+    let refused = mesh.try_another("c1").await.unwrap_err();
+    assert!(refused.to_string().contains("a controller called c1 runs already"), "{refused}");
+    // It is free again when that one ended.
+    let mesh = mesh.succeed("c1", async |_| ()).await;
+    mesh.controller.stop().await;
+}

@@ -42,12 +42,17 @@ impl TestMesh {
         let database = TestDatabase::create().await;
         let state = tempfile::tempdir().unwrap();
         let ahead_ms = Arc::new(AtomicI64::new(0));
-        let controller = controller("c1", &database, &state, &ahead_ms).await;
+        let controller = controller("c1", &database, &state, &ahead_ms).await.unwrap();
         Self { database, state, ahead_ms, controller }
     }
 
     /// Another controller of the same mesh.
     pub(crate) async fn another(&self, name: &str) -> Controller {
+        self.try_another(name).await.unwrap()
+    }
+
+    /// The same, if it can be started.
+    pub(crate) async fn try_another(&self, name: &str) -> anyhow::Result<Controller> {
         controller(name, &self.database, &self.state, &self.ahead_ms).await
     }
 
@@ -56,7 +61,7 @@ impl TestMesh {
         let Self { database, state, ahead_ms, controller: former } = self;
         former.stop().await;
         meanwhile(&database).await;
-        let controller = controller(name, &database, &state, &ahead_ms).await;
+        let controller = controller(name, &database, &state, &ahead_ms).await.unwrap();
         Self { database, state, ahead_ms, controller }
     }
 
@@ -161,7 +166,7 @@ async fn controller(
     database: &TestDatabase,
     state: &TempDir,
     ahead: &Arc<AtomicI64>,
-) -> Controller {
+) -> anyhow::Result<Controller> {
     let config = Config {
         database_url: database.url().into(),
         listen: "127.0.0.1:0".parse().unwrap(),
@@ -173,7 +178,7 @@ async fn controller(
     };
     let ahead = Arc::clone(ahead);
     let clock: Clock = Arc::new(move || Timestamp(clock::now().0 + ahead.load(Ordering::Relaxed)));
-    Controller::start(config, clock, None).await.unwrap()
+    Controller::start(config, clock, None).await
 }
 
 fn address(controller: &Controller) -> ControllerAddress {
