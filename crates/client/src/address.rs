@@ -2,6 +2,7 @@
 
 use rustls_pki_types::ServerName;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 /// A controller's address: a host name or IP address, and a port.
@@ -18,6 +19,12 @@ pub struct ControllerAddress {
 pub struct AddressError(String);
 
 impl ControllerAddress {
+    /// Whether it is an IPv4 address of this machine that only this machine has.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        self.host.parse::<Ipv4Addr>().is_ok_and(|address| address.is_loopback())
+    }
+
     /// For `TcpStream::connect`.
     pub(crate) fn socket(&self) -> (&str, u16) {
         (&self.host, self.port)

@@ -5,15 +5,18 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use socket2::{SockRef, TcpKeepalive};
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
+use weft_identity::tls::ResumingClient;
 
 /// What client and controller agree to speak inside TLS.
 pub const ALPN: &[&[u8]] = &[b"h2"];
@@ -22,9 +25,12 @@ pub const ALPN: &[&[u8]] = &[b"h2"];
 /// network has healed, the next attempt finds out, and not the one that began before. With the longest
 /// [`Backoff`](crate::Backoff) a sidecar is back within two seconds.
 const ACCEPT_TIMEOUT: Duration = Duration::from_millis(750);
-/// Longest that a controller may take for the handshake. A healthy one takes milliseconds, one to which a whole fleet comes back
-/// a second or two; one that is gone shall not hide the next one for long.
+/// Longest that a controller may take for the handshake, where there is another one to turn to: a healthy one takes milliseconds, and one
+/// that hangs shall not hide the next one for long.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(4);
+/// The same of the only one, or the last one to be tried. It may have a whole fleet before this caller, and keeps the order: who goes
+/// away and comes back is last again.
+const LAST_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a quiet connection is checked, and how long an answer may take: together they bound how long a controller that
 /// hangs goes unnoticed.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -41,12 +47,33 @@ const UNSEEN_MAX: Duration = Duration::from_secs(4);
 /// connected before the first call. `tls` says who the caller is and what a controller must be; its application
 /// protocols must be [`ALPN`].
 #[must_use]
-pub fn channel(controllers: Vec<ControllerAddress>, tls: Arc<ClientConfig>) -> Channel {
-    let connector = Arc::new(Connector::new(controllers, tls));
+pub fn channel(controllers: Vec<ControllerAddress>, tls: impl Into<Tls>) -> Channel {
+    let connector = Arc::new(Connector::new(controllers, tls.into()));
     endpoint().connect_with_connector_lazy(service_fn(move |_| {
         let connector = Arc::clone(&connector);
-        async move { connector.connect().await.map(TokioIo::new) }
+        async move { connector.connect(None, |stream| stream).await.map(TokioIo::new) }
     }))
+}
+
+/// How a caller shows who it is.
+#[derive(Clone, Debug)]
+pub enum Tls {
+    /// By a whole handshake each time.
+    Whole(Arc<ClientConfig>),
+    /// By resuming, where it was before.
+    Resuming(ResumingClient),
+}
+
+impl From<Arc<ClientConfig>> for Tls {
+    fn from(config: Arc<ClientConfig>) -> Self {
+        Self::Whole(config)
+    }
+}
+
+impl From<ResumingClient> for Tls {
+    fn from(client: ResumingClient) -> Self {
+        Self::Resuming(client)
+    }
 }
 
 /// How a connection is kept. The authority is never looked up: the connector knows where the controllers are.
@@ -59,23 +86,37 @@ pub(crate) fn endpoint() -> Endpoint {
 
 pub(crate) struct Connector {
     controllers: Vec<ControllerAddress>,
-    tls: TlsConnector,
+    tls: Tls,
     last_good: AtomicUsize,
 }
 
 impl Connector {
-    pub(crate) fn new(controllers: Vec<ControllerAddress>, tls: Arc<ClientConfig>) -> Self {
-        Self { controllers, tls: tls.into(), last_good: AtomicUsize::new(0) }
+    pub(crate) const fn new(controllers: Vec<ControllerAddress>, tls: Tls) -> Self {
+        Self { controllers, tls, last_good: AtomicUsize::new(0) }
     }
 
-    /// A connection to the first controller that answers.
-    pub(crate) async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
+    /// A connection to the first controller that answers, from an address of this machine if one is given, whose bytes go through what
+    /// `through` makes of it.
+    pub(crate) async fn connect<S>(
+        &self,
+        from: Option<Ipv4Addr>,
+        through: impl Fn(TcpStream) -> S,
+    ) -> io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let first = self.last_good.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         for step in 0..self.controllers.len() {
             let index = (first + step) % self.controllers.len();
             let address = &self.controllers[index];
-            match self.connect_to(address).await {
+            let is_last = step + 1 == self.controllers.len();
+            let patience = if is_last { LAST_HANDSHAKE_TIMEOUT } else { HANDSHAKE_TIMEOUT };
+            let connected = async {
+                let stream = through(reach(address, from).await?);
+                in_time(patience, self.shake_hands(address, stream)).await
+            };
+            match connected.await {
                 Ok(stream) => {
                     self.last_good.store(index, Ordering::Relaxed);
                     return Ok(stream);
@@ -86,15 +127,46 @@ impl Connector {
         Err(io::Error::new(io::ErrorKind::NotConnected, failures.join("; ")))
     }
 
-    async fn connect_to(&self, address: &ControllerAddress) -> io::Result<TlsStream<TcpStream>> {
-        let stream = in_time(ACCEPT_TIMEOUT, TcpStream::connect(address.socket())).await?;
-        stream.set_nodelay(true)?;
-        let socket = SockRef::from(&stream);
-        let probes = TcpKeepalive::new().with_time(PROBE_IDLE).with_interval(PROBE_INTERVAL);
-        socket.set_tcp_keepalive(&probes.with_retries(PROBES))?;
-        socket.set_tcp_user_timeout(Some(UNSEEN_MAX))?;
-        in_time(HANDSHAKE_TIMEOUT, self.tls.connect(address.server_name(), stream)).await
+    async fn shake_hands<S>(&self, address: &ControllerAddress, stream: S) -> io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let connect = |config: &Arc<ClientConfig>| {
+            TlsConnector::from(Arc::clone(config)).connect(address.server_name(), stream)
+        };
+        match &self.tls {
+            Tls::Whole(config) => connect(config).await,
+            Tls::Resuming(client) => {
+                let attempt = client.attempt();
+                let stream = connect(attempt.config()).await?;
+                let admitted = client.admit(&attempt, stream.get_ref().1);
+                admitted.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                Ok(stream)
+            }
+        }
     }
+}
+
+async fn reach(address: &ControllerAddress, from: Option<Ipv4Addr>) -> io::Result<TcpStream> {
+    let stream = match from {
+        Some(from) => in_time(ACCEPT_TIMEOUT, connect_from(from, address)).await?,
+        None => in_time(ACCEPT_TIMEOUT, TcpStream::connect(address.socket())).await?,
+    };
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(&stream);
+    let probes = TcpKeepalive::new().with_time(PROBE_IDLE).with_interval(PROBE_INTERVAL);
+    socket.set_tcp_keepalive(&probes.with_retries(PROBES))?;
+    socket.set_tcp_user_timeout(Some(UNSEEN_MAX))?;
+    Ok(stream)
+}
+
+/// To the host's first address that can be reached from that one.
+async fn connect_from(from: Ipv4Addr, address: &ControllerAddress) -> io::Result<TcpStream> {
+    let to = lookup_host(address.socket()).await?.find(SocketAddr::is_ipv4);
+    let to = to.ok_or_else(|| io::Error::new(io::ErrorKind::AddrNotAvailable, "no IPv4 address"))?;
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((from, 0).into())?;
+    socket.connect(to).await
 }
 
 async fn in_time<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

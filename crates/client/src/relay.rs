@@ -3,12 +3,13 @@
 //! they came on a connection of their own. So a relay sees nothing and does nothing that its sidecars did not ask for.
 
 use crate::address::ControllerAddress;
-use crate::channel::{Connector, endpoint};
+use crate::channel::{Connector, Tls, endpoint};
 use crate::error::CallError;
 use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
 use std::io;
-use std::sync::Arc;
+use std::net::Ipv4Addr;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -53,10 +54,28 @@ impl Relay {
     /// None answers, or none takes the leaf.
     pub async fn connect(
         controllers: Vec<ControllerAddress>,
-        tls: Arc<ClientConfig>,
+        tls: impl Into<Tls>,
     ) -> Result<Self, CallError> {
+        Self::connect_through(controllers, tls, None, |stream| stream).await
+    }
+
+    /// As [`connect`](Self::connect), from an address of this machine if one is given, and with the connection's bytes going through what
+    /// `through` makes of it: for one that plays many machines, or bad ones.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect_through<S>(
+        controllers: Vec<ControllerAddress>,
+        tls: impl Into<Tls>,
+        from: Option<Ipv4Addr>,
+        through: impl Fn(TcpStream) -> S,
+    ) -> Result<Self, CallError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let unreachable = |error: &dyn std::fmt::Display| CallError::Unreachable(error.to_string());
-        let stream = Connector::new(controllers, tls).connect().await.map_err(|error| unreachable(&error))?;
+        let connected = Connector::new(controllers, tls.into()).connect(from, through).await;
+        let stream = connected.map_err(|error| unreachable(&error))?;
         let binding = introduction::binding(stream.get_ref().1).map_err(|error| unreachable(&error))?;
         let mut stream = Some(TokioIo::new(stream));
         let once = service_fn(move |_| {

@@ -2,34 +2,37 @@
 //!
 //! Handshakes run beside the accept loop, each under a time limit; how many may be under way is bounded, and the others wait
 //! for their turn, in the order in which they came. A fleet that comes back at once is accepted at once: the kernel
-//! would drop what its queue does not hold, and those would come again a second later. A finished connection carries its
-//! [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
+//! would drop what its queue does not hold, and those would come again a second later. No work is done for whoever hung up
+//! meanwhile. A finished connection carries its [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
 //!
-//! Connections are bounded, too; who comes when all places are taken is cut off at once, so that it turns to another
-//! controller. Those without a certificate are for joining and for health checks, a call or two each: they get a small
-//! part of the places, each network a part of that, and end soon ([`places`]).
+//! Connections are bounded, too; whose turn comes when all places are taken is cut off, so that it turns to another
+//! controller. Those that wait have no place yet: a fleet that comes back finds its old ones still taken. Those without a
+//! certificate are for joining and for health checks, a call or two each: they get a small part of the places, each network
+//! a part of that, and end soon ([`places`]).
 
 mod places;
 
+use futures_util::FutureExt as _;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::HandshakeKind;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use weft_api::caller::{Introduced, Peer};
 use weft_identity::introduction::binding;
-use weft_identity::tls::{HandshakeFault, peer_identity};
+use weft_identity::tls::{HandshakeFault, ResumingServer};
 
 use places::{Place, Places};
 
@@ -37,6 +40,8 @@ use places::{Place, Places};
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Handshakes under way. Each costs a signature, so more at once would only make all of them later.
 const HANDSHAKES_MAX: usize = 256;
+/// Connections that wait for their turn: as many as there are places, a whole fleet's. Each is a socket and a small task.
+const WAITING_MAX: usize = places::CONNECTIONS_MAX;
 /// Finished connections that wait for the server to take them, which it does at once.
 const READY_MAX: usize = 64;
 /// How long a connection without a certificate may last: a join takes well under a second, and a client that waits for
@@ -79,19 +84,20 @@ impl Listener {
     pub fn run(
         self,
         tasks: &mut JoinSet<()>,
-        acceptor: TlsAcceptor,
+        tls: ResumingServer,
         drain: CancellationToken,
     ) -> ReceiverStream<io::Result<Connection>> {
         let (ready, connections) = mpsc::channel(READY_MAX);
         tasks.spawn(async move {
-            drain.run_until_cancelled(accept(self.socket, acceptor, ready)).await;
+            drain.run_until_cancelled(accept(self.socket, tls, ready)).await;
         });
         ReceiverStream::new(connections)
     }
 }
 
-async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<io::Result<Connection>>) {
-    let handshaking = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+async fn accept(socket: TcpListener, tls: ResumingServer, ready: mpsc::Sender<io::Result<Connection>>) {
+    let (waiting, handshaking) =
+        (Arc::new(Semaphore::new(WAITING_MAX)), Arc::new(Semaphore::new(HANDSHAKES_MAX)));
     let places = Places::new();
     let mut handshakes = JoinSet::new();
     loop {
@@ -104,15 +110,24 @@ async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<
                 continue;
             }
         };
-        let Some(place) = places.take() else {
+        let Ok(wait) = Arc::clone(&waiting).try_acquire_owned() else {
             count("full");
             continue;
         };
-        let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        let (tls, ready, places) = (tls.clone(), ready.clone(), places.clone());
         let turn = Arc::clone(&handshaking).acquire_owned();
         handshakes.spawn(async move {
             let Ok(_turn) = turn.await else { return };
-            if let Some(connection) = handshake(&acceptor, stream, address, place).await {
+            drop(wait);
+            if has_hung_up(&stream) {
+                count("hung_up");
+                return;
+            }
+            let Some(place) = places.take() else {
+                count("full");
+                return;
+            };
+            if let Some(connection) = handshake(&tls, stream, address, place).await {
                 // Only a server that ends does not take it.
                 let _ = ready.send(Ok(connection)).await;
             }
@@ -120,12 +135,18 @@ async fn accept(socket: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<
     }
 }
 
+/// Whether whoever waited so long has gone.
+fn has_hung_up(stream: &TcpStream) -> bool {
+    let readable = stream.ready(Interest::READABLE).now_or_never();
+    readable.is_some_and(|ready| ready.is_ok_and(Ready::is_read_closed))
+}
+
 fn count(result: &'static str) {
     metrics::counter!("weft_controller_handshakes_total", "result" => result).increment(1);
 }
 
 async fn handshake(
-    acceptor: &TlsAcceptor,
+    tls: &ResumingServer,
     stream: TcpStream,
     address: SocketAddr,
     mut place: Place,
@@ -137,6 +158,7 @@ async fn handshake(
     if stream.set_nodelay(true).is_err() {
         return refused("io");
     }
+    let acceptor = TlsAcceptor::from(Arc::clone(tls.config()));
     let stream = match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
@@ -146,10 +168,14 @@ async fn handshake(
         Err(_) => return refused("timeout"),
     };
     let session = stream.get_ref().1;
-    // The verifier let it pass, so what is there reads back.
-    let Ok(identity) = peer_identity(session.peer_certificates()) else {
-        return refused("peer_untrusted");
+    let identity = match tls.admit(session) {
+        Ok(identity) => identity,
+        Err(error) => {
+            tracing::debug!(%address, %error, "a resumed session is refused");
+            return refused(HandshakeFault::of_rustls(&error).as_str());
+        }
     };
+    let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
     let Ok(binding) = binding(session) else { return refused("protocol") };
     let peer = Peer { address, identity: identity.map(Arc::new), binding, introduced: Introduced::default() };
     let mut ends = None;
@@ -159,7 +185,7 @@ async fn handshake(
         }
         ends = Some(Box::pin(sleep(STRANGER_AGE_MAX)));
     }
-    count("ok");
+    count(if resumed { "resumed" } else { "ok" });
     Some(Connection { stream, peer, ends, _place: place })
 }
 
@@ -220,5 +246,26 @@ impl AsyncWrite for Connection {
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn who_hung_up_is_told_from_who_waits() {
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.socket.accept().await.unwrap();
+        client.write_all(b"hello").await.unwrap();
+        stream.readable().await.unwrap();
+        assert!(!has_hung_up(&stream));
+        drop(client);
+        // What it said before is still there to be read.
+        while !has_hung_up(&stream) {
+            tokio::task::yield_now().await;
+        }
     }
 }

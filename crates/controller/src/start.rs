@@ -11,7 +11,6 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use uuid::Uuid;
@@ -183,8 +182,10 @@ impl Controller {
             admin,
             quiesce.clone(),
         ));
-        let tls = identity.server_config(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"]);
-        let connections = listener.run(&mut background, TlsAcceptor::from(tls), drain.clone());
+        let tls = identity
+            .resuming_server(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"])
+            .context("the system has no random numbers for TLS")?;
+        let connections = listener.run(&mut background, tls, drain.clone());
         let routes = weft_api::routes(&context).context("the protobuf descriptors are damaged")?;
         let server_task = Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)

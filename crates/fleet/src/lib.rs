@@ -213,6 +213,13 @@ impl Fleet {
         Ok(began.elapsed())
     }
 
+    /// Makes all sidecars come back by whole handshakes the next time, as to a controller that they never saw.
+    pub fn forget_tickets(&self) {
+        for member in &self.members {
+            member.forget_tickets();
+        }
+    }
+
     /// How many sidecars there are.
     #[must_use]
     pub fn size(&self) -> usize {

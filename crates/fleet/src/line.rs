@@ -2,15 +2,18 @@
 //!
 //! It is opened by whoever needs it first, with that one's leaf, and again by whoever first finds it broken.
 
+use std::net::Ipv4Addr;
 use tokio::sync::Mutex;
-use weft_client::{ALPN, CallError, Introduced, Relay};
-use weft_identity::tls::{ExpectedPeer, TlsIdentity};
+use weft_client::{CallError, ControllerAddress, Introduced, Relay};
 
 use crate::Mesh;
+use crate::member::Identity;
 
 #[derive(Debug)]
 pub(crate) struct Line {
     mesh: Mesh,
+    /// The address that it comes from, where that can be another one than this machine's.
+    from: Option<Ipv4Addr>,
     open: Mutex<Open>,
 }
 
@@ -32,30 +35,34 @@ pub(crate) struct Session {
 }
 
 impl Line {
-    pub(crate) fn new(mesh: &Mesh) -> Self {
-        Self { mesh: mesh.clone(), open: Mutex::default() }
+    /// A line of the machine that has this address, if that is one of this machine's as well, as all of 127.0.0.0/8 are to a
+    /// controller there. Ten thousand connections from one address would look for a free port longer than for anything else.
+    pub(crate) fn new(mesh: &Mesh, address: Ipv4Addr) -> Self {
+        let from = mesh.controllers.iter().all(ControllerAddress::is_loopback).then_some(address);
+        Self { mesh: mesh.clone(), from, open: Mutex::default() }
     }
 
     /// A session of the sidecar `index`, on an opening of the line after number `after`.
     pub(crate) async fn session(
         &self,
         index: usize,
-        identity: &TlsIdentity,
+        identity: &Identity,
         after: u64,
     ) -> Result<Session, CallError> {
         let (relay, number, owner) = {
             let mut open = self.open.lock().await;
             if open.number <= after || open.relay.is_none() {
                 open.relay = None;
-                let tls = identity.client_config(ExpectedPeer::Controller, ALPN);
-                let relay = Relay::connect(self.mesh.controllers.clone(), tls).await?;
+                let (controllers, tls) = (self.mesh.controllers.clone(), identity.client.clone());
+                let relay = Relay::connect_through(controllers, tls, self.from, |stream| stream).await?;
                 *open = Open { number: open.number + 1, relay: Some(relay), owner: index };
             }
             // It was put there, or was there.
             (open.relay.clone(), open.number, open.owner)
         };
         let relay = relay.ok_or_else(|| CallError::Unreachable("the line is not open".into()))?;
-        let channel = if owner == index { relay.own() } else { relay.introduce(&identity.current()).await? };
+        let channel =
+            if owner == index { relay.own() } else { relay.introduce(&identity.tls.current()).await? };
         Ok(Session { number, channel })
     }
 }

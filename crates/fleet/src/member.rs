@@ -3,15 +3,22 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
-use weft_client::{command, retry};
+use weft_client::{ALPN, command, retry};
 use weft_identity::credential::Credential;
-use weft_identity::tls::TlsIdentity;
+use weft_identity::tls::{ExpectedPeer, ResumingClient, TlsIdentity};
 use weft_model::InstanceId;
 use weft_proto::v1;
 use weft_proto::v1::mesh_client::MeshClient;
 
 use crate::error::FleetError;
 use crate::line::{Line, Session};
+
+/// Who a sidecar is, and how it shows that.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub(crate) tls: TlsIdentity,
+    pub(crate) client: ResumingClient,
+}
 
 #[derive(Debug)]
 pub(crate) struct Member {
@@ -20,7 +27,7 @@ pub(crate) struct Member {
     pub(crate) interested: bool,
     pub(crate) instance: InstanceId,
     registration: v1::RegisterInstance,
-    identity: OnceLock<TlsIdentity>,
+    identity: OnceLock<Identity>,
     line: Arc<Line>,
     session: Mutex<Option<Session>>,
     revision: AtomicU64,
@@ -64,13 +71,22 @@ impl Member {
 
     /// Takes the identity that it was given, once.
     pub(crate) fn become_somebody(&self, credential: Credential) {
+        let tls = TlsIdentity::new(credential);
+        let client = tls.resuming_client(ExpectedPeer::Controller, ALPN);
         // It enrolls once.
-        let _ = self.identity.set(TlsIdentity::new(credential));
+        let _ = self.identity.set(Identity { tls, client });
     }
 
-    fn identity(&self) -> Result<&TlsIdentity, FleetError> {
+    fn identity(&self) -> Result<&Identity, FleetError> {
         let nobody = || FleetError::Identity(format!("{} has not joined", self.instance));
         self.identity.get().ok_or_else(nobody)
+    }
+
+    /// Lets its next handshake be a whole one.
+    pub(crate) fn forget_tickets(&self) {
+        if let Some(identity) = self.identity.get() {
+            identity.client.forget();
+        }
     }
 
     /// The session of the moment, or a new one if that is the one that broke.

@@ -68,11 +68,11 @@ impl Plan {
     pub(crate) fn members(&self, mesh: &Mesh) -> Result<Vec<Arc<Member>>, FleetError> {
         self.check()?;
         let target = self.target()?;
-        let mut line = Arc::new(Line::new(mesh));
+        let mut line = Arc::new(Line::new(mesh, address(0)));
         let mut members = Vec::with_capacity(self.size());
         for index in 0..self.size() {
             if index > 0 && index % self.per_connection == 0 {
-                line = Arc::new(Line::new(mesh));
+                line = Arc::new(Line::new(mesh, address(index)));
             }
             let interested = self.near().contains(&index);
             let (service, number) = self.place(index)?;

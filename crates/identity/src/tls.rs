@@ -9,23 +9,30 @@
 //! application is read or written. A TLS 1.3 client finishes before the server has judged its certificate, so it may
 //! learn of a refusal only from its first read; [`HandshakeFault::of_io`] reads both.
 //!
-//! Deliberately absent: session resumption and early data (a resumed session would skip the checks), TLS 1.2, DNS
-//! names, revocation lists (revocation reaches sidecars as policy), the process-wide default crypto provider, and all
-//! I/O. To read: `verify.rs` for what is checked, `fault.rs` for how failures are told, `tests.rs` for what fails how.
+//! Sessions are not resumed, but for those who come back to a controller, and there both ends check each other all the same
+//! ([`ResumingServer`], [`ResumingClient`]).
+//!
+//! Deliberately absent: early data, TLS 1.2, DNS names, revocation lists (revocation reaches sidecars as policy), the
+//! process-wide default crypto provider, and all I/O. To read: `verify.rs` for what is checked, `resume.rs` for what a resumed
+//! session rests on, `fault.rs` for how failures are told, `tests.rs` for what fails how.
 
+mod checked;
 mod expected;
 mod fault;
 pub(crate) mod provider;
+mod resume;
 pub(crate) mod verify;
 
 pub use expected::ExpectedPeer;
 pub use fault::{HandshakeFault, PeerRejection};
+pub use resume::{Attempt, ResumingClient, ResumingServer};
 
 use crate::certificate::{PeerIdentity, PeerIdentityError};
 use crate::credential::Credential;
 use crate::fingerprint::Fingerprint;
 use crate::spiffe::SpiffeId;
 use arc_swap::ArcSwap;
+use checked::Checked;
 use rustls::client::{ResolvesClientCert, Resumption, WantsClientCert};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -74,13 +81,13 @@ impl TlsIdentity {
     /// Starts with this credential and judges certificates by `clock`.
     #[must_use]
     pub fn with_clock(credential: Credential, clock: Arc<dyn TimeProvider>) -> Self {
-        Self { source: Arc::new(Source(ArcSwap::from_pointee(credential))), clock }
+        Self { source: Arc::new(Source(ArcSwap::from_pointee(InUse::new(credential)))), clock }
     }
 
     /// The credential in use.
     #[must_use]
     pub fn current(&self) -> Arc<Credential> {
-        self.source.0.load_full()
+        self.source.0.load().credential.clone()
     }
 
     /// Uses another credential from the next handshake on: a renewed leaf, other roots, or both at once.
@@ -96,7 +103,7 @@ impl TlsIdentity {
                 offered: Box::new(credential.spiffe_id().clone()),
             });
         }
-        self.source.0.store(Arc::new(credential));
+        self.source.0.store(Arc::new(InUse::new(credential)));
         Ok(())
     }
 
@@ -110,6 +117,25 @@ impl TlsIdentity {
         alpn: &[&[u8]],
     ) -> Arc<ServerConfig> {
         let verifier = Arc::new(ClientVerifier::new(self.source.clone(), expected, auth));
+        Arc::new(self.server_builder(verifier, alpn))
+    }
+
+    /// As [`server_config`](Self::server_config), but clients that come back may resume.
+    ///
+    /// # Errors
+    ///
+    /// The system has no random numbers.
+    pub fn resuming_server(
+        &self,
+        auth: ClientAuth,
+        expected: ExpectedPeer,
+        alpn: &[&[u8]],
+    ) -> Result<ResumingServer, rustls::Error> {
+        ResumingServer::new(self, auth, expected, alpn)
+    }
+
+    /// One that resumes nothing.
+    fn server_builder(&self, verifier: Arc<ClientVerifier>, alpn: &[&[u8]]) -> ServerConfig {
         let builder = ServerConfig::builder_with_details(provider::provider(), self.clock.clone());
         let mut config =
             only_tls13(builder).with_client_cert_verifier(verifier).with_cert_resolver(self.source.clone());
@@ -117,7 +143,7 @@ impl TlsIdentity {
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
         config.alpn_protocols = owned(alpn);
-        Arc::new(config)
+        config
     }
 
     /// A configuration for connecting to an `expected` peer, with these application protocols, the preferred one
@@ -126,6 +152,12 @@ impl TlsIdentity {
     pub fn client_config(&self, expected: ExpectedPeer, alpn: &[&[u8]]) -> Arc<ClientConfig> {
         let builder = self.client_builder(expected);
         Arc::new(client(builder.with_client_cert_resolver(self.source.clone()), alpn))
+    }
+
+    /// As [`client_config`](Self::client_config), but resuming where it was before. Keep it: tickets come and go with it.
+    #[must_use]
+    pub fn resuming_client(&self, expected: ExpectedPeer, alpn: &[&[u8]]) -> ResumingClient {
+        ResumingClient::new(self.clone(), expected, alpn)
     }
 
     /// As [`client_config`](Self::client_config), but presenting no certificate: how somebody whose leaf has expired
@@ -205,23 +237,36 @@ fn owned(alpn: &[&[u8]]) -> Vec<Vec<u8>> {
 }
 
 /// The credential in use, as rustls asks for it.
-pub(crate) struct Source(ArcSwap<Credential>);
+pub(crate) struct Source(ArcSwap<InUse>);
+
+/// A credential, and the leaves that its roots have been found to have signed.
+#[derive(Debug)]
+struct InUse {
+    credential: Arc<Credential>,
+    checked: Checked,
+}
+
+impl InUse {
+    fn new(credential: Credential) -> Self {
+        Self { credential: Arc::new(credential), checked: Checked::default() }
+    }
+}
 
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Source").field(&*self.0.load()).finish()
+        f.debug_tuple("Source").field(&self.0.load().credential).finish()
     }
 }
 
 impl ResolvesServerCert for Source {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.load().certified().clone())
+        Some(self.0.load().credential.certified().clone())
     }
 }
 
 impl ResolvesClientCert for Source {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.load().certified().clone())
+        Some(self.0.load().credential.certified().clone())
     }
 
     fn has_certs(&self) -> bool {

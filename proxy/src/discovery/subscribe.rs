@@ -96,9 +96,9 @@ impl Subscriber {
             let first = self.rng.random_range(0..controllers.len().max(1));
             controllers.rotate_left(first);
             let mut moved: Option<Instant> = None;
+            let tls = self.own.tls.resuming_client(ExpectedPeer::Controller, ALPN);
             loop {
-                let tls = self.own.tls.client_config(ExpectedPeer::Controller, ALPN);
-                let channel = weft_client::channel(controllers.clone(), tls);
+                let channel = weft_client::channel(controllers.clone(), tls.clone());
                 let Err(error) = self.session(&channel, &due).await;
                 if matches!(error, SessionError::Renewed) {
                     continue;

@@ -4,6 +4,7 @@ mod change_cost;
 mod convergence;
 mod failover;
 mod flapper;
+mod reconnect;
 mod unused;
 
 pub(crate) use change_cost::{change_cost, change_size};

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Connections of one controller. A sidecar has one, and two for a moment when its leaf is renewed. A quiet one takes
 /// some 50 KiB, so all of them stay below a gigabyte.
-const CONNECTIONS_MAX: usize = 16_384;
+pub(super) const CONNECTIONS_MAX: usize = 16_384;
 /// Those among them without a certificate: a few hundred joins under way at once, each a matter of milliseconds.
 const STRANGERS_MAX: usize = 512;
 /// Those of one network: a rack that joins from behind one address.

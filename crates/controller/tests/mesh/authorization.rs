@@ -1,10 +1,16 @@
 //! Who is refused what.
 
-use crate::support::{TestMesh, apply_request, declare, discovery, health, registration};
+use crate::support::{TestMesh, address, apply_request, declare, discovery, health, registration};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::HandshakeKind;
 use tonic::Code;
 use tonic::transport::Channel;
-use weft_client::command;
+use weft_client::{ALPN, Relay, command};
 use weft_identity::spiffe::{Role, Subject};
+use weft_identity::tls::{ExpectedPeer, TlsIdentity};
 use weft_proto::v1 as pb;
 use weft_proto::v1::identity_client::IdentityClient;
 use weft_proto::v1::mesh_client::MeshClient;
@@ -100,7 +106,7 @@ async fn a_leaf_that_ended_under_way_is_refused() {
     let channel = mesh.operator(Role::Viewer);
     let mut client = MeshClient::new(channel);
     client.get(pb::GetRequest::default()).await.unwrap();
-    mesh.advance(std::time::Duration::from_secs(2 * 3600));
+    mesh.advance(Duration::from_secs(2 * 3600));
     let status = client.get(pb::GetRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
     mesh.controller.stop().await;
@@ -131,4 +137,34 @@ async fn health_is_open_to_everybody_and_reflection_to_members() {
     let answer = reflect(mesh.operator(Role::Viewer)).await.unwrap().unwrap();
     assert!(format!("{answer:?}").contains("weft.v1.Mesh"));
     mesh.controller.stop().await;
+}
+
+#[tokio::test]
+async fn who_resumes_is_who_it_was_and_no_longer_than_its_leaf_is_good() {
+    let mesh = TestMesh::start().await;
+    mesh.declare(&["default/api", "default/web"]).await;
+    let identity = TlsIdentity::new(mesh.credential(&Subject::Instance("default/web/one".parse().unwrap())));
+    let client = identity.resuming_client(ExpectedPeer::Controller, ALPN);
+    let back = || async {
+        let relay = Relay::connect(vec![address(&mesh.controller)], client.clone()).await.unwrap();
+        MeshClient::new(relay.own())
+    };
+    // Answered calls have brought the tickets.
+    back().await.report_health(health("default/web/one", 1)).await.unwrap();
+    let resumed = async || {
+        let tls = TlsConnector::from(Arc::clone(client.attempt().config()));
+        let stream = TcpStream::connect(mesh.controller.address()).await.unwrap();
+        let stream = tls.connect("127.0.0.1".try_into().unwrap(), stream).await.unwrap();
+        stream.get_ref().1.handshake_kind()
+    };
+    assert_eq!(resumed().await, Some(HandshakeKind::Resumed));
+
+    let mut own = back().await;
+    own.report_health(health("default/web/one", 2)).await.unwrap();
+    let foreign = own.report_health(health("default/api/one", 1)).await.unwrap_err();
+    assert_eq!(foreign.code(), Code::PermissionDenied);
+
+    mesh.advance(Duration::from_secs(3_601));
+    let ended = back().await.report_health(health("default/web/one", 3)).await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unauthenticated);
 }

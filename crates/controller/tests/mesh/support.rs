@@ -181,7 +181,7 @@ async fn controller(
     Controller::start(config, clock, None).await
 }
 
-fn address(controller: &Controller) -> ControllerAddress {
+pub(crate) fn address(controller: &Controller) -> ControllerAddress {
     controller.address().to_string().parse().unwrap()
 }
 

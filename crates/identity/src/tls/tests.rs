@@ -1,7 +1,8 @@
 //! Handshakes between real configurations, in memory and once over loopback. What bad certificates do is in
-//! `bad_certificates.rs`.
+//! `bad_certificates.rs`, who may resume in `resume.rs`.
 
 mod bad_certificates;
+mod resume;
 
 use super::*;
 use crate::ca::{CertificateAuthority, LEAF_LIFETIME};
@@ -291,7 +292,7 @@ fn older_tls_is_refused() {
 }
 
 #[test]
-fn nothing_is_resumed() {
+fn among_sidecars_nothing_is_resumed() {
     let authority = authority();
     let (api, db) = (tls(credential(&authority, API)), tls(credential(&authority, DB)));
     let (client, server) = (client_for(&api, DB), server(&db));

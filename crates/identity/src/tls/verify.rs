@@ -51,15 +51,16 @@ fn identity(
     leaf: &CertificateDer<'_>,
     trust_domain: &TrustDomain,
     expected: &ExpectedPeer,
-) -> Result<(), PeerRejection> {
-    let id = PeerIdentity::from_certificate(leaf).map_err(PeerRejection::Certificate)?.id;
-    if id.trust_domain != *trust_domain {
-        return Err(PeerRejection::TrustDomain { expected: trust_domain.clone(), found: id });
+) -> Result<PeerIdentity, PeerRejection> {
+    let identity = PeerIdentity::from_certificate(leaf).map_err(PeerRejection::Certificate)?;
+    let found = || identity.id.clone();
+    if identity.id.trust_domain != *trust_domain {
+        return Err(PeerRejection::TrustDomain { expected: trust_domain.clone(), found: found() });
     }
-    if !expected.admits(&id) {
-        return Err(PeerRejection::Identity { expected: expected.to_string(), found: id });
+    if !expected.admits(&identity.id) {
+        return Err(PeerRejection::Identity { expected: expected.to_string(), found: found() });
     }
-    Ok(())
+    Ok(identity)
 }
 
 fn verify(
@@ -69,8 +70,16 @@ fn verify(
     now: UnixTime,
 ) -> Result<(), Error> {
     let own = source.0.load();
-    chain(leaf, own.anchors(), now)?;
-    Ok(identity(leaf, &own.spiffe_id().trust_domain, expected)?)
+    let fingerprint = Fingerprint::of_certificate(leaf);
+    let known = own.checked.holds(fingerprint, now);
+    if !known {
+        chain(leaf, own.credential.anchors(), now)?;
+    }
+    let identity = identity(leaf, &own.credential.spiffe_id().trust_domain, expected)?;
+    if !known {
+        own.checked.add(fingerprint, &identity);
+    }
+    Ok(())
 }
 
 fn verify_pinned(
@@ -81,7 +90,8 @@ fn verify_pinned(
 ) -> Result<(), Error> {
     let (root, roots) = find_root(pin, sent).ok_or(PeerRejection::PinnedRootMissing { root: pin })?;
     chain(leaf, &roots, now)?;
-    Ok(identity(leaf, &root.trust_domain, &ExpectedPeer::Controller)?)
+    identity(leaf, &root.trust_domain, &ExpectedPeer::Controller)?;
+    Ok(())
 }
 
 fn find_root(pin: Fingerprint, sent: &[CertificateDer<'_>]) -> Option<(RootIdentity, RootCertStore)> {
@@ -123,6 +133,21 @@ pub(super) enum ServerVerifier {
     },
 }
 
+impl ServerVerifier {
+    /// Checks a server's leaf.
+    pub(super) fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        sent: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        match self {
+            Self::Member { source, expected } => verify(source, expected, leaf, now),
+            Self::Joiner { root } => verify_pinned(*root, leaf, sent, now),
+        }
+    }
+}
+
 impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
@@ -132,10 +157,7 @@ impl ServerCertVerifier for ServerVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        match self {
-            Self::Member { source, expected } => verify(source, expected, leaf, now)?,
-            Self::Joiner { root } => verify_pinned(*root, leaf, sent, now)?,
-        }
+        self.verify(leaf, sent, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -174,6 +196,11 @@ impl ClientVerifier {
     pub(super) const fn new(source: Arc<Source>, expected: ExpectedPeer, auth: ClientAuth) -> Self {
         Self { source, expected, auth }
     }
+
+    /// Checks a client's leaf.
+    pub(super) fn verify(&self, leaf: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
+        verify(&self.source, &self.expected, leaf, now)
+    }
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -192,7 +219,7 @@ impl ClientCertVerifier for ClientVerifier {
         _: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        verify(&self.source, &self.expected, leaf, now)?;
+        self.verify(leaf, now)?;
         Ok(ClientCertVerified::assertion())
     }
 

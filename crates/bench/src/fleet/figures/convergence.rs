@@ -8,6 +8,7 @@ use weft_bench::cpu;
 use weft_fleet::Fleet;
 use weft_fleet::profile::{self, Pace, Profile};
 
+use crate::figures::reconnect::reconnect;
 use crate::figures::{plan, tell};
 use crate::mesh::TestMesh;
 use crate::{Bench, say};
@@ -93,15 +94,7 @@ async fn measure(bench: &mut Bench, case: &Case) -> anyhow::Result<()> {
     if key == "10000" {
         bench.report.set("memory_kib_per_sidecar", memory);
     }
-    let mut back = fleet.cut(|_| {}).await?.as_secs_f64();
-    for _ in 1..bench.plan.of(3, 1) {
-        back = back.max(fleet.cut(|_| {}).await?.as_secs_f64());
-    }
-    say(&format!("all back after {back:.2} s"));
-    bench.report.set_of("reconnect_s", key, back);
-    if key == "10000" {
-        bench.report.set("reconnect_10000_s", back);
-    }
+    reconnect(bench, &fleet, key, controller).await?;
     drop(fleet);
     mesh.end(&bench.server).await
 }
