@@ -9,18 +9,18 @@ comment on column weft.interest_class.canary is 'Its sidecars run the policies o
 create table weft.rollout_evidence (
     instance    text        primary key,
     rollout     bigint      not null,
-    applied     boolean     not null,
+    applied_at  timestamptz,
     error       text,
-    connections bigint      not null check (connections >= 0),
-    refused     bigint      not null check (refused >= 0),
-    failed      bigint      not null check (failed >= 0),
+    connections bigint      check (connections >= 0),
+    refused     bigint      check (refused >= 0),
+    failed      bigint      check (failed >= 0),
     seen_at     timestamptz not null
 );
 comment on table weft.rollout_evidence is 'What each canary of the newest rollout met with. Read status.canaries.';
 comment on column weft.rollout_evidence.rollout is 'The event that began the rollout.';
-comment on column weft.rollout_evidence.applied is 'It runs the rollout''s policies.';
+comment on column weft.rollout_evidence.applied_at is 'Since when it runs the rollout''s policies; null if it does not.';
 comment on column weft.rollout_evidence.error is 'Why it refused to; null if it did not.';
-comment on column weft.rollout_evidence.connections is 'Connections since it runs them.';
+comment on column weft.rollout_evidence.connections is 'Connections that lived then and came since; null if it did not say.';
 comment on column weft.rollout_evidence.refused is 'Those of them that it refused.';
 comment on column weft.rollout_evidence.failed is 'Those of them that reached nobody.';
 
@@ -47,7 +47,7 @@ comment on column status.rollout.changed_by is 'Who caused it.';
 
 create view status.canaries as
 select evidence.instance,
-       evidence.applied,
+       evidence.applied_at,
        evidence.error,
        evidence.connections,
        evidence.refused,
@@ -57,9 +57,9 @@ from weft.rollout_evidence as evidence
 join status.rollout as rollout on rollout.state = 'running' and rollout.position = evidence.rollout;
 comment on view status.canaries is 'What each canary of the running rollout says that it met with.';
 comment on column status.canaries.instance is '<namespace>/<service>/<instance>';
-comment on column status.canaries.applied is 'It runs the rollout''s policies.';
+comment on column status.canaries.applied_at is 'Since when it runs the rollout''s policies; null if it does not.';
 comment on column status.canaries.error is 'Why it refused to; null if it did not.';
-comment on column status.canaries.connections is 'Connections since it runs them.';
+comment on column status.canaries.connections is 'Connections that lived then and came since; null if it did not say.';
 comment on column status.canaries.refused is 'Those of them that it refused.';
 comment on column status.canaries.failed is 'Those of them that reached nobody.';
 comment on column status.canaries.seen_at is 'When it last said so.';

@@ -228,7 +228,10 @@ impl Connection {
     pub(crate) fn finish(&self, close: Close) {
         metrics::closed(self, close.reason);
         let mut facts = self.facts().clone();
-        self.tally.ended(close.reason, facts.connect_ms.is_some());
+        // Whoever did not say who it is may be anybody, and says nothing about policies.
+        if self.direction == Direction::Outbound || facts.source_service.is_some() {
+            self.tally.ended(close.reason, facts.connect_ms.is_some());
+        }
         facts.rule = close.rule.or(facts.rule);
         self.records.send(Record {
             time: clock::rfc3339(clock::now()),

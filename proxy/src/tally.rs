@@ -10,57 +10,37 @@ pub(crate) struct Tally {
     connections: AtomicU64,
     refused: AtomicU64,
     failed: AtomicU64,
+    /// Established and not ended.
+    live: AtomicU64,
 }
 
 impl Tally {
     /// A connection carries bytes.
     pub(crate) fn established(&self) {
         self.connections.fetch_add(1, Ordering::Relaxed);
+        self.live.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A connection ended, or never began.
     pub(crate) fn ended(&self, reason: CloseReason, established: bool) {
-        let wrong = match reason {
-            CloseReason::PolicyDenied | CloseReason::PolicyChanged | CloseReason::IdentityRevoked => {
-                &self.refused
-            }
-            CloseReason::TlsFailed
-            | CloseReason::CertExpired
-            | CloseReason::ConnectTimeout
-            | CloseReason::ConnectRefused
-            | CloseReason::NoHealthyEndpoint
-            | CloseReason::CircuitOpen
-            | CloseReason::NoSnapshot
-            | CloseReason::Overload
-            | CloseReason::Internal
-                if !established =>
-            {
-                &self.failed
-            }
+        if established {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+        }
+        let wrong = match fault(reason) {
+            Some(Fault::Refused) => &self.refused,
+            Some(Fault::Failed) if !established => &self.failed,
             // It came to its end, or somebody ended it for reasons that no policy has to do with.
-            CloseReason::TlsFailed
-            | CloseReason::CertExpired
-            | CloseReason::ConnectTimeout
-            | CloseReason::ConnectRefused
-            | CloseReason::NoHealthyEndpoint
-            | CloseReason::CircuitOpen
-            | CloseReason::NoSnapshot
-            | CloseReason::Overload
-            | CloseReason::Internal
-            | CloseReason::ClientFin
-            | CloseReason::ServerFin
-            | CloseReason::ClientReset
-            | CloseReason::ServerReset
-            | CloseReason::IdleTimeout
-            | CloseReason::MaxAge
-            | CloseReason::EndpointRemoved
-            | CloseReason::DrainDeadline
-            | CloseReason::ProxyShutdown => return,
+            Some(Fault::Failed) | None => return,
         };
         wrong.fetch_add(1, Ordering::Relaxed);
         if !established {
             self.connections.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Connections that live now.
+    pub(crate) fn live(&self) -> u64 {
+        self.live.load(Ordering::Relaxed)
     }
 
     pub(crate) fn totals(&self) -> Evidence {
@@ -70,6 +50,39 @@ impl Tally {
             refused: read(&self.refused),
             failed: read(&self.failed),
         }
+    }
+}
+
+enum Fault {
+    /// A policy did it.
+    Refused,
+    /// Nobody was reached, if it happened before there was a connection.
+    Failed,
+}
+
+const fn fault(reason: CloseReason) -> Option<Fault> {
+    match reason {
+        CloseReason::PolicyDenied | CloseReason::PolicyChanged | CloseReason::IdentityRevoked => {
+            Some(Fault::Refused)
+        }
+        CloseReason::TlsFailed
+        | CloseReason::CertExpired
+        | CloseReason::ConnectTimeout
+        | CloseReason::ConnectRefused
+        | CloseReason::NoHealthyEndpoint
+        | CloseReason::CircuitOpen
+        | CloseReason::NoSnapshot
+        | CloseReason::Overload
+        | CloseReason::Internal => Some(Fault::Failed),
+        CloseReason::ClientFin
+        | CloseReason::ServerFin
+        | CloseReason::ClientReset
+        | CloseReason::ServerReset
+        | CloseReason::IdleTimeout
+        | CloseReason::MaxAge
+        | CloseReason::EndpointRemoved
+        | CloseReason::DrainDeadline
+        | CloseReason::ProxyShutdown => None,
     }
 }
 
@@ -83,11 +96,13 @@ mod tests {
         tally.established();
         tally.ended(CloseReason::ClientFin, true);
         tally.established();
+        assert_eq!(tally.live(), 1);
         tally.ended(CloseReason::PolicyChanged, true);
         tally.ended(CloseReason::PolicyDenied, false);
         tally.ended(CloseReason::ConnectTimeout, false);
         // A client that went away before it was connected says nothing about policies.
         tally.ended(CloseReason::ClientReset, false);
+        assert_eq!(tally.live(), 0);
         assert_eq!(tally.totals(), Evidence { connections: 4, refused: 2, failed: 1 });
     }
 }

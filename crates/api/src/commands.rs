@@ -21,7 +21,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use weft_eventlog::{AppendError, AppendRequest, Appended, Appender, NewEvent, Reader, ScopeAppend};
 use weft_model::version::{ExpectedVersion, Version};
-use weft_model::{Command, ConfigVersion, Event, Position, Scope};
+use weft_model::{Command, ConfigVersion, Event, Position, Rejection, Scope};
 use weft_projector::View;
 use weft_proto::v1 as pb;
 use weft_routing::RoutingState;
@@ -157,7 +157,7 @@ impl Commands {
         &self,
         actor: &str,
         reason: String,
-        command: Command,
+        change: Change,
     ) -> Result<Outcome, ApiError> {
         let command_id = Uuid::now_v7();
         let named = pb::CommandMeta { command_id: command_id.to_string(), reason: reason.clone() };
@@ -166,7 +166,7 @@ impl Commands {
             reason: Some(reason),
             actor: actor.to_owned(),
             fingerprint: fingerprint("own", actor, &named),
-            changes: vec![Change::new(ExpectedVersion::Any, command)],
+            changes: vec![change],
         };
         self.execute(&request).await
     }
@@ -242,8 +242,19 @@ impl Commands {
             return (version, Err(conflict));
         }
         let decisions = decided.map_err(|refused| {
-            let (scope, rejection) = (refused.scope, refused.rejection);
-            ApiError::Rejected { change: None, scope, rejection }.at_change(refused.index)
+            let (index, scope, rejection) = match *refused.rejection {
+                // A rollout is one change of several that were asked for.
+                Rejection::Candidate { index, scope, rejection } => (Some(index), scope, rejection),
+                rejection @ (Rejection::RolloutRunning | Rejection::NoRollout) => {
+                    (None, refused.scope, Box::new(rejection))
+                }
+                rejection => (Some(refused.index), refused.scope, Box::new(rejection)),
+            };
+            let refused = ApiError::Rejected { change: None, scope, rejection };
+            match index {
+                Some(index) => refused.at_change(index),
+                None => refused,
+            }
         });
         (version, decisions)
     }
@@ -313,9 +324,11 @@ impl Commands {
 
 /// The first expectation that does not hold.
 fn stale(state: &RoutingState, changes: &[Change]) -> Option<ApiError> {
+    // A rollout is one change, which rests on those that were asked for.
     let expectations = changes.iter().enumerate().flat_map(|(index, change)| {
         let own = (change.command.scope(), change.expected);
-        [own].into_iter().chain(change.also.iter().cloned()).map(move |expectation| (index, expectation))
+        let also = change.also.iter().cloned().enumerate();
+        [(index, own)].into_iter().chain(also)
     });
     expectations.into_iter().find_map(|(index, (scope, expected))| {
         let current = state.source(&scope).version;

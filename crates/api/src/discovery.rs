@@ -225,9 +225,18 @@ impl discovery_server::Discovery for Discovery {
     async fn ack(&self, request: Request<pb::AckRequest>) -> Result<Response<pb::AckResponse>, Status> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
-        let pb::AckRequest { applied, took_ms, error, swaps, evidence } = request.into_inner();
+        let pb::AckRequest { applied, took_ms, error, swaps, evidence, evidence_only } = request.into_inner();
         let applied = convert::header("applied", applied)?;
         let swaps = convert::swaps(swaps)?;
+        let word = Word {
+            applied: applied.map(|applied| applied.0),
+            error: &error,
+            evidence: evidence.map(convert::evidence),
+        };
+        self.context.rollouts.hear(&self.context.view, instance, &word);
+        if evidence_only {
+            return Ok(Response::new(pb::AckResponse {}));
+        }
         let result = if error.is_empty() { "applied" } else { "refused" };
         metrics::counter!("weft_api_acks_total", "result" => result).increment(1);
         if !error.is_empty() {
@@ -243,12 +252,6 @@ impl discovery_server::Discovery for Discovery {
             tracing::error!(%instance, version = %wanted.0, published = %wanted.1, runs = %applied.1,
                 "a sidecar runs other content than was published at its version; restart it");
         }
-        let word = Word {
-            applied: applied.map(|applied| applied.0),
-            error: &error,
-            evidence: evidence.map(convert::evidence),
-        };
-        self.context.rollouts.hear(&self.context.view, instance, &word);
         if wanted.is_some() {
             self.context.acks.record(instance, Said { applied, took_ms, error, swaps });
         }

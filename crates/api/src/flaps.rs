@@ -13,11 +13,12 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use weft_model::health::{FlapsSummarized, HealthCommand, HealthEvent, HealthReported};
+use weft_model::version::ExpectedVersion;
 use weft_model::{Command, InstanceId, Rejection, Scope};
 use weft_routing::damping::counting::Taken;
 use weft_routing::damping::{self, Counting};
 
-use crate::commands::Commands;
+use crate::commands::{Change, Commands};
 use crate::status::ApiError;
 use crate::{Clock, Context};
 
@@ -146,8 +147,8 @@ impl Keeper {
         reason: String,
     ) -> Result<(), ApiError> {
         // What makes a repeat harmless is the report's revision, and that a release finds nothing left to do.
-        let command = Command::Health(instance.clone(), command);
-        let result = self.commands.execute_own(&self.actor, reason, command).await.map(drop);
+        let change = Change::new(ExpectedVersion::Any, Command::Health(instance.clone(), command));
+        let result = self.commands.execute_own(&self.actor, reason, change).await.map(drop);
         if let Err(error) = &result {
             tracing::debug!(%instance, ?error, "health could not be recorded");
         }

@@ -10,7 +10,7 @@ use weft_model::membership::MembershipCommand;
 use weft_model::rollout::{Evidence, RolloutCommand};
 use weft_model::token::{JoinTokenCreated, TokenCommand};
 use weft_model::version::ExpectedVersion;
-use weft_model::{Command, ConfigVersion, InstanceId, Scope};
+use weft_model::{Command, ConfigVersion, InstanceId, Position, Scope};
 use weft_proto::v1 as pb;
 use weft_proto::v1::mesh_server;
 use weft_routing::Projection;
@@ -191,8 +191,8 @@ impl Mesh {
         let caller = self.caller(&request)?;
         caller.require(Need::Change)?;
         let message = request.into_inner();
-        let evidence = rollouts::evidence(&self.context).await?;
-        let change = Change::new(ExpectedVersion::Any, Command::Rollout(end(evidence)));
+        let (version, evidence) = rollouts::running(&self.context, Position(message.position)).await?;
+        let change = Change::new(ExpectedVersion::exactly(version), Command::Rollout(end(evidence)));
         self.one(&caller, operation, &message, message.meta.clone(), change).await
     }
 

@@ -22,12 +22,21 @@ pub(crate) fn rollout(
     let Some(summary) = rollout_summary(&entry.state) else { return pb::GetRolloutResponse::default() };
     let begun = entry.state.running();
     let canary = |(instance, witnessed): (InstanceId, Witnessed)| {
-        let Witnessed { applied, error, evidence: Evidence { connections, refused, failed } } = witnessed;
-        let error = error.unwrap_or_default();
-        pb::CanaryStatus { instance: instance.to_string(), applied, error, connections, refused, failed }
+        let Witnessed { watched, error, evidence } = witnessed;
+        let Evidence { connections, refused, failed } = evidence.unwrap_or_default();
+        pb::CanaryStatus {
+            instance: instance.to_string(),
+            applied: watched.is_some(),
+            error: error.unwrap_or_default(),
+            watched_ms: u64::try_from(watched.unwrap_or_default().as_millis()).unwrap_or(u64::MAX),
+            connections,
+            refused,
+            failed,
+        }
     };
     pb::GetRolloutResponse {
         state: entry.state.as_str().to_owned(),
+        version: entry.source.version.0,
         summary,
         position: entry.source.position.0,
         at_ms: entry.at.0,

@@ -1,8 +1,8 @@
 //! The running rollout: what its canaries say is kept here until it is written, and whoever leads judges it by what all
 //! controllers wrote. What that comes to is decided in [`weft_model::rollout`]; this is the clock and the tables around it.
 //!
-//! Every controller hears its own canaries. Two that end a rollout at once do no harm, the append's compare-and-swap sees to that;
-//! but one judge is enough. What a controller heard and did not write is lost with it; its canaries say it again to the next one.
+//! Every controller hears its own canaries. Two that end a rollout at once do no harm, since each says which one it means; but
+//! one judge is enough. What a controller heard and did not write is lost with it; its canaries say it again, to the next one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,16 +10,21 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use weft_model::rollout::{Evidence, Judgement, RolloutBegun, RolloutCommand, Witnessed, judge};
-use weft_model::{Chain, Command, ConfigVersion, InstanceId, Position, Timestamp};
-use weft_projector::View;
+use weft_model::version::ExpectedVersion;
+use weft_model::{
+    Chain, Command, ConfigVersion, InstanceId, Position, Rejection, Scope, ScopeVersion, Timestamp, Version,
+};
+use weft_projector::{CanaryWord, View};
 use weft_routing::RoutingState;
 
 use crate::Context;
-use crate::commands::Commands;
+use crate::commands::{Change, Commands};
 use crate::status::ApiError;
 
 /// How often what canaries said is written, and looked at: several times within the shortest watch.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// A canary of which nothing was heard for so long, three heartbeats, may not run it any more.
+const SILENT_AFTER: Duration = Duration::from_secs(15);
 /// Longest reason for a refused snapshot that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 200;
 
@@ -34,7 +39,7 @@ struct Heard {
     /// The event that began the rollout.
     rollout: Position,
     /// Bounded by the canaries that a rollout may have.
-    canaries: BTreeMap<InstanceId, Witnessed>,
+    canaries: BTreeMap<InstanceId, CanaryWord>,
     unwritten: BTreeSet<InstanceId>,
 }
 
@@ -52,26 +57,30 @@ pub(crate) struct Word<'a> {
 impl Rollouts {
     /// A sidecar says something. It counts if that is a canary of the running rollout.
     pub(crate) fn hear(&self, view: &View, instance: &InstanceId, word: &Word<'_>) {
-        let Some(rollout) = view.read(|projection| canary_of(projection.state(), instance)) else { return };
+        // Looked up under the lock, so that of two words the later one is about the later rollout.
         let mut heard = self.lock();
+        let canary = view.read(|projection| {
+            let state = projection.state();
+            Some((canary_of(state, instance)?, state.version().epoch))
+        });
+        let Some((rollout, epoch)) = canary else { return };
         if heard.rollout != rollout {
             *heard = Heard { rollout, ..Heard::default() };
         }
-        let witnessed = heard.canaries.entry(instance.clone()).or_default();
-        let before = witnessed.clone();
-        witnessed.applied = word.applied.is_some_and(|applied| applied.position >= rollout);
+        let said = heard.canaries.entry(instance.clone()).or_default();
+        // A version of an earlier epoch may be of a history that is no more.
+        said.applied =
+            word.applied.is_some_and(|applied| applied.epoch == epoch && applied.position >= rollout);
         // Who runs it complains of something else.
-        witnessed.error = (!witnessed.applied && !word.error.is_empty()).then(|| {
+        said.error = (!said.applied && !word.error.is_empty()).then(|| {
             word.error.chars().filter(|c| !c.is_control()).take(ERROR_CHARS_MAX).collect::<String>()
         });
         if let Some((of, evidence)) = word.evidence
             && of == rollout
         {
-            witnessed.evidence = evidence;
+            said.evidence = Some(evidence);
         }
-        if *witnessed != before {
-            heard.unwritten.insert(instance.clone());
-        }
+        heard.unwritten.insert(instance.clone());
     }
 
     /// Writes, judges and ends rollouts until `drain`. `actor` is this controller.
@@ -104,10 +113,18 @@ fn canary_of(state: &RoutingState, instance: &InstanceId) -> Option<Position> {
 /// The running rollout.
 struct Running {
     begun: RolloutBegun,
-    rollout: Position,
+    source: ScopeVersion,
     at: Timestamp,
     /// The canaries that take part.
-    live: Vec<InstanceId>,
+    live: BTreeSet<InstanceId>,
+}
+
+/// What its canaries say.
+struct Said {
+    /// Since its begin, by the database's clock.
+    age: Duration,
+    live: BTreeMap<InstanceId, Witnessed>,
+    gone: BTreeMap<InstanceId, Witnessed>,
 }
 
 impl Running {
@@ -121,45 +138,52 @@ impl Running {
             Some(Self {
                 live: begun.canaries.iter().filter(takes_part).cloned().collect(),
                 begun: begun.clone(),
-                rollout: source.position,
+                source,
                 at: state.rollout().at,
             })
         })
     }
+
+    async fn said(&self, context: &Context) -> Result<Said, ApiError> {
+        let (now, rows) = context.store.rollout_evidence(self.source.position, SILENT_AFTER).await?;
+        let (mut live, gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            rows.into_iter().partition(|(canary, _)| self.live.contains(canary));
+        for canary in &self.live {
+            live.entry(canary.clone()).or_default();
+        }
+        Ok(Said { age: now.since(self.at), live, gone })
+    }
 }
 
-/// What the canaries of the running rollout said, each with its name; nothing if none is running.
+/// What the canaries of the running rollout say that take part, each with its name; nothing if none is running.
 ///
 /// # Errors
 /// If the database fails.
 pub(crate) async fn witnessed(context: &Context) -> Result<Vec<(InstanceId, Witnessed)>, ApiError> {
     match Running::of(&context.view) {
-        Some(running) => said(context, running.rollout, running.live).await,
+        Some(running) => Ok(running.said(context).await?.live.into_iter().collect()),
         None => Ok(Vec::new()),
     }
 }
 
-/// The same, all of them together.
+/// The version of the running rollout's scope, and what all its canaries met with. The caller means the one that began at `meant`;
+/// any if that is 0.
 ///
 /// # Errors
-/// If the database fails.
-pub(crate) async fn evidence(context: &Context) -> Result<Evidence, ApiError> {
+/// If none is running, or another one; if the database fails.
+pub(crate) async fn running(context: &Context, meant: Position) -> Result<(Version, Evidence), ApiError> {
+    let running = Running::of(&context.view);
+    let running = running.filter(|it| meant == Position::ZERO || it.source.position == meant);
+    let running = running.ok_or_else(|| {
+        let rejection = Box::new(Rejection::NoRollout);
+        ApiError::Rejected { change: None, scope: Scope::Rollout, rejection }
+    })?;
+    let said = running.said(context).await?;
     let mut evidence = Evidence::default();
-    witnessed(context).await?.into_iter().for_each(|(_, witnessed)| evidence += witnessed.evidence);
-    Ok(evidence)
-}
-
-async fn said(
-    context: &Context,
-    rollout: Position,
-    canaries: Vec<InstanceId>,
-) -> Result<Vec<(InstanceId, Witnessed)>, ApiError> {
-    let mut rows = context.store.rollout_evidence(rollout).await?;
-    let row = |canary: InstanceId| {
-        let witnessed = rows.remove(&canary).unwrap_or_default();
-        (canary, witnessed)
-    };
-    Ok(canaries.into_iter().map(row).collect())
+    for witnessed in said.live.values().chain(said.gone.values()) {
+        evidence += witnessed.evidence.unwrap_or_default();
+    }
+    Ok((running.source.version, evidence))
 }
 
 struct Judge {
@@ -175,13 +199,13 @@ impl Judge {
         let leads = self.context.view.leads();
         let running = if leads { Running::of(&self.context.view) } else { None };
         metrics::gauge!("weft_rollout_running").set(f64::from(u8::from(running.is_some())));
-        let Some(Running { begun, rollout, at, live }) = running else { return Ok(()) };
-        let said = said(&self.context, rollout, live).await?;
-        let age = (self.context.clock)().since(at);
-        let canaries = said.iter().map(|(canary, witnessed)| (canary, witnessed.clone()));
-        match judge(&begun, age, canaries) {
+        let Some(running) = running else { return Ok(()) };
+        let Said { age, live, gone } = running.said(&self.context).await?;
+        let version = running.source.version;
+        match judge(&running.begun, age, &live, &gone) {
             Judgement::Watch => Ok(()),
-            Judgement::End(end) => self.end(end).await,
+            Judgement::Advance(evidence) => self.advance(version, evidence).await,
+            Judgement::Abort { reason, evidence } => self.abort(version, reason, evidence).await,
         }
     }
 
@@ -205,30 +229,41 @@ impl Judge {
         }
     }
 
-    async fn end(&self, end: RolloutCommand) -> Result<(), ApiError> {
-        let (outcome, reason) = match &end {
-            RolloutCommand::Abort { reason, .. } => ("aborted", reason.clone()),
-            RolloutCommand::Begin(_) | RolloutCommand::Advance(_) => {
-                ("advanced", "its canaries were watched for long enough".to_owned())
+    async fn advance(&self, version: Version, evidence: Evidence) -> Result<(), ApiError> {
+        let reason = "its canaries were watched for long enough";
+        let advance = RolloutCommand::Advance(evidence);
+        match self.end(version, "advanced", reason.to_owned(), advance).await {
+            // What it rests on is not there any more, a service perhaps: nobody else will get it either.
+            Err(ApiError::Rejected { scope, rejection, .. }) => {
+                let reason = format!("it cannot be given to everybody: {scope}: {rejection}");
+                self.abort(version, reason, evidence).await
             }
-        };
-        let evidence = match &end {
-            RolloutCommand::Advance(evidence) | RolloutCommand::Abort { evidence, .. } => *evidence,
-            RolloutCommand::Begin(_) => Evidence::default(),
-        };
-        let ended = self.commands.execute_own(&self.actor, reason.clone(), Command::Rollout(end)).await;
-        match ended {
+            ended => ended,
+        }
+    }
+
+    async fn abort(&self, version: Version, reason: String, evidence: Evidence) -> Result<(), ApiError> {
+        let abort = RolloutCommand::Abort { reason: reason.clone(), evidence };
+        self.end(version, "aborted", reason, abort).await
+    }
+
+    /// Ends the rollout that was judged, which began with this version of the scope, and no other.
+    async fn end(
+        &self,
+        version: Version,
+        outcome: &'static str,
+        reason: String,
+        end: RolloutCommand,
+    ) -> Result<(), ApiError> {
+        let change = Change::new(ExpectedVersion::exactly(version), Command::Rollout(end));
+        match self.commands.execute_own(&self.actor, reason.clone(), change).await {
             Ok(_) => {
                 metrics::counter!("weft_rollouts_ended_total", "outcome" => outcome).increment(1);
-                tracing::info!(outcome, reason, ?evidence, "the rollout ended");
+                tracing::info!(outcome, reason, "the rollout ended");
                 Ok(())
             }
-            // What it rests on is not there any more, a service perhaps: nobody else will get it either.
-            Err(ApiError::Rejected { scope, rejection, .. }) if outcome == "advanced" => {
-                let reason = format!("it cannot be given to everybody: {scope}: {rejection}");
-                let abort = RolloutCommand::Abort { reason: reason.clone(), evidence };
-                self.commands.execute_own(&self.actor, reason, Command::Rollout(abort)).await.map(drop)
-            }
+            // Somebody else was faster.
+            Err(ApiError::Conflict { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }

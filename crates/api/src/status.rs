@@ -164,6 +164,7 @@ fn rejected(scope: &Scope, rejection: &Rejection) -> Detail {
         | Rejection::TokenUsed { .. }
         | Rejection::TokenExpired { .. }
         | Rejection::TokenElsewhere { .. }
+        | Rejection::Candidate { .. }
         | Rejection::RolloutRunning
         | Rejection::NoRollout
         | Rejection::InRollout(_)

@@ -104,7 +104,8 @@ impl News {
                 .as_deref()
                 .zip(self.wanted)
                 .map(|(patch, (wanted, _))| pull::patch(patch, wanted)),
-            ack_spread_ms: millis(ack_spread),
+            // Canaries are few, and watched from their acknowledgement on.
+            ack_spread_ms: if self.rollout.is_some() { 0 } else { millis(ack_spread) },
             rollout: self.rollout.unwrap_or_default().0,
         }
     }

@@ -62,6 +62,8 @@ pub struct Session {
     ack: Option<(Instant, Ack)>,
     /// What was put in force when, since the last word of it; oldest first.
     swaps: VecDeque<(ConfigVersion, Instant)>,
+    /// The rollout that this sidecar is a canary of.
+    rollout: Option<u64>,
     /// What is applied and acknowledged as not on disk.
     unkept: Option<Arc<Snapshot>>,
 }
@@ -147,6 +149,7 @@ impl Session {
             ack_spread: Duration::ZERO,
             ack: None,
             swaps: VecDeque::new(),
+            rollout: None,
             unkept: None,
         }
     }
@@ -157,6 +160,7 @@ impl Session {
         self.heartbeat =
             Duration::from_millis(notice.heartbeat_ms.into()).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
         self.head = notice.head.as_ref().map(take::version);
+        self.rollout = Some(notice.rollout).filter(|rollout| *rollout != 0);
         self.ack_spread = Duration::from_millis(notice.ack_spread_ms.into()).min(ACK_SPREAD_MAX);
         self.head
     }
@@ -264,7 +268,7 @@ impl Session {
     }
 
     /// Says what is in force, how long the last swap `took`, and what is wrong, if anything; with what was swapped since the last
-    /// word of it. What a canary met with is for the caller to add.
+    /// word of it. A canary says that it met with nothing; whoever has connections puts in what it met with.
     pub fn acknowledge(
         &mut self,
         applied: Option<&Snapshot>,
@@ -281,8 +285,15 @@ impl Session {
             took_ms: u32::try_from(took.as_millis()).unwrap_or(u32::MAX),
             error,
             swaps: self.swaps.drain(..).map(swap).collect(),
-            evidence: None,
+            evidence: self.rollout.map(|rollout| v1::Evidence { rollout, ..v1::Evidence::default() }),
+            evidence_only: false,
         }
+    }
+
+    /// The rollout that this sidecar is a canary of: the event that began it.
+    #[must_use]
+    pub const fn rollout(&self) -> Option<u64> {
+        self.rollout
     }
 
     /// When there is something to acknowledge.

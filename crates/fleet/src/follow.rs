@@ -7,6 +7,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 use weft_client::follow::{self, Ack, Ask, Follower, Heard, Pulled, Taken};
 use weft_client::take::{self, Refusal};
@@ -128,7 +129,14 @@ impl Sidecar {
                 notice = notices.message() => {
                     let notice = notice?.ok_or_else(|| End::Fault("the controller ended the stream".into()))?;
                     session.noticed(&notice, Instant::now());
-                    self.misses(&notice, &mut session)?
+                    let missed = self.misses(&notice, &mut session)?;
+                    // A canary says with every heartbeat that nothing happened to it.
+                    let says = session.rollout().is_some() && session.ack_at().is_none();
+                    if let Some(current) = self.current.clone().filter(|_| says && !missed) {
+                        let now = Instant::now();
+                        discovery.ack(session.acknowledge(Some(&current), Duration::ZERO, String::new(), now)).await?;
+                    }
+                    missed
                 }
                 () = at(session.ack_at()) => {
                     if let Some(Ack { applied, took, error }) = session.take_ack() {

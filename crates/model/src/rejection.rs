@@ -72,6 +72,16 @@ pub enum Rejection {
         /// The rule or default that says so, such as `security/default/db#deny-all`.
         by: String,
     },
+    /// One policy of a rollout is refused.
+    #[error("{rejection}")]
+    Candidate {
+        /// Its place in the rollout, from 0.
+        index: usize,
+        /// Its scope.
+        scope: Scope,
+        /// Why.
+        rejection: Box<Self>,
+    },
     /// A rollout is running: another one cannot begin.
     #[error(
         "a rollout is running; wait for its end, or end it with `weft rollout advance` or `weft rollout abort`"

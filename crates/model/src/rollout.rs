@@ -21,8 +21,9 @@ pub const WHOLE_PPM: u32 = 1_000_000;
 pub const CANDIDATES_MAX: usize = 64;
 /// Most canaries: their names fit into one event, and what five hundred sidecars do not meet with, more would hardly.
 pub const CANARIES_MAX: usize = 500;
-/// How long canaries are watched: enough to see connections, and not so long that nobody remembers why policies cannot be changed.
-pub const WATCH_MS: std::ops::RangeInclusive<u32> = 1_000..=86_400_000;
+/// How long canaries are watched: several times what they take to say what they meet with, and not so long that nobody remembers why
+/// policies cannot be changed.
+pub const WATCH_MS: std::ops::RangeInclusive<u32> = 5_000..=86_400_000;
 /// Longest reason of an abort, in characters.
 pub const REASON_CHARS_MAX: usize = 500;
 
@@ -132,11 +133,11 @@ impl Candidate {
     }
 }
 
-/// What canaries met with since they run the candidates, all of them together.
+/// What canaries met with since they run the candidates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Evidence {
-    /// Connections that they opened or took, or tried to.
+    /// Connections that lived then, and those that they opened or took since, or tried to.
     pub connections: u64,
     /// Those of them that they refused.
     pub refused: u64,
@@ -147,9 +148,10 @@ pub struct Evidence {
 impl Evidence {
     /// Whether more went wrong than may.
     #[must_use]
-    pub const fn exceeds(&self, tolerance_ppm: u32) -> bool {
-        let wrong = self.refused as u128 + self.failed as u128;
-        wrong * WHOLE_PPM as u128 > self.connections as u128 * tolerance_ppm as u128
+    pub fn exceeds(&self, tolerance_ppm: u32) -> bool {
+        let wrong = u128::from(self.refused) + u128::from(self.failed);
+        let of = wrong.max(self.connections.into());
+        wrong * u128::from(WHOLE_PPM) > of * u128::from(tolerance_ppm)
     }
 }
 
@@ -248,7 +250,7 @@ pub fn check(state: &RolloutState, plan: &Plan) -> Result<(), Rejection> {
         return Err(Rejection::invalid("canary.share", "more than 0 % and at most 100 %"));
     }
     if !WATCH_MS.contains(watch_ms) {
-        return Err(Rejection::invalid("canary.watch", "from 1 s to 24 h"));
+        return Err(Rejection::invalid("canary.watch", "from 5 s to 24 h"));
     }
     if *tolerance_ppm > WHOLE_PPM {
         return Err(Rejection::invalid("canary.tolerance", "at most 100 %"));
@@ -280,12 +282,12 @@ pub fn apply(_state: RolloutState, event: &RolloutEvent) -> RolloutState {
 /// What one canary says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Witnessed {
-    /// Whether it runs the candidates.
-    pub applied: bool,
+    /// For how long it has run the candidates; none if it does not, or was not heard of lately.
+    pub watched: Option<Duration>,
     /// Why it refused to.
     pub error: Option<String>,
-    /// What it met with since.
-    pub evidence: Evidence,
+    /// What it met with since; none if it did not say.
+    pub evidence: Option<Evidence>,
 }
 
 /// What to do about a rollout.
@@ -293,44 +295,59 @@ pub struct Witnessed {
 pub enum Judgement {
     /// Nothing yet.
     Watch,
-    /// It ends so.
-    End(RolloutCommand),
+    /// Everybody gets it.
+    Advance(Evidence),
+    /// It is taken back.
+    Abort {
+        /// Why.
+        reason: String,
+        /// What the canaries met with.
+        evidence: Evidence,
+    },
 }
 
-/// Judges the running rollout, `age` after its begin, by what those of its canaries say that still take part. Whatever goes wrong
-/// ends it at once; that nothing did is believed when they were watched for long enough, and all of them ran it.
+/// Judges the running rollout, `age` after its begin, by what its canaries say: those that take part, and what is known of `gone`
+/// ones. Whatever goes wrong ends it at once; that nothing did is believed when all of them ran it for as long as they are
+/// to be watched.
 #[must_use]
 pub fn judge<'a>(
     begun: &RolloutBegun,
     age: Duration,
-    canaries: impl IntoIterator<Item = (&'a InstanceId, Witnessed)>,
+    canaries: impl IntoIterator<Item = (&'a InstanceId, &'a Witnessed)>,
+    gone: impl IntoIterator<Item = (&'a InstanceId, &'a Witnessed)>,
 ) -> Judgement {
-    let (mut evidence, mut some, mut late, mut refused) = (Evidence::default(), false, None, None);
+    let watch = Duration::from_millis(begun.watch_ms.into());
+    let (mut evidence, mut wrong, mut late, mut watched) = (Evidence::default(), None, None, None);
+    let mut hear = |canary: &InstanceId, witnessed: &Witnessed| {
+        let met = witnessed.evidence.unwrap_or_default();
+        evidence += met;
+        if let Some(error) = &witnessed.error {
+            wrong.get_or_insert_with(|| format!("{canary} could not apply it: {error}"));
+        } else if met.exceeds(begun.tolerance_ppm) {
+            let Evidence { connections, refused, failed } = met;
+            wrong.get_or_insert_with(|| {
+                format!("of {connections} connections of {canary} {refused} were refused and {failed} failed")
+            });
+        }
+    };
     for (canary, witnessed) in canaries {
-        some = true;
-        evidence += witnessed.evidence;
-        if let Some(error) = witnessed.error {
-            refused.get_or_insert_with(|| format!("{canary} could not apply it: {error}"));
-        } else if !witnessed.applied {
+        hear(canary, witnessed);
+        let runs_it = witnessed.watched.filter(|_| witnessed.evidence.is_some());
+        if runs_it.is_none() {
             late.get_or_insert(canary);
         }
+        let shortest = watched.unwrap_or(Duration::MAX);
+        watched = Some(shortest.min(runs_it.unwrap_or_default()));
     }
-    let watch = Duration::from_millis(begun.watch_ms.into());
-    let too_late = late.filter(|_| age >= watch.saturating_mul(2));
-    let wrong = if !some {
-        Some("no canary is left".to_owned())
-    } else if evidence.exceeds(begun.tolerance_ppm) {
-        let Evidence { connections, refused, failed } = evidence;
-        Some(format!("of {connections} connections of canaries {refused} were refused and {failed} failed"))
-    } else {
-        refused.or_else(|| too_late.map(|canary| format!("{canary} did not say in time that it runs it")))
-    };
-    match (wrong, late) {
+    gone.into_iter().for_each(|(canary, witnessed)| hear(canary, witnessed));
+    let late = late.filter(|_| age >= watch.saturating_mul(2));
+    let silent = late.map(|canary| format!("{canary} does not say that it runs it"));
+    let nobody = watched.is_none().then(|| "no canary is left".to_owned());
+    match (wrong.or(nobody).or(silent), watched) {
         (Some(reason), _) => {
-            let reason = reason.chars().take(REASON_CHARS_MAX).collect();
-            Judgement::End(RolloutCommand::Abort { reason, evidence })
+            Judgement::Abort { reason: reason.chars().take(REASON_CHARS_MAX).collect(), evidence }
         }
-        (None, None) if age >= watch => Judgement::End(RolloutCommand::Advance(evidence)),
+        (None, Some(watched)) if watched >= watch => Judgement::Advance(evidence),
         (None, _) => Judgement::Watch,
     }
 }
@@ -356,19 +373,23 @@ mod tests {
     }
 
     fn met(connections: u64, refused: u64, failed: u64) -> Witnessed {
-        let evidence = Evidence { connections, refused, failed };
-        Witnessed { applied: true, error: None, evidence }
+        let evidence = Some(Evidence { connections, refused, failed });
+        Witnessed { watched: Some(Duration::ZERO), error: None, evidence }
     }
 
-    fn judged(age_s: u64, first: Witnessed, second: Witnessed) -> Judgement {
-        let (a, b) = (canary("db-1"), canary("db-2"));
-        judge(&begun(), Duration::from_secs(age_s), [(&a, first), (&b, second)])
+    /// Both ran it from the begin on.
+    fn judged(age_s: u64, mut first: Witnessed, mut second: Witnessed) -> Judgement {
+        let (a, b, age) = (canary("db-1"), canary("db-2"), Duration::from_secs(age_s));
+        for witnessed in [&mut first, &mut second] {
+            witnessed.watched = witnessed.watched.map(|_| age);
+        }
+        judge(&begun(), age, [(&a, &first), (&b, &second)], [])
     }
 
     fn aborted(judgement: Judgement) -> String {
         match judgement {
-            Judgement::End(RolloutCommand::Abort { reason, .. }) => reason,
-            other => panic!("{other:?}"),
+            Judgement::Abort { reason, .. } => reason,
+            other @ (Judgement::Watch | Judgement::Advance(_)) => panic!("{other:?}"),
         }
     }
 
@@ -383,7 +404,7 @@ mod tests {
             Plan { candidates: twice, ..plan() },
             Plan { share_ppm: 0, ..plan() },
             Plan { share_ppm: WHOLE_PPM + 1, ..plan() },
-            Plan { watch_ms: 999, ..plan() },
+            Plan { watch_ms: 4_999, ..plan() },
             Plan { tolerance_ppm: WHOLE_PPM + 1, ..plan() },
         ] {
             assert!(
@@ -406,27 +427,47 @@ mod tests {
     fn it_advances_when_all_were_watched_for_long_enough() {
         assert_eq!(judged(9, met(100, 0, 0), met(100, 0, 0)), Judgement::Watch);
         let all = Evidence { connections: 200, refused: 1, failed: 1 };
-        let advance = Judgement::End(RolloutCommand::Advance(all));
-        assert_eq!(judged(10, met(100, 1, 0), met(100, 0, 1)), advance);
+        assert_eq!(judged(10, met(100, 1, 0), met(100, 0, 1)), Judgement::Advance(all));
         // Nobody connected, so nothing went wrong.
-        assert!(matches!(judged(10, met(0, 0, 0), met(0, 0, 0)), Judgement::End(RolloutCommand::Advance(_))));
+        assert!(matches!(judged(10, met(0, 0, 0), met(0, 0, 0)), Judgement::Advance(_)));
+        // One ran it only lately: it is watched for as long as the others.
+        let (a, b, first) = (canary("db-1"), canary("db-2"), met(1, 0, 0));
+        let lately = |s| Witnessed { watched: Some(Duration::from_secs(s)), ..met(1, 0, 0) };
+        let first = Witnessed { watched: Some(Duration::from_secs(15)), ..first };
+        let at = |s| judge(&begun(), Duration::from_secs(20), [(&a, &first), (&b, &lately(s))], []);
+        assert_eq!(at(9), Judgement::Watch);
+        assert!(matches!(at(10), Judgement::Advance(_)));
     }
 
     #[test]
-    fn whatever_goes_wrong_ends_it_at_once() {
-        let reason = aborted(judged(1, met(100, 2, 0), met(100, 0, 1)));
-        assert_eq!(reason, "of 200 connections of canaries 2 were refused and 1 failed");
+    fn whatever_goes_wrong_ends_it_at_once_whoever_meets_with_it() {
+        // A busy one does not hide a quiet one.
+        let reason = aborted(judged(1, met(100_000, 0, 0), met(100, 2, 1)));
+        assert_eq!(reason, "of 100 connections of default/db/db-2 2 were refused and 1 failed");
         let unfit = Witnessed { error: Some("shard trust is missing".into()), ..Witnessed::default() };
         let reason = aborted(judged(1, met(100, 0, 0), unfit));
         assert_eq!(reason, "default/db/db-2 could not apply it: shard trust is missing");
-        assert_eq!(aborted(judge(&begun(), Duration::ZERO, [])), "no canary is left");
+        assert_eq!(aborted(judge(&begun(), Duration::ZERO, [], [])), "no canary is left");
+        // What one met with that left meanwhile counts.
+        let (here, left) = (canary("db-1"), canary("db-2"));
+        let all_well = met(1, 0, 0);
+        let reason = aborted(judge(&begun(), Duration::ZERO, [(&here, &all_well)], [(&left, &met(1, 1, 0))]));
+        assert!(reason.contains("default/db/db-2"), "{reason}");
     }
 
     #[test]
-    fn who_never_says_that_it_runs_it_holds_it_up_and_then_ends_it() {
-        let silent = Witnessed::default();
-        assert_eq!(judged(19, met(1, 0, 0), silent.clone()), Judgement::Watch);
-        let reason = aborted(judged(20, met(1, 0, 0), silent));
-        assert_eq!(reason, "default/db/db-2 did not say in time that it runs it");
+    fn what_may_go_wrong_as_a_whole_never_ends_it() {
+        // Connections that lived before are cut: more of them than there were since.
+        let cut = Evidence { connections: 0, refused: 30, failed: 0 };
+        assert!(cut.exceeds(999_999) && !cut.exceeds(WHOLE_PPM));
+    }
+
+    #[test]
+    fn who_never_says_that_it_runs_it_or_how_holds_it_up_and_then_ends_it() {
+        for silent in [Witnessed::default(), Witnessed { evidence: None, ..met(0, 0, 0) }] {
+            assert_eq!(judged(19, met(1, 0, 0), silent.clone()), Judgement::Watch);
+            let reason = aborted(judged(20, met(1, 0, 0), silent));
+            assert_eq!(reason, "default/db/db-2 does not say that it runs it");
+        }
     }
 }

@@ -41,8 +41,8 @@ pub use published::{
     Announced, Patch, Published, PublishedClass, PublishedShard, ShardChange, ShardPatch, WantedSnapshot,
 };
 pub use store::{
-    Ack, ClassAck, Commit, LeaderStatus, Lease, LeaseSession, Propagation, PropagationRow, Serving,
-    SidecarStatus, Store, StoreError,
+    Ack, CanaryWord, ClassAck, Commit, LeaderStatus, Lease, LeaseSession, Propagation, PropagationRow,
+    Serving, SidecarStatus, Store, StoreError,
 };
 pub use verify::{Difference, RowsReport, VerifyRowsError, verify_rows};
 pub use view::{Role, View};

@@ -16,6 +16,7 @@ pub use acks::{Ack, ClassAck, Serving, SidecarStatus};
 pub(crate) use checkpoint::StoredCheckpoint;
 pub use lease::{Lease, LeaseSession};
 pub use propagation::{Propagation, PropagationRow};
+pub use rollout::CanaryWord;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgPool, Row};

@@ -78,6 +78,9 @@ pub fn decide(state: &RoutingState, batch: &[Command], now: Timestamp) -> Result
         }
         let guards = view.admit(command).map_err(refused)?;
         let events = view.decide_one(command, now).map_err(refused)?;
+        if !view.advances && !events.is_empty() && state.in_rollout(&scope) {
+            return Err(refused(Rejection::InRollout(scope.clone())));
+        }
         let guards = guards.into_iter().map(|scope| {
             let version = state.source(&scope).version;
             (scope, version)
@@ -189,9 +192,11 @@ impl<'a> BatchView<'a> {
                 rollout::check(current, plan)?;
                 let Plan { candidates, share_ppm, watch_ms, tolerance_ppm } = plan;
                 let mut changes = Vec::new();
-                for candidate in candidates {
+                for (index, candidate) in candidates.iter().enumerate() {
                     // As if everybody were given it now.
-                    if !self.decide_one(&candidate.command(), now)?.is_empty() {
+                    let decided = self.decide_one(&candidate.command(), now);
+                    let events = decided.map_err(|rejection| of_candidate(index, candidate, rejection))?;
+                    if !events.is_empty() {
                         changes.push(candidate.clone());
                     }
                 }
@@ -263,19 +268,22 @@ impl<'a> BatchView<'a> {
                     TrafficCommand::Put(_) => self.traffic_needs(scope)?,
                     TrafficCommand::Delete => BTreeSet::new(),
                 };
-                self.admit_policy(Scope::Traffic(scope.clone()), needs)
+                Ok(beside_rollout(needs))
             }
             Command::Security(scope, command) => {
                 let needs = match command {
                     SecurityCommand::Put(policy) => self.security_needs(scope, policy)?,
                     SecurityCommand::Delete => BTreeSet::new(),
                 };
-                self.admit_policy(Scope::Security(scope.clone()), needs)
+                Ok(beside_rollout(needs))
             }
             Command::Rollout(RolloutCommand::Begin(plan)) => {
                 let mut needs = BTreeSet::new();
-                for candidate in &plan.candidates {
-                    needs.append(&mut self.admit_candidate(candidate)?);
+                for (index, candidate) in plan.candidates.iter().enumerate() {
+                    let admitted = self.admit_candidate(candidate);
+                    needs.append(
+                        &mut admitted.map_err(|rejection| of_candidate(index, candidate, rejection))?,
+                    );
                 }
                 Ok(needs)
             }
@@ -288,15 +296,6 @@ impl<'a> BatchView<'a> {
                 Ok(BTreeSet::new())
             }
         }
-    }
-
-    /// What a policy rests on while it may be changed: no rollout has one for its scope.
-    fn admit_policy(&self, scope: Scope, mut needs: BTreeSet<Scope>) -> Result<BTreeSet<Scope>, Rejection> {
-        if !self.advances && self.state.in_rollout(&scope) {
-            return Err(Rejection::InRollout(scope));
-        }
-        needs.insert(Scope::Rollout);
-        Ok(needs)
     }
 
     fn admit_candidate(&self, candidate: &Candidate) -> Result<BTreeSet<Scope>, Rejection> {
@@ -411,6 +410,16 @@ impl<'a> BatchView<'a> {
     fn is_declared(&self, service: &ServiceName) -> bool {
         self.services.get(service).copied().unwrap_or_else(|| self.state.is_declared(service))
     }
+}
+
+/// What a policy rests on: that no rollout comes to have one for its scope meanwhile.
+fn beside_rollout(mut needs: BTreeSet<Scope>) -> BTreeSet<Scope> {
+    needs.insert(Scope::Rollout);
+    needs
+}
+
+fn of_candidate(index: usize, candidate: &Candidate, rejection: Rejection) -> Rejection {
+    Rejection::Candidate { index, scope: candidate.scope(), rejection: Box::new(rejection) }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "every arm of the caller ends with it, after a fallible decide")]

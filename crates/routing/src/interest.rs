@@ -30,7 +30,7 @@ impl InterestClass {
 
 impl fmt::Display for InterestClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ->{}", self.service, Listed(&self.upstreams, self.canary))
+        write!(f, "{} ->{}", self.service, Listed(self))
     }
 }
 
@@ -52,20 +52,21 @@ pub(crate) struct ListId([u8; 16]);
 
 impl ListId {
     pub(crate) fn of(class: &InterestClass) -> Self {
-        Self(digest(&Listed(&class.upstreams, class.canary)))
+        Self(digest(&Listed(class)))
     }
 }
 
-struct Listed<'a>(&'a Upstreams, bool);
+/// A class but for its service.
+struct Listed<'a>(&'a InterestClass);
 
 impl fmt::Display for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
+        match &self.0.upstreams {
             Upstreams::All => f.write_str(" *"),
             Upstreams::Only(services) => services.iter().try_for_each(|service| write!(f, " {service}")),
         }?;
         // No service is called so: their names have a slash.
-        if self.1 { f.write_str(" canary") } else { Ok(()) }
+        if self.0.canary { f.write_str(" canary") } else { Ok(()) }
     }
 }
 

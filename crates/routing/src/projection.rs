@@ -209,7 +209,7 @@ impl Projection {
                 self.assign(batch, instance, fact.position);
             }
             if let Some(rollout) = &touched.rollout {
-                batch.variants.extend(self.state.variants(rollout));
+                batch.variants.extend(RoutingState::variants(rollout));
                 for canary in &rollout.canaries {
                     self.assign(batch, canary, fact.position);
                 }
@@ -236,7 +236,7 @@ impl Projection {
         }
         for key in variants {
             changes.work.shards += usize::from(self.rebuild_variant(&key));
-            self.mark(&mut dirty, &key);
+            self.mark_canaries(&mut dirty, &key);
             changes.variants.insert(key);
         }
         self.rebuild_manifests(dirty, &mut changes);
@@ -270,7 +270,7 @@ impl Projection {
         let live: Vec<_> = fresh.state.live_instances().collect();
         let mut batch = Batch::default();
         if let Some((rollout, _)) = fresh.state.running_rollout() {
-            batch.variants = fresh.state.variants(rollout);
+            batch.variants = RoutingState::variants(rollout);
         }
         for instance in &live {
             fresh.assign(&mut batch, instance, since(instance));
@@ -358,6 +358,22 @@ impl Projection {
                 dirty.own.extend(self.of_service.get(service).into_iter().flatten());
             }
             ShardKey::Trust => dirty.own.extend(self.classes.keys()),
+        }
+    }
+
+    /// The same of canaries' alone.
+    fn mark_canaries(&self, dirty: &mut Dirty, key: &ShardKey) {
+        let is_canary = |id: &&ClassId| self.classes.get(id).is_some_and(|class| class.interest.canary);
+        match key {
+            ShardKey::Endpoints(service) => {
+                self.lists.naming(service).filter(|list| self.lists.is_canary(*list)).for_each(|list| {
+                    dirty.touch(list, key);
+                });
+            }
+            ShardKey::Inbound(service) => {
+                dirty.own.extend(self.of_service.get(service).into_iter().flatten().filter(is_canary));
+            }
+            ShardKey::Trust => {}
         }
     }
 

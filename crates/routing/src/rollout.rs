@@ -4,7 +4,8 @@ use crate::hash::Hash;
 use crate::shard::{PolicyLayer, ResolvedTraffic, ShardKey};
 use crate::state::RoutingState;
 use std::collections::BTreeSet;
-use weft_model::membership::MembershipState;
+use weft_model::health::Health;
+use weft_model::membership::{MembershipState, Upstreams};
 use weft_model::rollout::{CANARIES_MAX, Candidate, RolloutBegun, WHOLE_PPM};
 use weft_model::{InstanceId, Scope, ScopeVersion, SecurityScope, ServiceName, TrafficScope};
 
@@ -36,20 +37,24 @@ impl RoutingState {
 
     /// Whether canaries get a shard built otherwise than everybody.
     pub(crate) fn has_variant(&self, key: &ShardKey) -> bool {
-        self.candidates().any(|candidate| match (candidate, key) {
+        let Some((begun, _)) = self.running_rollout() else { return false };
+        begun.candidates.iter().any(|candidate| match (candidate, key) {
             (Candidate::Traffic { scope, .. }, ShardKey::Endpoints(service)) => scope.destination == *service,
-            (Candidate::Security { scope, .. }, ShardKey::Inbound(service)) => scope.covers(service),
+            (Candidate::Security { scope, .. }, ShardKey::Inbound(service)) => {
+                scope.covers(service) && begun.canaries.iter().any(|canary| canary.service == *service)
+            }
             (Candidate::Traffic { .. } | Candidate::Security { .. }, _) => false,
         })
     }
 
-    /// The shards of which canaries of a rollout get variants.
-    pub(crate) fn variants(&self, begun: &RolloutBegun) -> BTreeSet<ShardKey> {
+    /// The shards of which canaries of a rollout may get variants: of inbound policies only those of services with a canary.
+    pub(crate) fn variants(begun: &RolloutBegun) -> BTreeSet<ShardKey> {
         let keys = |candidate: &Candidate| -> Vec<ShardKey> {
             match candidate {
                 Candidate::Traffic { scope, .. } => vec![ShardKey::Endpoints(scope.destination.clone())],
                 Candidate::Security { scope, .. } => {
-                    let covered = self.services_ever().filter(|service| scope.covers(service));
+                    let services = begun.canaries.iter().map(|canary| &canary.service);
+                    let covered = services.filter(|service| scope.covers(service));
                     covered.cloned().map(ShardKey::Inbound).collect()
                 }
             }
@@ -62,18 +67,23 @@ impl RoutingState {
         self.running_rollout().into_iter().flat_map(|(begun, _)| &begun.candidates)
     }
 
+    /// What an audience tries instead of a scope's own policy, and since when.
+    fn tried(&self, audience: Audience, scope: &Scope) -> Option<(&Candidate, ScopeVersion)> {
+        if audience == Audience::Everybody {
+            return None;
+        }
+        let (begun, source) = self.running_rollout()?;
+        let candidate = begun.candidates.iter().find(|candidate| candidate.scope() == *scope)?;
+        Some((candidate, source))
+    }
+
     /// The traffic policy of a scope, as an audience gets it.
     pub(crate) fn traffic_for(&self, audience: Audience, scope: &TrafficScope) -> Option<ResolvedTraffic> {
         if audience == Audience::Canaries
-            && let Some((begun, source)) = self.running_rollout()
+            && let Some((Candidate::Traffic { policy, .. }, source)) =
+                self.tried(audience, &Scope::Traffic(scope.clone()))
         {
-            let candidate = begun.candidates.iter().find_map(|candidate| match candidate {
-                Candidate::Traffic { scope: of, policy } if of == scope => Some(policy),
-                Candidate::Traffic { .. } | Candidate::Security { .. } => None,
-            });
-            if let Some(policy) = candidate {
-                return policy.map(|policy| ResolvedTraffic { policy, source });
-            }
+            return policy.map(|policy| ResolvedTraffic { policy, source });
         }
         let entry = self.traffic_policy(scope)?;
         entry.state.map(|policy| ResolvedTraffic { policy, source: entry.source })
@@ -96,42 +106,42 @@ impl RoutingState {
     /// The security policy of a scope, as an audience gets it.
     pub(crate) fn security_for(&self, audience: Audience, scope: SecurityScope) -> Option<PolicyLayer> {
         if audience == Audience::Canaries
-            && let Some((begun, source)) = self.running_rollout()
+            && let Some((Candidate::Security { policy, .. }, source)) =
+                self.tried(audience, &Scope::Security(scope.clone()))
         {
-            let candidate = begun.candidates.iter().find_map(|candidate| match candidate {
-                Candidate::Security { scope: of, policy } if *of == scope => Some(policy),
-                Candidate::Traffic { .. } | Candidate::Security { .. } => None,
-            });
-            if let Some(policy) = candidate {
-                return policy.clone().map(|policy| PolicyLayer { scope, source, policy });
-            }
+            return policy.clone().map(|policy| PolicyLayer { scope, source, policy });
         }
         let entry = self.security_policy(&scope)?;
         let policy = entry.state.clone()?;
         Some(PolicyLayer { scope, source: entry.source, policy })
     }
 
-    /// The ready instances whose sidecars a policy concerns, by name: those that enforce it.
-    pub(crate) fn concerned(&self, candidate: &Candidate) -> Vec<InstanceId> {
-        let concerns = |instance: &InstanceId| {
-            let Some(MembershipState::Ready(registration)) =
-                self.membership(instance).map(|entry| &entry.state)
-            else {
-                return false;
-            };
-            match candidate {
-                Candidate::Traffic { scope: TrafficScope { source, destination }, .. } => {
-                    source.as_ref().is_none_or(|source| *source == instance.service)
-                        && registration.upstreams.contains(destination)
-                }
-                Candidate::Security { scope, .. } => scope.covers(&instance.service),
-            }
+    /// The ready instances whose sidecars a policy concerns: those that enforce it.
+    fn concerned(&self, candidate: &Candidate) -> Vec<InstanceId> {
+        let ready = |service: &ServiceName, may: &dyn Fn(&Upstreams) -> bool| -> Vec<InstanceId> {
+            let live = self.live_instances_of(service);
+            let ready = live.filter(|(_, entry, _)| matches!(entry.state, MembershipState::Ready(_)));
+            ready.filter(|(.., registration)| may(&registration.upstreams)).map(|(id, ..)| id).collect()
         };
-        self.live_instances().filter(concerns).collect()
+        match candidate {
+            Candidate::Traffic { scope: TrafficScope { source, destination }, .. } => {
+                let sources = self
+                    .live
+                    .keys()
+                    .filter(|service| source.as_ref().is_none_or(|source| source == *service));
+                sources
+                    .flat_map(|service| ready(service, &|upstreams| upstreams.contains(destination)))
+                    .collect()
+            }
+            Candidate::Security { scope, .. } => {
+                let covered = self.live.keys().filter(|service| scope.covers(service));
+                covered.flat_map(|service| ready(service, &|_| true)).collect()
+            }
+        }
     }
 
-    /// Who is to be a canary: of those that each policy concerns so large a share, at least one of them. Which ones looks random, and
-    /// is another choice for the next rollout.
+    /// Who is to be a canary: of those that each policy concerns so large a share, at least one of them, and rather healthy ones than
+    /// others, of which it is not known whether they are there. Which ones looks random, and is another choice for the next rollout.
     ///
     /// # Errors
     /// The scope of a policy that concerns nobody.
@@ -147,7 +157,10 @@ impl RoutingState {
             if concerned.is_empty() {
                 return Err(candidate.scope());
             }
-            concerned.sort_by_cached_key(|instance| Hash::of(format!("{salt} {instance}").as_bytes()));
+            concerned.sort_by_cached_key(|instance| {
+                let is_healthy = self.health_seen(instance) == Health::Healthy;
+                (!is_healthy, Hash::of(format!("{salt} {instance}").as_bytes()))
+            });
             concerned.truncate(share_of(concerned.len(), share_ppm).min(CANARIES_MAX / candidates.len()));
             canaries.extend(concerned);
         }

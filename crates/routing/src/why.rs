@@ -236,10 +236,10 @@ fn tried(
     let of =
         |service: &ServiceName| begun.canaries.iter().filter(|canary| canary.service == *service).count();
     let mut parts = Vec::new();
-    if steered {
+    if steered && of(source) > 0 {
         parts.push(format!("{} sidecar(s) of {source} try another traffic policy", of(source)));
     }
-    if let Some(inbound) = inbound {
+    if let Some(inbound) = inbound.filter(|_| of(destination) > 0) {
         let ruling = authorize(&inbound, source, port).ruling;
         let (action, by) = (ruling.action.as_str(), &ruling.by);
         parts.push(format!("{} sidecar(s) of {destination} try {action} by {by}", of(destination)));

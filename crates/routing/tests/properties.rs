@@ -585,7 +585,7 @@ fn command() -> impl Strategy<Value = Command> {
     let plan = (policies, 1..=WHOLE_PPM).prop_map(|(candidates, share_ppm)| Plan {
         candidates,
         share_ppm,
-        watch_ms: 1_000,
+        watch_ms: 5_000,
         tolerance_ppm: 0,
     });
     let evidence = Evidence { connections: 3, refused: 1, failed: 0 };

@@ -10,6 +10,8 @@ use weft_proto::v1;
 
 /// How often what changed is said.
 const SAY_EVERY: Duration = Duration::from_secs(1);
+/// How often it is said though nothing changed: whoever is silent may have broken down.
+const SAY_AGAIN_EVERY: Duration = Duration::from_secs(5);
 /// Swaps that are remembered: the notice that tells of a rollout comes before its snapshot, or with one of a few after it.
 const SWAPS_MAX: usize = 32;
 
@@ -18,7 +20,10 @@ const SWAPS_MAX: usize = 32;
 pub(crate) struct Canary {
     /// What was swapped in lately, with the totals then; oldest first.
     swaps: VecDeque<(ConfigVersion, Evidence)>,
+    /// The last rollout that a controller told of.
     watched: Option<Watched>,
+    /// Whether it still asks.
+    asked: bool,
 }
 
 #[derive(Debug)]
@@ -26,7 +31,7 @@ struct Watched {
     rollout: Position,
     /// The totals when it took effect; none before.
     from: Option<Evidence>,
-    said: Option<Evidence>,
+    said: Option<(Evidence, Instant)>,
     say_at: Instant,
 }
 
@@ -34,17 +39,18 @@ impl Canary {
     /// A controller says which rollout this sidecar is a canary of: 0, none.
     pub(crate) fn told(&mut self, rollout: u64, now: Instant) {
         let rollout = Position(rollout);
-        if rollout == Position::ZERO {
-            self.watched = None;
-        } else if self.watched.as_ref().is_none_or(|watched| watched.rollout != rollout) {
+        // A controller that is behind may not know of it yet: what was counted stays.
+        self.asked = rollout != Position::ZERO;
+        if self.asked && self.watched.as_ref().is_none_or(|watched| watched.rollout != rollout) {
             let since = self.swaps.iter().find(|(version, _)| version.position >= rollout);
             let from = since.map(|(_, totals)| *totals);
             self.watched = Some(Watched { rollout, from, said: None, say_at: now });
         }
     }
 
-    /// A snapshot took effect.
-    pub(crate) fn swapped(&mut self, version: ConfigVersion, totals: Evidence) {
+    /// A snapshot takes effect while so many connections live, which count as met with.
+    pub(crate) fn swapped(&mut self, version: ConfigVersion, totals: Evidence, live: u64) {
+        let totals = Evidence { connections: totals.connections.saturating_sub(live), ..totals };
         self.swaps.push_back((version, totals));
         if self.swaps.len() > SWAPS_MAX {
             self.swaps.pop_front();
@@ -66,22 +72,23 @@ impl Canary {
 
     /// When to look whether there is something to say; none if nobody asks.
     pub(crate) fn say_at(&self) -> Option<Instant> {
-        self.watched.as_ref().map(|watched| watched.say_at)
+        self.watched.as_ref().filter(|_| self.asked).map(|watched| watched.say_at)
     }
 
     /// Looks now. Whether there is something to say.
     pub(crate) fn has_news(&mut self, totals: Evidence, now: Instant) -> bool {
         let Some(watched) = &mut self.watched else { return false };
         watched.say_at = now + SAY_EVERY;
-        let met = watched.met(totals);
-        met.is_some() && met != watched.said
+        let Some(met) = watched.met(totals) else { return false };
+        watched.said.is_none_or(|(said, at)| said != met || now >= at + SAY_AGAIN_EVERY)
     }
 
     /// What goes with an acknowledgement.
-    pub(crate) fn evidence(&mut self, totals: Evidence) -> Option<v1::Evidence> {
-        let watched = self.watched.as_mut()?;
-        let Evidence { connections, refused, failed } = watched.met(totals)?;
-        watched.said = watched.met(totals);
+    pub(crate) fn evidence(&mut self, totals: Evidence, now: Instant) -> Option<v1::Evidence> {
+        let watched = self.watched.as_mut().filter(|_| self.asked)?;
+        let met = watched.met(totals)?;
+        watched.said = Some((met, now));
+        let Evidence { connections, refused, failed } = met;
         Some(v1::Evidence { rollout: watched.rollout.0, connections, refused, failed })
     }
 }
@@ -111,32 +118,41 @@ mod tests {
     }
 
     #[test]
-    fn what_counts_is_what_came_after_the_swap() {
+    fn what_counts_is_what_lived_at_the_swap_and_came_after() {
         let (mut canary, now) = (Canary::default(), Instant::now());
-        canary.swapped(version(3), totals(10, 0));
+        canary.swapped(version(3), totals(10, 0), 0);
         canary.told(5, now);
         assert_eq!(canary.say_at(), Some(now));
         assert!(!canary.has_news(totals(11, 0), now), "it does not run it yet");
-        assert_eq!(canary.evidence(totals(11, 0)), None);
-        canary.swapped(version(6), totals(12, 1));
-        canary.swapped(version(7), totals(14, 1));
+        assert_eq!(canary.evidence(totals(11, 0), now), None);
+        canary.swapped(version(6), totals(12, 1), 4);
+        canary.swapped(version(7), totals(14, 1), 4);
         assert!(canary.has_news(totals(15, 2), now));
-        let said = canary.evidence(totals(15, 2)).unwrap();
-        assert_eq!((said.rollout, said.connections, said.refused), (5, 3, 1));
-        assert!(!canary.has_news(totals(15, 2), now));
+        let said = canary.evidence(totals(15, 2), now).unwrap();
+        assert_eq!((said.rollout, said.connections, said.refused), (5, 7, 1));
         assert_eq!(canary.say_at(), Some(now + SAY_EVERY));
+        // The same is said again now and then, and to another controller at once.
+        assert!(!canary.has_news(totals(15, 2), now));
+        assert!(canary.has_news(totals(15, 2), now + SAY_AGAIN_EVERY));
         canary.greet(now);
-        assert!(canary.has_news(totals(15, 2), now), "another controller has not heard it");
+        assert!(canary.has_news(totals(15, 2), now));
+        // A controller that does not ask is told nothing; another one that does gets all of it.
         canary.told(0, now);
-        assert_eq!((canary.say_at(), canary.evidence(totals(16, 3))), (None, None));
+        assert_eq!((canary.say_at(), canary.evidence(totals(16, 3), now)), (None, None));
+        canary.told(5, now);
+        assert_eq!(
+            canary.evidence(totals(16, 3), now).map(|said| (said.connections, said.refused)),
+            Some((8, 2))
+        );
     }
 
     #[test]
     fn the_patch_may_come_before_the_word() {
         let (mut canary, now) = (Canary::default(), Instant::now());
-        canary.swapped(version(4), totals(1, 0));
-        canary.swapped(version(5), totals(2, 0));
+        canary.swapped(version(4), totals(1, 0), 0);
+        canary.swapped(version(5), totals(2, 0), 0);
         canary.told(5, now);
-        assert_eq!(canary.evidence(totals(4, 1)).map(|said| (said.connections, said.refused)), Some((2, 1)));
+        let said = canary.evidence(totals(4, 1), now).map(|said| (said.connections, said.refused));
+        assert_eq!(said, Some((2, 1)));
     }
 }

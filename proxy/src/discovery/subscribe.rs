@@ -87,7 +87,7 @@ impl Subscriber {
         let due = Due::new(Instant::now() + HEARTBEAT_DEFAULT * MISSED_MAX);
         if let Some(snapshot) = self.shared.snapshot() {
             // From the disk: what is met with counts from the beginning.
-            self.canary.swapped(snapshot.version, Evidence::default());
+            self.canary.swapped(snapshot.version, Evidence::default(), 0);
         }
         let staleness = watch_staleness(due.subscribe(), Arc::clone(&self.status));
         let follow = async {
@@ -186,10 +186,8 @@ impl Subscriber {
                 }
                 () = at(self.canary.say_at()) => {
                     let totals = self.shared.tally.totals();
-                    // An acknowledgement that waits for its moment takes it along.
-                    if self.canary.has_news(totals, Instant::now()) && session.ack_at().is_none() {
-                        let current = self.shared.snapshot();
-                        self.acknowledge(&mut discovery, &mut session, current.as_deref(), Duration::ZERO, String::new()).await?;
+                    if self.canary.has_news(totals, Instant::now()) {
+                        self.testify(&mut discovery).await?;
                     }
                     continue;
                 }
@@ -302,6 +300,19 @@ impl Subscriber {
         }
     }
 
+    fn evidence(&mut self) -> Option<v1::Evidence> {
+        self.canary.evidence(self.shared.tally.totals(), Instant::now())
+    }
+
+    /// Says what this canary met with, and nothing else.
+    async fn testify(&mut self, discovery: &mut DiscoveryClient<Channel>) -> Result<(), SessionError> {
+        let applied = self.shared.snapshot().map(|snapshot| take::header(&snapshot));
+        let evidence = self.evidence();
+        let ack = v1::AckRequest { applied, evidence, evidence_only: true, ..v1::AckRequest::default() };
+        answer(discovery.ack(ack)).await?;
+        Ok(())
+    }
+
     /// Says what is in force, and what it met with if this sidecar is a canary.
     async fn acknowledge(
         &mut self,
@@ -312,8 +323,7 @@ impl Subscriber {
         error: String,
     ) -> Result<(), SessionError> {
         let ack = session.acknowledge(applied, took, error, Instant::now());
-        let evidence = self.canary.evidence(self.shared.tally.totals());
-        answer(discovery.ack(v1::AckRequest { evidence, ..ack })).await?;
+        answer(discovery.ack(v1::AckRequest { evidence: self.evidence(), ..ack })).await?;
         Ok(())
     }
 
@@ -373,7 +383,8 @@ impl Subscriber {
         let kept = taken.kept(answer);
         let snapshot = Arc::clone(kept.snapshot());
         // Before, so that what it cuts counts.
-        self.canary.swapped(snapshot.version, self.shared.tally.totals());
+        let (totals, live) = (self.shared.tally.totals(), self.shared.tally.live());
+        self.canary.swapped(snapshot.version, totals, live);
         let cut = self.shared.install(Arc::clone(&snapshot));
         let (swapped_at, took) = (Instant::now(), since.elapsed());
         metrics::config("applied", snapshot.version);

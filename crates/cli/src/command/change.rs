@@ -30,7 +30,7 @@ pub(crate) struct ChangeArgs {
     /// rollout ended
     #[arg(long, conflicts_with = "dry_run")]
     wait: bool,
-    /// Longest to wait
+    /// Longest to wait; with --canary, in addition to what watching takes
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, requires = "wait")]
     timeout: Duration,
     #[command(flatten)]
@@ -103,16 +103,15 @@ pub(crate) async fn run(
     let acknowledged = Instant::now();
 
     let version = response.version.unwrap_or_default();
-    if let Some(outcome) = response.outcomes.first().filter(|_| request.canary.is_some()) {
-        return match (outcome.changed, args.dry_run) {
-            (true, false) => {
-                let wait = args.wait.then_some(args.timeout);
-                rollout::follow(&mut client, version.position, wait, args.output.format).await
-            }
-            (true, true) => print("dry run: nothing was changed; a rollout would begin\n").map(|()| Exit::Ok),
-            (false, _) => print("unchanged: everybody has these policies already\n").map(|()| Exit::Ok),
-        };
+    if let Some(outcome) = response.outcomes.first().filter(|it| request.canary.is_some() && it.changed)
+        && !args.dry_run
+    {
+        let wait = args.wait.then_some(args.timeout);
+        return rollout::follow(&client, outcome.version, wait, args.output.format).await;
     }
+    // What is tried is one change: of the rollout.
+    let rollout = [Wanted { label: "Rollout".to_owned(), change: v1::Change::default(), resource: None }];
+    let wanted = if request.canary.is_some() { &rollout[..] } else { &wanted[..] };
     let changes = wanted.iter().zip(&response.outcomes).map(|(wanted, outcome)| Changed {
         resource: wanted.label.clone(),
         scope: outcome.scope.clone(),
@@ -154,6 +153,7 @@ fn explain(error: CallError, wanted: &[Wanted<'_>]) -> Failure {
             );
             Failure::new(Exit::Conflict, what).next(next)
         }
+        CallError::Rejected { change: None, message, .. } => Failure::fault(message.clone()),
         CallError::Rejected { change, field, message, .. } => Failure::fault(place(*change, field, message))
             .next("mend it and apply again; nothing was changed"),
         CallError::Invalid { change, message } => {

@@ -1,7 +1,7 @@
 //! `weft rollout`: what canaries try, and how to end it by hand. Also what `apply --canary` needs: its options, and waiting for the
 //! end.
 
-use crate::command::{answer, short_actor};
+use crate::command::short_actor;
 use crate::context::ContextArgs;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::output::table::Table;
@@ -18,6 +18,8 @@ use weft_proto::v1::mesh_client::MeshClient;
 
 /// How often a rollout is looked at while somebody waits for its end.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How long a controller may take to know of a rollout that another one began.
+const BEHIND_MAX: Duration = Duration::from_secs(10);
 
 /// Options of a change that some sidecars get first.
 #[derive(Debug, clap::Args)]
@@ -26,10 +28,10 @@ pub(crate) struct CanaryArgs {
     /// there
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     canary: Option<u32>,
-    /// For how long canaries are watched
+    /// For how long canaries are watched, once all of them run it
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = super::change::duration, requires = "canary")]
     watch: Duration,
-    /// Take it back if more of the canaries' connections than this are refused or fail
+    /// Take it back if more of a canary's connections than this are refused or fail
     #[arg(long, value_name = "PERCENT", default_value = "1%", value_parser = percent, requires = "canary")]
     tolerance: u32,
 }
@@ -81,70 +83,81 @@ struct EndArgs {
 }
 
 pub(crate) async fn run(args: Args, context: &ContextArgs) -> Outcome<Exit> {
-    let mut client = context.load()?.client()?;
-    match args.action {
-        None => {}
-        Some(Action::Advance(EndArgs { reason })) => {
-            let request = v1::EndRolloutRequest { meta: Some(command(reason)) };
-            retry(|| {
-                let (mut client, request) = (client.clone(), request.clone());
-                async move { client.advance_rollout(request).await }
-            })
-            .await?;
-        }
-        Some(Action::Abort(EndArgs { reason })) => {
-            let request = v1::EndRolloutRequest { meta: Some(command(reason)) };
-            retry(|| {
-                let (mut client, request) = (client.clone(), request.clone());
-                async move { client.abort_rollout(request).await }
-            })
-            .await?;
-        }
+    let client = context.load()?.client()?;
+    let rollout = look(&client).await?;
+    let Some(action) = args.action else {
+        show(&rollout, args.output.format)?;
+        return Ok(Exit::Ok);
+    };
+    if rollout.state != "running" {
+        return Err(
+            Failure::fault("no rollout is running").next("see how the last one ended with `weft rollout`")
+        );
     }
-    show(&look(&mut client).await?, args.output.format)?;
+    // Whatever began meanwhile is not what was looked at.
+    let end = |reason| v1::EndRolloutRequest { meta: Some(command(reason)), position: rollout.position };
+    let (advance, request) = match action {
+        Action::Advance(EndArgs { reason }) => (true, end(reason)),
+        Action::Abort(EndArgs { reason }) => (false, end(reason)),
+    };
+    let ended = retry(|| {
+        let (mut client, request) = (client.clone(), request.clone());
+        async move {
+            if advance { client.advance_rollout(request).await } else { client.abort_rollout(request).await }
+        }
+    });
+    ended.await?;
+    show(&look(&client).await?, args.output.format)?;
     Ok(Exit::Ok)
 }
 
-async fn look(client: &mut MeshClient<Channel>) -> Outcome<Rollout> {
-    Ok(Rollout::of(answer(client.get_rollout(v1::GetRolloutRequest {}).await)?))
+async fn look(client: &MeshClient<Channel>) -> Outcome<Rollout> {
+    let response = retry(|| {
+        let mut client = client.clone();
+        async move { client.get_rollout(v1::GetRolloutRequest {}).await }
+    });
+    Ok(Rollout::of(response.await?))
 }
 
-/// Shows the rollout that began at `position`; waits for its end if that is wanted, and tells how it went on.
+/// Shows the rollout that began with this version of its scope; waits for its end if that is wanted, and tells how it goes on.
 pub(crate) async fn follow(
-    client: &mut MeshClient<Channel>,
-    position: u64,
+    client: &MeshClient<Channel>,
+    version: u64,
     wait: Option<Duration>,
     format: Format,
 ) -> Outcome<Exit> {
     let begun = Instant::now();
     let mut said = String::new();
-    let rollout = loop {
+    loop {
         let rollout = look(client).await?;
-        let Some(wait) = wait else { break rollout };
-        if rollout.state != "running" || rollout.position != position {
-            break rollout;
+        // A controller that is behind knows of an earlier one only; it has this one soon.
+        if rollout.version > version + 1 {
+            let what = "the rollout ended, and another one began";
+            return Err(Failure::new(Exit::CheckFailed, what).next("see how with `weft log --scope rollout`"));
         }
-        // Canaries that do not say that they run it are waited for once more.
-        let limit = 2 * Duration::from_millis(rollout.watch_ms.into()) + wait;
+        if rollout.version == version + 1 || rollout.version == version && wait.is_none() {
+            show(&rollout, format)?;
+            return Ok(if rollout.state == "aborted" { Exit::CheckFailed } else { Exit::Ok });
+        }
+        // Canaries that do not say that they run it are waited for twice as long, and then watched.
+        let limit = 3 * Duration::from_millis(rollout.watch_ms.into()) + wait.unwrap_or(BEHIND_MAX);
         if begun.elapsed() > limit {
-            let what =
-                format!("the rollout that began at {position} has not ended after {} s", limit.as_secs());
+            let what = format!("the rollout has not ended after {} s", limit.as_secs());
             return Err(Failure::new(Exit::CheckFailed, what).next("look at it with `weft rollout`"));
         }
         let progress = rollout.progress();
-        if progress != said {
+        if rollout.version == version && progress != said {
             eprintln!("{progress}");
             said = progress;
         }
         sleep(LOOK_EVERY).await;
-    };
-    show(&rollout, format)?;
-    Ok(if rollout.state == "aborted" { Exit::CheckFailed } else { Exit::Ok })
+    }
 }
 
 #[derive(Debug, Serialize)]
 struct Rollout {
     state: String,
+    version: u64,
     summary: String,
     position: u64,
     at: String,
@@ -163,6 +176,7 @@ struct Rollout {
 struct Canary {
     instance: String,
     applied: bool,
+    watched_ms: u64,
     #[serde(skip_serializing_if = "String::is_empty")]
     error: String,
     connections: u64,
@@ -178,11 +192,13 @@ const fn is_zero(number: &u32) -> bool {
 impl Rollout {
     fn of(response: v1::GetRolloutResponse) -> Self {
         let canary = |canary: v1::CanaryStatus| {
-            let v1::CanaryStatus { instance, applied, error, connections, refused, failed } = canary;
-            Canary { instance, applied, error, connections, refused, failed }
+            let v1::CanaryStatus { instance, applied, error, watched_ms, connections, refused, failed } =
+                canary;
+            Canary { instance, applied, watched_ms, error, connections, refused, failed }
         };
         Self {
             state: response.state,
+            version: response.version,
             summary: response.summary,
             position: response.position,
             at: time::point(response.at_ms),
@@ -229,7 +245,7 @@ fn text(rollout: &Rollout) -> String {
     let mut table = Table::new(&["CANARY", "RUNS IT", "CONNECTIONS", "REFUSED", "FAILED"]);
     for canary in &rollout.canaries {
         let runs = match (canary.applied, canary.error.as_str()) {
-            (true, _) => "yes".to_owned(),
+            (true, _) => format!("for {}", time::span(Duration::from_millis(canary.watched_ms))),
             (false, "") => "not yet".to_owned(),
             (false, error) => format!("no: {error}"),
         };
@@ -267,6 +283,7 @@ mod tests {
                 v1::CanaryStatus {
                     instance: "default/db/db-1".into(),
                     applied: true,
+                    watched_ms: 7_400,
                     connections: 12,
                     refused: 1,
                     ..v1::CanaryStatus::default()
@@ -281,7 +298,7 @@ mod tests {
             since 1970-01-01T00:00:01Z by admin/alice: `weft log 42`\n\
             \n\
             CANARY            RUNS IT   CONNECTIONS   REFUSED   FAILED\n\
-            default/db/db-1   yes       12            1         0\n\
+            default/db/db-1   for 7s    12            1         0\n\
             default/db/db-2   not yet   0             0         0\n";
         assert_eq!(text(&rollout), expected);
         response.state.clear();

@@ -4,6 +4,7 @@ use crate::support::{
     LIMIT, TestMesh, allow_from, apply_request, declare, deny_all, discovery, register, wait_until,
 };
 use std::time::Duration;
+use tokio::time::Instant;
 use tonic::Code;
 use tonic::transport::Channel;
 use weft_client::{CallError, command};
@@ -26,7 +27,7 @@ async fn mesh_of(instances: usize) -> TestMesh {
 }
 
 fn rollout(changes: Vec<Wire>, share_ppm: u32) -> pb::ApplyRequest {
-    let canary = pb::Canary { share_ppm, watch_ms: 10_000, tolerance_ppm: 10_000 };
+    let canary = pb::Canary { share_ppm, watch_ms: 5_000, tolerance_ppm: 10_000 };
     pb::ApplyRequest { canary: Some(canary), ..apply_request(changes) }
 }
 
@@ -84,17 +85,23 @@ async fn what_canaries_meet_no_harm_with_is_given_to_everybody() {
         let refused = mesh.admin().apply(request).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     }
+    // But whatever else is asked for is done, also beside a policy that stays as it is.
+    mesh.apply(vec![deny_all("default/web")]).await;
 
-    // Time alone is not enough: every canary has to run it.
-    mesh.advance(Duration::from_secs(11));
-    for (number, canary) in canaries.iter().enumerate() {
-        assert_eq!(look(&mesh).await.state, "running");
-        let met = pb::Evidence { rollout: running.position, connections: 100, refused: 1, failed: 0 };
-        let met = (number == 0).then_some(met);
-        applies(mesh.sidecar(canary), met).await;
+    // Every canary has to run it, and to say how it goes, for as long as they are watched.
+    let met =
+        |connections, refused| pb::Evidence { rollout: running.position, connections, refused, failed: 0 };
+    for canary in &canaries {
+        applies(mesh.sidecar(canary), None).await;
     }
+    wait_until("both to run it", LIMIT, async || look(&mesh).await.canaries.iter().all(|it| it.applied))
+        .await;
+    let applied_at = Instant::now();
+    applies(mesh.sidecar(&canaries[0]), Some(met(100, 1))).await;
+    applies(mesh.sidecar(&canaries[1]), Some(met(50, 0))).await;
     let advanced = ended(&mesh, "advanced").await;
-    assert_eq!(advanced.summary, "everybody has it, after 100 connections of canaries, 1 refused, 0 failed");
+    assert!(applied_at.elapsed() > Duration::from_secs(4), "they were hardly watched");
+    assert_eq!(advanced.summary, "everybody has it, after 150 connections of canaries, 1 refused, 0 failed");
     mesh.projected().await;
     for name in &all {
         assert_eq!(wanted(&mesh, name).await, wanted(&mesh, other).await);
@@ -134,7 +141,8 @@ async fn what_goes_wrong_is_taken_back_whoever_hears_of_it() {
     assert_eq!(look(&mesh).await.state, "running");
     applies(there(), Some(met(running.position, 1))).await;
     let aborted = ended(&mesh, "aborted").await;
-    assert!(aborted.summary.contains("of 3 connections of canaries 1 were refused"), "{aborted:?}");
+    let why = format!("of 3 connections of {} 1 were refused", canary.instance);
+    assert!(aborted.summary.contains(&why), "{aborted:?}");
 
     // Nothing ever happened to the scope, and the canary goes back to what everybody runs, by a newer version.
     mesh.projected().await;
@@ -159,7 +167,10 @@ async fn a_canary_that_refuses_ends_it_and_so_does_an_operator() {
     );
 
     mesh.admin().apply(rollout(vec![deny_all(SCOPE)], 1_000_000)).await.unwrap();
-    let end = || pb::EndRolloutRequest { meta: Some(command("it was a mistake")) };
+    let end = || pb::EndRolloutRequest { meta: Some(command("it was a mistake")), position: 0 };
+    // Another one than was meant is not ended.
+    let stale = pb::EndRolloutRequest { position: aborted.position, ..end() };
+    assert_eq!(mesh.admin().advance_rollout(stale).await.unwrap_err().code(), Code::FailedPrecondition);
     mesh.admin().abort_rollout(end()).await.unwrap();
     let aborted = look(&mesh).await;
     assert!(aborted.summary.ends_with(": it was a mistake") && aborted.by.ends_with("/admin"), "{aborted:?}");
@@ -176,9 +187,10 @@ async fn what_cannot_be_tried_is_refused_and_nothing_begins() {
     let mesh = mesh_of(1).await;
     let mut stale = rollout(vec![deny_all(SCOPE)], 1_000_000);
     stale.changes[0].expected = Some(pb::Expected { expected: Some(pb::expected::Expected::Version(7)) });
+    stale.changes.insert(0, pb::Change { expected: None, change: Some(deny_all("default/web")) });
     let refused = CallError::from(mesh.admin().apply(stale).await.unwrap_err());
     assert!(
-        matches!(&refused, CallError::Conflict { scope, .. } if scope == "security/default/db"),
+        matches!(&refused, CallError::Conflict { change: Some(1), scope, .. } if scope == "security/default/db"),
         "{refused:?}"
     );
     for (request, why) in [

@@ -98,6 +98,11 @@ impl Lists {
         self.naming.get(service).into_iter().flatten().chain(&self.wildcards).copied()
     }
 
+    /// Whether canaries have the list.
+    pub(super) fn is_canary(&self, id: ListId) -> bool {
+        self.all.get(&id).is_some_and(|list| list.canary)
+    }
+
     pub(super) fn classes(&self, id: ListId) -> impl Iterator<Item = ClassId> {
         self.all.get(&id).into_iter().flat_map(|list| &list.classes).copied()
     }
