@@ -13,6 +13,7 @@ use weft_identity::spiffe::{Role, SpiffeId, Subject};
 use weft_model::{InstanceId, Timestamp};
 
 use crate::Clock;
+use crate::outlet::Outlet;
 use crate::status::ApiError;
 
 /// What somebody is told whose leaf ended while it was connected.
@@ -32,6 +33,8 @@ pub struct Peer {
     pub binding: Binding,
     /// Who else is on the connection.
     pub introduced: Introduced,
+    /// Whether it takes what is written to it.
+    pub outlet: Outlet,
 }
 
 /// Who was introduced on a connection, in this order. Clones are of the same connection.
@@ -234,7 +237,8 @@ mod tests {
 
     fn peer(address: &str) -> Peer {
         let (binding, introduced) = (Binding::default(), Introduced::default());
-        Peer { address: address.parse().unwrap(), identity: None, binding, introduced }
+        let outlet = Outlet::default();
+        Peer { address: address.parse().unwrap(), identity: None, binding, introduced, outlet }
     }
 
     fn identity(instance: usize, serial: &str) -> PeerIdentity {

@@ -1,6 +1,7 @@
 //! The Discovery service: notices, pulls, acknowledgements.
 //!
-//! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped; what it is
+//! A subscriber has no queue: its stream watches its class's newest publication, and whatever came between is skipped. It is told
+//! nothing while its connection does not take what it was told before ([`outlet`](crate::outlet)). What it is
 //! told and when is decided in [`telling`](crate::telling), and what a pull brings in [`pull`](crate::pull). Nothing
 //! is handed out that a projector has not committed: wanted versions and shards come from [`View::published`](weft_projector::View::published).
 //!
@@ -23,8 +24,9 @@ use weft_routing::Hash;
 
 use crate::Context;
 use crate::acks::{Acks, Connected, Said};
-use crate::caller::Caller;
+use crate::caller::{Caller, Peer};
 use crate::convert;
+use crate::outlet::Outlet;
 use crate::pull;
 use crate::rollouts::Word;
 use crate::status::ApiError;
@@ -128,6 +130,7 @@ struct Subscription {
     /// Of the caller's class; of everything, until the caller takes part.
     feed: watch::Receiver<ConfigVersion>,
     telling: Telling,
+    outlet: Outlet,
     drain: CancellationToken,
     /// Whether this controller is shutting down, and `ends` is this stream's turn.
     leaving: bool,
@@ -140,6 +143,13 @@ impl Subscription {
     /// Waits until there is something to say. None when the stream is to end.
     async fn next(&mut self) -> Option<pb::Notice> {
         loop {
+            // A reader that does not keep up misses what comes between, heartbeats too, and nothing piles up for it.
+            tokio::select! {
+                biased;
+                () = self.outlet.open() => {}
+                () = self.drain.cancelled() => return None,
+                () = sleep_until(self.ends) => return None,
+            }
             // Before it is looked at: what comes meanwhile is looked at again.
             self.feed.mark_unchanged();
             let (news, feed) = self.view.published(|published| {
@@ -190,6 +200,7 @@ impl discovery_server::Discovery for Discovery {
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let caller = self.caller(&request)?;
         let instance = caller.sidecar()?;
+        let outlet = request.extensions().get::<Peer>().map(|peer| peer.outlet.clone());
         let pb::SubscribeRequest { have, witness } = request.into_inner();
         let have = convert::header("have", have)?;
         self.context.witnesses.check(&witness, &format!("sidecar {instance}")).await?;
@@ -206,6 +217,7 @@ impl discovery_server::Discovery for Discovery {
             witnesses: Arc::clone(&self.context.witnesses),
             acks: Arc::clone(&self.context.acks),
             telling: Telling::new(instance.clone(), have, Instant::now()),
+            outlet: outlet.unwrap_or_default(),
             drain: self.context.drain.clone(),
             leaving: false,
             ends: caller.ends((self.context.clock)()),

@@ -23,6 +23,7 @@ pub mod identity;
 mod joins;
 mod log;
 pub mod mesh;
+pub mod outlet;
 mod past;
 pub mod pull;
 mod reads;

@@ -49,10 +49,21 @@ const UNSEEN_MAX: Duration = Duration::from_secs(4);
 #[must_use]
 pub fn channel(controllers: Vec<ControllerAddress>, tls: impl Into<Tls>) -> Channel {
     let connector = Arc::new(Connector::new(controllers, tls.into()));
-    endpoint().connect_with_connector_lazy(service_fn(move |_| {
+    endpoint(Way::default()).connect_with_connector_lazy(service_fn(move |_| {
         let connector = Arc::clone(&connector);
-        async move { connector.connect(None, |stream| stream).await.map(TokioIo::new) }
+        async move { connector.connect(Way::default(), |stream| stream).await.map(TokioIo::new) }
     }))
+}
+
+/// What is special about the connections of a program that plays many machines, or bad ones. Whatever is, IPv4 is used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Way {
+    /// The address of this machine that they come from.
+    pub from: Option<Ipv4Addr>,
+    /// How much may have come and not be read, in bytes; the system rounds it up.
+    pub receive_buffer_bytes: Option<u32>,
+    /// They stay when the controller does not answer for long, or when its answers are not read.
+    pub is_patient: bool,
 }
 
 /// How a caller shows who it is.
@@ -77,8 +88,12 @@ impl From<ResumingClient> for Tls {
 }
 
 /// How a connection is kept. The authority is never looked up: the connector knows where the controllers are.
-pub(crate) fn endpoint() -> Endpoint {
-    Endpoint::from_static("http://controller.weft")
+pub(crate) fn endpoint(way: Way) -> Endpoint {
+    let endpoint = Endpoint::from_static("http://controller.weft");
+    if way.is_patient {
+        return endpoint;
+    }
+    endpoint
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
@@ -95,11 +110,10 @@ impl Connector {
         Self { controllers, tls, last_good: AtomicUsize::new(0) }
     }
 
-    /// A connection to the first controller that answers, from an address of this machine if one is given, whose bytes go through what
-    /// `through` makes of it.
+    /// A connection to the first controller that answers, whose bytes go through what `through` makes of it.
     pub(crate) async fn connect<S>(
         &self,
-        from: Option<Ipv4Addr>,
+        way: Way,
         through: impl Fn(TcpStream) -> S,
     ) -> io::Result<TlsStream<S>>
     where
@@ -113,7 +127,7 @@ impl Connector {
             let is_last = step + 1 == self.controllers.len();
             let patience = if is_last { LAST_HANDSHAKE_TIMEOUT } else { HANDSHAKE_TIMEOUT };
             let connected = async {
-                let stream = through(reach(address, from).await?);
+                let stream = through(reach(address, way).await?);
                 in_time(patience, self.shake_hands(address, stream)).await
             };
             match connected.await {
@@ -147,10 +161,11 @@ impl Connector {
     }
 }
 
-async fn reach(address: &ControllerAddress, from: Option<Ipv4Addr>) -> io::Result<TcpStream> {
-    let stream = match from {
-        Some(from) => in_time(ACCEPT_TIMEOUT, connect_from(from, address)).await?,
-        None => in_time(ACCEPT_TIMEOUT, TcpStream::connect(address.socket())).await?,
+async fn reach(address: &ControllerAddress, way: Way) -> io::Result<TcpStream> {
+    let stream = if way.from.is_some() || way.receive_buffer_bytes.is_some() {
+        in_time(ACCEPT_TIMEOUT, connect_by(way, address)).await?
+    } else {
+        in_time(ACCEPT_TIMEOUT, TcpStream::connect(address.socket())).await?
     };
     stream.set_nodelay(true)?;
     let socket = SockRef::from(&stream);
@@ -160,12 +175,16 @@ async fn reach(address: &ControllerAddress, from: Option<Ipv4Addr>) -> io::Resul
     Ok(stream)
 }
 
-/// To the host's first address that can be reached from that one.
-async fn connect_from(from: Ipv4Addr, address: &ControllerAddress) -> io::Result<TcpStream> {
+async fn connect_by(way: Way, address: &ControllerAddress) -> io::Result<TcpStream> {
     let to = lookup_host(address.socket()).await?.find(SocketAddr::is_ipv4);
     let to = to.ok_or_else(|| io::Error::new(io::ErrorKind::AddrNotAvailable, "no IPv4 address"))?;
     let socket = TcpSocket::new_v4()?;
-    socket.bind((from, 0).into())?;
+    if let Some(bytes) = way.receive_buffer_bytes {
+        socket.set_recv_buffer_size(bytes)?;
+    }
+    if let Some(from) = way.from {
+        socket.bind((from, 0).into())?;
+    }
     socket.connect(to).await
 }
 

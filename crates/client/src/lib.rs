@@ -24,7 +24,7 @@ pub mod take;
 
 pub use address::{AddressError, ControllerAddress};
 pub use backoff::Backoff;
-pub use channel::{ALPN, Tls, channel};
+pub use channel::{ALPN, Tls, Way, channel};
 pub use error::CallError;
 pub use relay::{Introduced, Relay, SpeakAs};
 pub use retry::{command, retry};

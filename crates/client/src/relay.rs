@@ -3,11 +3,10 @@
 //! they came on a connection of their own. So a relay sees nothing and does nothing that its sidecars did not ask for.
 
 use crate::address::ControllerAddress;
-use crate::channel::{Connector, Tls, endpoint};
+use crate::channel::{Connector, Tls, Way, endpoint};
 use crate::error::CallError;
 use hyper_util::rt::TokioIo;
 use std::io;
-use std::net::Ipv4Addr;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -56,25 +55,24 @@ impl Relay {
         controllers: Vec<ControllerAddress>,
         tls: impl Into<Tls>,
     ) -> Result<Self, CallError> {
-        Self::connect_through(controllers, tls, None, |stream| stream).await
+        Self::connect_through(controllers, tls, Way::default(), |stream| stream).await
     }
 
-    /// As [`connect`](Self::connect), from an address of this machine if one is given, and with the connection's bytes going through what
-    /// `through` makes of it: for one that plays many machines, or bad ones.
+    /// As [`connect`](Self::connect), in a way of its own, and with the connection's bytes going through what `through` makes of it.
     ///
     /// # Errors
     /// As there.
     pub async fn connect_through<S>(
         controllers: Vec<ControllerAddress>,
         tls: impl Into<Tls>,
-        from: Option<Ipv4Addr>,
+        way: Way,
         through: impl Fn(TcpStream) -> S,
     ) -> Result<Self, CallError>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let unreachable = |error: &dyn std::fmt::Display| CallError::Unreachable(error.to_string());
-        let connected = Connector::new(controllers, tls.into()).connect(from, through).await;
+        let connected = Connector::new(controllers, tls.into()).connect(way, through).await;
         let stream = connected.map_err(|error| unreachable(&error))?;
         let binding = introduction::binding(stream.get_ref().1).map_err(|error| unreachable(&error))?;
         let mut stream = Some(TokioIo::new(stream));
@@ -82,7 +80,7 @@ impl Relay {
             let stream = stream.take();
             async { stream.ok_or_else(|| io::Error::other("the relay's connection ended")) }
         });
-        let endpoint = endpoint().initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        let endpoint = endpoint(way).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let channel = endpoint.connect_with_connector(once).await;
         Ok(Self { channel: channel.map_err(|error| unreachable(&error))?, binding })
     }

@@ -5,6 +5,9 @@
 //! would drop what its queue does not hold, and those would come again a second later. No work is done for whoever hung up
 //! meanwhile. A finished connection carries its [`Peer`](weft_api::caller::Peer), which tonic puts beside every request on it.
 //!
+//! Nobody is kept who takes nothing: what a connection may leave unread is bounded in bytes and in time, and while it is full,
+//! streams on it are told nothing ([`Outlet`]).
+//!
 //! Connections are bounded, too; whose turn comes when all places are taken is cut off, so that it turns to another
 //! controller. Those that wait have no place yet: a fleet that comes back finds its old ones still taken. Those without a
 //! certificate are for joining and for health checks, a call or two each: they get a small part of the places, each network
@@ -13,6 +16,7 @@
 mod places;
 
 use futures_util::FutureExt as _;
+use socket2::SockRef;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -31,6 +35,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use weft_api::caller::{Introduced, Peer};
+use weft_api::outlet::Outlet;
 use weft_identity::introduction::binding;
 use weft_identity::tls::{HandshakeFault, ResumingServer};
 
@@ -49,6 +54,12 @@ const READY_MAX: usize = 64;
 const STRANGER_AGE_MAX: Duration = Duration::from_secs(30);
 /// Connections that the kernel has made and that wait to be accepted; the most that Linux takes unless told otherwise.
 const BACKLOG: u32 = 4_096;
+/// What the system keeps of what was written and not yet sent on a connection, about; two of the largest TLS records. More would only make
+/// notices later.
+const UNSENT_MAX: u32 = 32 << 10;
+/// How long a peer may leave all of that unread, or its network unacknowledged, until it is cut off. Not sooner than a keepalive cuts off
+/// who does not answer: to greet somebody again costs more than to keep it.
+const UNREAD_MAX: Duration = Duration::from_secs(20);
 /// Pause after the system refused to accept, for want of file descriptors as a rule.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
@@ -135,6 +146,13 @@ async fn accept(socket: TcpListener, tls: ResumingServer, ready: mpsc::Sender<io
     }
 }
 
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    socket.set_tcp_notsent_lowat(UNSENT_MAX)?;
+    socket.set_tcp_user_timeout(Some(UNREAD_MAX))
+}
+
 /// Whether whoever waited so long has gone.
 fn has_hung_up(stream: &TcpStream) -> bool {
     let readable = stream.ready(Interest::READABLE).now_or_never();
@@ -155,7 +173,7 @@ async fn handshake(
         count(reason);
         None
     };
-    if stream.set_nodelay(true).is_err() {
+    if prepare(&stream).is_err() {
         return refused("io");
     }
     let acceptor = TlsAcceptor::from(Arc::clone(tls.config()));
@@ -177,7 +195,13 @@ async fn handshake(
     };
     let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
     let Ok(binding) = binding(session) else { return refused("protocol") };
-    let peer = Peer { address, identity: identity.map(Arc::new), binding, introduced: Introduced::default() };
+    let peer = Peer {
+        address,
+        identity: identity.map(Arc::new),
+        binding,
+        introduced: Introduced::default(),
+        outlet: Outlet::default(),
+    };
     let mut ends = None;
     if peer.identity.is_none() {
         if !place.be_stranger(peer.network()) {
@@ -223,13 +247,23 @@ impl AsyncRead for Connection {
     }
 }
 
+impl Connection {
+    /// Notes whether the other end takes what is written. TLS holds a little before it says so; a flush, which follows every write, does.
+    fn noted<T>(&self, written: Poll<T>) -> Poll<T> {
+        self.peer.outlet.set_blocked(written.is_pending());
+        written
+    }
+}
+
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.noted(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.noted(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -241,7 +275,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, buffers);
+        self.noted(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -252,7 +287,13 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt;
+    use crate::{clock, renewal};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_rustls::TlsConnector;
+    use tokio_stream::StreamExt;
+    use weft_identity::ca::CertificateAuthority;
+    use weft_identity::spiffe::Subject;
+    use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
 
     #[tokio::test]
     async fn who_hung_up_is_told_from_who_waits() {
@@ -267,5 +308,52 @@ mod tests {
         while !has_hung_up(&stream) {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// A connection with somebody whose system takes little that is not read.
+    async fn connect(tasks: &mut JoinSet<()>) -> (tokio_rustls::client::TlsStream<TcpStream>, Connection) {
+        let authority = CertificateAuthority::create(&"weft.test".parse().unwrap(), clock::now()).unwrap();
+        let own = TlsIdentity::new(renewal::own_credential(&authority, &"c1".parse().unwrap()).unwrap());
+        let tls = own.resuming_server(ClientAuth::Optional, ExpectedPeer::Any, &[b"h2"]).unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut connections = listener.run(tasks, tls, CancellationToken::new());
+
+        let web = Subject::Instance("default/web/web-1".parse().unwrap());
+        let leaf = authority.issue_credential(&web, clock::now(), Duration::from_secs(3_600)).unwrap();
+        let tls = TlsIdentity::new(leaf).client_config(ExpectedPeer::Controller, &[b"h2"]);
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(1 << 10).unwrap();
+        let stream = socket.connect(address).await.unwrap();
+        let stream = TlsConnector::from(tls).connect("127.0.0.1".try_into().unwrap(), stream).await.unwrap();
+        (stream, connections.next().await.unwrap().unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_is_not_read_is_bounded_and_seen() {
+        let mut tasks = JoinSet::new();
+        let (mut client, mut connection) = connect(&mut tasks).await;
+        let outlet = connection.connect_info().outlet;
+        outlet.open().await;
+        // Until nothing has moved for a good while of the runtime's time.
+        let (mut written, mut stuck) = (0, 0);
+        while stuck < 1_000 {
+            let some = async {
+                let some = connection.write(&[7; 4_096]).await.unwrap();
+                written += some;
+                connection.flush().await.unwrap();
+            };
+            stuck = if some.now_or_never().is_some() { 0 } else { stuck + 1 };
+            tokio::task::yield_now().await;
+        }
+        // What TLS holds, the system, and the client's system.
+        assert!(written < 256 << 10, "{written}");
+        assert!(outlet.open().now_or_never().is_none());
+
+        let mut read = vec![0; written];
+        let (read, flushed) = tokio::join!(client.read_exact(&mut read), connection.flush());
+        read.unwrap();
+        flushed.unwrap();
+        outlet.open().await;
     }
 }

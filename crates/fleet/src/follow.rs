@@ -25,6 +25,9 @@ use crate::member::Member;
 /// What frames a message: five bytes of gRPC, nine of HTTP/2.
 const FRAME_BYTES: usize = 5 + 9;
 
+/// When one that is to be slow begins with it, after it has what it came for: not all of them at once.
+const SETTLES_WITHIN: Duration = Duration::from_secs(20);
+
 /// Why a session ended.
 enum End {
     /// All connections were to be cut.
@@ -112,18 +115,23 @@ impl Sidecar {
         };
         *broken = Some(session.clone());
         tokio::select! {
-            Err(end) = self.listen(session.channel) => end,
+            Err(end) = self.listen(&session) => end,
             _ = cut.changed() => End::Cut,
         }
     }
 
-    async fn listen(&mut self, channel: Introduced) -> Result<std::convert::Infallible, End> {
-        let mut discovery = DiscoveryClient::new(channel).max_decoding_message_size(take::PULL_BYTES_MAX);
+    async fn listen(&mut self, line: &Session) -> Result<std::convert::Infallible, End> {
+        let mut discovery =
+            DiscoveryClient::new(line.channel.clone()).max_decoding_message_size(take::PULL_BYTES_MAX);
         let have = self.current.as_deref().map(take::header);
         let request = v1::SubscribeRequest { have, ..v1::SubscribeRequest::default() };
         let mut notices = discovery.subscribe(request).await?.into_inner();
         let mut session = follow::Session::new(Instant::now());
+        let mut settles = None;
         loop {
+            if self.counted && settles.is_none() {
+                settles = Some(Instant::now() + SETTLES_WITHIN.mul_f64(self.rng.random_range(0.0..=1.0)));
+            }
             let missed = tokio::select! {
                 biased;
                 notice = notices.message() => {
@@ -147,6 +155,10 @@ impl Sidecar {
                     false
                 }
                 () = at(session.again_at()) => true,
+                () = at(settles), if !line.is_settled() => {
+                    line.settle();
+                    false
+                }
             };
             if !missed {
                 continue;

@@ -17,12 +17,14 @@ mod member;
 mod operator;
 mod plan;
 pub mod profile;
+mod reader;
 mod snapshots;
 
 pub use convergence::{Convergence, Spread};
 pub use error::FleetError;
 pub use operator::Operator;
 pub use plan::Plan;
+pub use reader::Reading;
 
 use futures_util::stream::{self, StreamExt};
 use std::sync::Arc;
@@ -40,6 +42,7 @@ use weft_proto::v1::resource::Spec;
 
 use convergence::{Spreading, Tracker};
 use member::Member;
+use reader::Reader;
 use snapshots::Snapshots;
 
 /// Longest wait for a fleet to do what was asked of it. Reached only if something is broken.
@@ -107,6 +110,8 @@ struct Shared {
     cut: watch::Sender<u64>,
     /// Sidecars that are subscribed and have heard a first notice since the last cut.
     subscribed: watch::Sender<usize>,
+    /// How all of them read.
+    reader: Arc<Reader>,
     /// Why the last session failed, for whoever wonders.
     last_fault: std::sync::Mutex<Option<String>>,
 }
@@ -139,7 +144,8 @@ impl Fleet {
     /// # Errors
     /// A controller refuses, or none answers.
     pub async fn enroll(mesh: Mesh, plan: Plan, progress: impl Fn(Progress)) -> Result<Self, FleetError> {
-        let members = plan.members(&mesh)?;
+        let reader = Arc::new(Reader::new(plan.reading));
+        let members = plan.members(&mesh, &reader)?;
         let (subscribed, cut) = (watch::Sender::new(0), watch::Sender::new(0));
         let shared = Arc::new(Shared {
             operator: Operator::of(&mesh),
@@ -149,6 +155,7 @@ impl Fleet {
             cut,
             subscribed,
             last_fault: std::sync::Mutex::default(),
+            reader,
             mesh,
             plan,
         });
@@ -186,6 +193,15 @@ impl Fleet {
         self.shared.settle(self.complete, Instant::now()).await.map(drop)
     }
 
+    /// The opposite: all sidecars are gone for a while, as far as a controller sees.
+    pub async fn unsubscribe(&mut self) {
+        self.tasks.shutdown().await;
+        for member in &self.members {
+            member.leave_line().await;
+        }
+        self.shared.subscribed.send_replace(0);
+    }
+
     async fn wait_subscribed(&self, progress: impl Fn(Progress)) -> Result<(), FleetError> {
         let of = self.members.len();
         let mut subscribed = self.shared.subscribed.subscribe();
@@ -211,6 +227,12 @@ impl Fleet {
         self.shared.cut.send_modify(|number| *number += 1);
         self.wait_subscribed(progress).await?;
         Ok(began.elapsed())
+    }
+
+    /// From now on the sidecars read as [`Plan::reading`] has it, each on every connection some seconds after it is at the
+    /// newest version there.
+    pub fn hold_back(&self) {
+        self.shared.reader.hold_back();
     }
 
     /// Makes all sidecars come back by whole handshakes the next time, as to a controller that they never saw.

@@ -108,6 +108,12 @@ impl Member {
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// The same, and ends its connection for all on it.
+    pub(crate) async fn leave_line(&self) {
+        self.hang_up();
+        self.line.close().await;
+    }
+
     pub(crate) async fn register(&self) -> Result<v1::ApplyResponse, FleetError> {
         let mesh = MeshClient::new(self.session(None).await?.channel);
         let request = v1::RegisterInstanceRequest {

@@ -10,6 +10,7 @@ use crate::Mesh;
 use crate::error::FleetError;
 use crate::line::Line;
 use crate::member::Member;
+use crate::reader::{Reader, Reading};
 
 /// Instances of a service that is nobody's upstream: so many that services stay few, and so few that each stays small.
 const GROUP: usize = 100;
@@ -34,6 +35,8 @@ pub struct Plan {
     pub also: Vec<ServiceName>,
     /// Sidecars on one connection; with 1, each has its own.
     pub per_connection: usize,
+    /// How they read what they are sent.
+    pub reading: Reading,
 }
 
 impl Plan {
@@ -65,14 +68,14 @@ impl Plan {
         }
     }
 
-    pub(crate) fn members(&self, mesh: &Mesh) -> Result<Vec<Arc<Member>>, FleetError> {
+    pub(crate) fn members(&self, mesh: &Mesh, reader: &Arc<Reader>) -> Result<Vec<Arc<Member>>, FleetError> {
         self.check()?;
         let target = self.target()?;
-        let mut line = Arc::new(Line::new(mesh, address(0)));
+        let mut line = Arc::new(Line::new(mesh, address(0), reader));
         let mut members = Vec::with_capacity(self.size());
         for index in 0..self.size() {
             if index > 0 && index % self.per_connection == 0 {
-                line = Arc::new(Line::new(mesh, address(index)));
+                line = Arc::new(Line::new(mesh, address(index), reader));
             }
             let interested = self.near().contains(&index);
             let (service, number) = self.place(index)?;

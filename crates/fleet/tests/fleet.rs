@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use weft_controller::{Config, Controller, clock};
 use weft_fleet::profile::{self, Pace, Profile};
-use weft_fleet::{Fleet, FleetError, Mesh, Plan};
+use weft_fleet::{Fleet, FleetError, Mesh, Plan, Reading};
 use weft_identity::credential::Credential;
 use weft_identity::tls::TlsIdentity;
 use weft_testkit::TestDatabase;
@@ -43,7 +43,8 @@ impl TestMesh {
 
 fn plan(per_connection: usize) -> Plan {
     let (namespace, also) = ("sim".parse().unwrap(), Vec::new());
-    Plan { namespace, sidecars: 9, endpoints: 3, interested: 7, also, per_connection }
+    let reading = Reading::Freely;
+    Plan { namespace, sidecars: 9, endpoints: 3, interested: 7, also, per_connection, reading }
 }
 
 async fn goes_through_everything(per_connection: usize) {
@@ -102,5 +103,38 @@ async fn a_plan_that_makes_no_sense_is_refused_before_anything_is_done() {
         assert!(matches!(refused, FleetError::Plan(_)), "{refused}");
     }
     assert_eq!(test.controller.view().read(weft_routing::Projection::version), head);
+    test.controller.stop().await;
+}
+
+/// The controller tells a stuck sidecar nothing once its connection is full, and cuts it off before long; the others never notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_readers_delay_nobody_and_are_cut_off() {
+    let test = TestMesh::start().await;
+    let healthy = plan(1);
+    let also = vec![healthy.target().unwrap()];
+    let mut healthy = Fleet::enroll(test.mesh.clone(), healthy, |_| {}).await.unwrap();
+    healthy.subscribe(|_| {}).await.unwrap();
+    let mut slow = Vec::new();
+    for (namespace, reading) in [("stuck", Reading::Never), ("slow", Reading::Slowly)] {
+        let plan = Plan {
+            namespace: namespace.parse().unwrap(),
+            sidecars: 8,
+            endpoints: 1,
+            interested: 8,
+            also: also.clone(),
+            reading,
+            ..plan(1)
+        };
+        let mut fleet = Fleet::enroll(test.mesh.clone(), plan, |_| {}).await.unwrap();
+        fleet.subscribe(|_| {}).await.unwrap();
+        fleet.hold_back();
+        slow.push(fleet);
+    }
+    let cut_off = |slow: &[Fleet]| slow.iter().all(|fleet| fleet.counts().faults > 0);
+    while !cut_off(&slow) {
+        let pace = Pace { changes: 10, pause: Duration::from_millis(50) };
+        let outcome = profile::run(&healthy, Profile::Policy, pace, |_| {}).await.unwrap();
+        assert_eq!((outcome.faults, outcome.refused, outcome.pulls), (0, 0, 0), "{outcome:?}");
+    }
     test.controller.stop().await;
 }

@@ -5,15 +5,17 @@ mod convergence;
 mod failover;
 mod flapper;
 mod reconnect;
+mod slow_readers;
 mod unused;
 
 pub(crate) use change_cost::{change_cost, change_size};
 pub(crate) use convergence::convergence;
 pub(crate) use failover::failover;
 pub(crate) use flapper::flapper;
+pub(crate) use slow_readers::slow_readers;
 pub(crate) use unused::unused;
 
-use weft_fleet::{Fleet, Plan, Progress};
+use weft_fleet::{Fleet, Plan, Progress, Reading};
 
 use crate::mesh::TestMesh;
 use crate::say;
@@ -44,5 +46,6 @@ pub(crate) fn plan(
     per_connection: usize,
 ) -> anyhow::Result<Plan> {
     let namespace = "bench".parse()?;
-    Ok(Plan { namespace, sidecars, endpoints, interested, per_connection, also: Vec::new() })
+    let (also, reading) = (Vec::new(), Reading::Freely);
+    Ok(Plan { namespace, sidecars, endpoints, interested, per_connection, also, reading })
 }

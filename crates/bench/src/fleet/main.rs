@@ -46,6 +46,8 @@ const AIMS: &[Aim] = &[
     ),
     aim("reconnect_10000_s", "reconnect of 10,000, s", 5.0, 2.0, Better::Less),
     aim("memory_kib_per_sidecar", "memory per sidecar, KiB", 48.0, 16.0, Better::Less),
+    aim("slow_readers_p99_ratio", "p99 beside 1,000 slow readers : alone", 1.2, 1.0, Better::Less),
+    aim("slow_readers_memory_kib_each", "memory per slow reader, KiB", 128.0, 64.0, Better::Less),
     aim("leader_kill_to_publish_p99_s", "leader killed to publishing, p99, s", 5.0, 2.0, Better::Less),
     aim_of("flapper", "changes", "flapper: published changes", 12.0, 8.0, Better::Less),
     aim_of("flapper", "events", "flapper: events", 90.0, 70.0, Better::Less),
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
 async fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     bench.report.set("scale", bench.plan.scale());
     figures::convergence(bench).await?;
+    figures::slow_readers(bench).await?;
     figures::change_size(bench).await?;
     figures::change_cost(bench).await?;
     figures::failover(bench).await?;

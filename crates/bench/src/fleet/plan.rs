@@ -18,6 +18,8 @@ const KEYS: &[&str] = &[
     "cpu_per_change_ratio_1000_vs_10_services",
     "reconnect_10000_s",
     "memory_kib_per_sidecar",
+    "slow_readers_p99_ratio",
+    "slow_readers_memory_kib_each",
     "leader_kill_to_publish_p99_s",
     "flapper",
     "unused_services_bytes",

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 use weft_fleet::profile::{self, Outcome as Profiled, Pace, Profile};
-use weft_fleet::{Fleet, FleetError, Plan, Progress};
+use weft_fleet::{Fleet, FleetError, Plan, Progress, Reading};
 use weft_model::Namespace;
 
 /// Files that are open besides connections.
@@ -131,6 +131,7 @@ impl Args {
             interested: interested.max(1),
             also: Vec::new(),
             per_connection: self.per_connection,
+            reading: Reading::Freely,
         })
     }
 
