@@ -14,6 +14,7 @@ use weft_model::ca::RootAdded;
 use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::{HistoryAdopted, MeshEvent};
+use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{Action, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{Balance, TrafficCommand, TrafficPolicy};
@@ -245,7 +246,21 @@ impl World {
                 let report = HealthReported { health, revision, doubt: Some(0), detail: String::new() };
                 Command::Health(id, HealthCommand::Report(report))
             }
-            38..60 => {
+            38..76 => self.policy(name),
+            76..84 => declare(service, self.rng.random_range(80..84)),
+            84..88 => Command::Membership(id, MembershipCommand::Drain),
+            88..92 => Command::Membership(id, MembershipCommand::Deregister),
+            92..95 => self.register(instance),
+            95..98 => Command::Rollout(self.rollout()),
+            _ => return (0..self.plan.services).map(|service| declare(service, 90)).collect(),
+        };
+        vec![command]
+    }
+
+    /// A policy for a service, or for the whole mesh.
+    fn policy(&mut self, service: ServiceName) -> Command {
+        match self.rng.random_range(0..38) {
+            0..22 => {
                 let default = if self.chance(0.5) { Action::Allow } else { Action::Deny };
                 let mut policy = SecurityPolicy { default: Some(default), ..SecurityPolicy::default() };
                 if self.chance(0.5) {
@@ -254,25 +269,34 @@ impl World {
                     let (name, ports) = (names("rule"), BTreeSet::new());
                     policy.rules.push(Rule { name, action: Action::Deny, from, ports });
                 }
-                let scope = if self.chance(0.2) { SecurityScope::Mesh } else { SecurityScope::Service(name) };
+                let scope =
+                    if self.chance(0.2) { SecurityScope::Mesh } else { SecurityScope::Service(service) };
                 Command::Security(scope, SecurityCommand::Put(policy))
             }
-            60..66 => Command::Security(SecurityScope::Service(name), SecurityCommand::Delete),
-            66..76 => {
+            22..28 => Command::Security(SecurityScope::Service(service), SecurityCommand::Delete),
+            _ => {
                 let balance = *[Balance::LeastConnections, Balance::RoundRobin, Balance::Random]
                     .choose(&mut self.rng)
                     .unwrap_or(&Balance::Random);
-                let scope = TrafficScope { source: None, destination: name };
+                let scope = TrafficScope { source: None, destination: service };
                 let policy = TrafficPolicy { balance, ..TrafficPolicy::default() };
                 Command::Traffic(scope, TrafficCommand::Put(policy))
             }
-            76..84 => declare(service, self.rng.random_range(80..84)),
-            84..88 => Command::Membership(id, MembershipCommand::Drain),
-            88..92 => Command::Membership(id, MembershipCommand::Deregister),
-            92..97 => self.register(instance),
-            _ => return (0..self.plan.services).map(|service| declare(service, 90)).collect(),
-        };
-        vec![command]
+        }
+    }
+
+    /// Begins a rollout, or ends the one that may be running; who finds it otherwise is refused.
+    fn rollout(&mut self) -> RolloutCommand {
+        match self.rng.random_range(0..4) {
+            0 => RolloutCommand::Advance(Evidence::default()),
+            1 => RolloutCommand::Abort { reason: "simulated".into(), evidence: Evidence::default() },
+            _ => {
+                let service = service_name(self.rng.random_range(0..self.plan.services));
+                let candidates = Candidate::of(self.policy(service)).into_iter().collect();
+                let share_ppm = self.rng.random_range(1..=WHOLE_PPM);
+                RolloutCommand::Begin(Plan { candidates, share_ppm, watch_ms: 60_000, tolerance_ppm: 0 })
+            }
+        }
     }
 
     /// What a sidecar registers as. Its upstreams change now and then, as with another configuration.
