@@ -54,12 +54,12 @@ const READY_MAX: usize = 64;
 const STRANGER_AGE_MAX: Duration = Duration::from_secs(30);
 /// Connections that the kernel has made and that wait to be accepted; the most that Linux takes unless told otherwise.
 const BACKLOG: u32 = 4_096;
-/// What the system keeps of what was written and not yet sent on a connection, about; two of the largest TLS records. More would only make
-/// notices later.
-const UNSENT_MAX: u32 = 32 << 10;
-/// How long a peer may leave all of that unread, or its network unacknowledged, until it is cut off. Not sooner than a keepalive cuts off
-/// who does not answer: to greet somebody again costs more than to keep it.
-const UNREAD_MAX: Duration = Duration::from_secs(20);
+/// Above so many bytes that were written and could not be sent yet, a connection takes nothing more: some ten notices. The peer's own system
+/// has as many as it is willing to hold by then.
+const UNSENT_MAX: u32 = 1 << 10;
+/// How long a peer may leave all of that unread, or its network unacknowledged, until it is cut off. Longer than a keepalive goes
+/// unanswered: to greet somebody again costs more than to keep it.
+const UNREAD_MAX: Duration = Duration::from_secs(30);
 /// Pause after the system refused to accept, for want of file descriptors as a rule.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 

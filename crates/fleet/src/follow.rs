@@ -25,7 +25,7 @@ use crate::member::Member;
 /// What frames a message: five bytes of gRPC, nine of HTTP/2.
 const FRAME_BYTES: usize = 5 + 9;
 
-/// When one that is to be slow begins with it, after it has what it came for: not all of them at once.
+/// When one that is to be slow begins with it the first time, after it has what it came for: not all of them at once. Later on, at once.
 const SETTLES_WITHIN: Duration = Duration::from_secs(20);
 
 /// Why a session ended.
@@ -62,14 +62,24 @@ struct Sidecar {
     backoff: Backoff,
     /// Whether this session counts among those that are back.
     counted: bool,
+    /// Whether it was slow before, if it is to be.
+    settled: bool,
 }
 
 /// Follows until the task is aborted.
 pub(crate) async fn follow(shared: Arc<Shared>, member: Arc<Member>) {
     let trust_domain = shared.mesh.operator.current().spiffe_id().trust_domain.clone();
     let rng = SmallRng::seed_from_u64(u64::try_from(member.index).unwrap_or_default());
-    let mut sidecar =
-        Sidecar { shared, member, trust_domain, current: None, rng, backoff: Backoff::new(), counted: false };
+    let mut sidecar = Sidecar {
+        shared,
+        member,
+        trust_domain,
+        current: None,
+        rng,
+        backoff: Backoff::new(),
+        counted: false,
+        settled: false,
+    };
     let mut broken = None;
     loop {
         let end = sidecar.session(&mut broken).await;
@@ -130,7 +140,8 @@ impl Sidecar {
         let mut settles = None;
         loop {
             if self.counted && settles.is_none() {
-                settles = Some(Instant::now() + SETTLES_WITHIN.mul_f64(self.rng.random_range(0.0..=1.0)));
+                let spread = SETTLES_WITHIN.mul_f64(self.rng.random_range(0.0..=1.0));
+                settles = Some(Instant::now() + if self.settled { Duration::ZERO } else { spread });
             }
             let missed = tokio::select! {
                 biased;
@@ -157,6 +168,7 @@ impl Sidecar {
                 () = at(session.again_at()) => true,
                 () = at(settles), if !line.is_settled() => {
                     line.settle();
+                    self.settled = true;
                     false
                 }
             };
