@@ -92,7 +92,7 @@ async fn one_of_two_controllers_projects_and_the_other_takes_over() {
     };
     let mut role = mesh.controller.view().role();
     let first = role.wait_for(|role| term(role).is_some());
-    let first = term(&*tokio::time::timeout(LIMIT, first).await.unwrap().unwrap());
+    let first = term(&tokio::time::timeout(LIMIT, first).await.unwrap().unwrap());
     assert_eq!(*second.view().role().borrow(), Role::Follower);
 
     // The follower publishes what the leader commits, and takes commands itself.
@@ -108,7 +108,7 @@ async fn one_of_two_controllers_projects_and_the_other_takes_over() {
     controller.stop().await;
     let mut role = second.view().role();
     let later = role.wait_for(|role| term(role) > first);
-    let later = term(&*tokio::time::timeout(LIMIT, later).await.unwrap().unwrap());
+    let later = term(&tokio::time::timeout(LIMIT, later).await.unwrap().unwrap());
     let row =
         database.connect().await.query_one("select holder, term, lag from status.leader", &[]).await.unwrap();
     assert_eq!(row.get::<_, String>(0), "c2");
