@@ -116,6 +116,17 @@ impl Blob {
         .await
     }
 
+    /// The version that a sidecar is to run.
+    ///
+    /// # Errors
+    ///
+    /// The mesh does not know of it.
+    pub async fn wanted(mesh: &Mesh, instance: &str) -> anyhow::Result<String> {
+        let sql = format!("select wanted from status.sidecars where instance = '{instance}'");
+        let rows = mesh.weft.json(&["sql", &sql]).await?;
+        Ok(rows[0]["wanted"].as_str().with_context(|| format!("{rows}"))?.to_owned())
+    }
+
     /// Waits until so many sidecars of a mesh, which are all, run what they should; returns the log's head.
     ///
     /// # Errors
