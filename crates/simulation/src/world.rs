@@ -8,6 +8,7 @@ mod controller;
 mod faults;
 mod sidecar;
 mod store;
+mod wishes;
 
 pub(crate) use commands::Client;
 pub(crate) use controller::Controller;

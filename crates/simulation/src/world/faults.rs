@@ -4,7 +4,7 @@ use rand::RngExt;
 use rand::rngs::SmallRng;
 use std::time::Duration;
 
-use super::commands::instance_id;
+use super::wishes::instance_id;
 use super::{Controller, Event, Link, Sidecar, World, say};
 
 /// How long a controller may remember what the log lost, and answer out of that: until its tail looks, and it was started anew.

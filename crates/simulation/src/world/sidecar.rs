@@ -14,7 +14,7 @@ use weft_model::{Command, ConfigVersion, Epoch, InstanceId, Position};
 use weft_proto::v1 as pb;
 use weft_routing::{Hash, Manifest, Snapshot};
 
-use super::commands::trust_domain;
+use super::wishes::trust_domain;
 use super::{CALL_TIMEOUT, Caller, Event, Failure, Reply, Request, World, say};
 use crate::plant::Plant;
 
