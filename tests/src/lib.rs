@@ -6,6 +6,7 @@
 //! of, so that single processes can be killed and started again; `weft up` itself has stories of its own.
 //!
 //! - [`smoke`]: the promises, tried one after the other on one mesh; the program `weft-smoke` runs it.
+//! - [`partition`]: sidecars out of touch for as long as wanted; the program `weft-partition` runs it.
 //! - `tests/stories.rs`: what needs a mesh of its own, or a broken one.
 //!
 //! Waiting is on conditions and bounded ([`wait::until`]); times are printed, never asserted.
@@ -15,6 +16,7 @@ pub mod blob;
 pub mod footprint;
 pub mod http;
 pub mod mesh;
+pub mod partition;
 pub mod payload;
 pub mod postgres;
 pub mod programs;

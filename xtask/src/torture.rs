@@ -11,6 +11,8 @@ use crate::{postgres, say};
 
 /// What is run; `weft-torture` finds the controller beside itself, and brings its own PostgreSQL.
 const PROGRAMS: &[&str] = &["weft-torture", "weft-controller"];
+/// The same for `weft-partition`, which starts a whole mesh.
+const MESH: &[&str] = &["weft-tests", "weft-cli", "weft-controller", "weft-proxy"];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Torture {
@@ -34,6 +36,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<OsString>,
     },
+    /// Sidecars of a whole mesh are out of touch with their controllers, for up to 29 minutes, and no connection fails
+    #[command(disable_help_flag = true)]
+    Partition {
+        /// Passed to weft-partition; see them with --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// The event log: kills, cuts, full disks, hostile edits; crates/torture/README.md says how
     #[command(disable_help_flag = true)]
     Log {
@@ -45,18 +54,19 @@ enum What {
 
 impl Torture {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let (what, args) = match self.what {
-            What::Fold { args } => ("fold", args),
-            What::Leader { args } => ("leader", args),
-            What::Log { args } => ("log", args),
+        let (packages, line, args) = match self.what {
+            What::Fold { args } => (PROGRAMS, &["weft-torture", "fold"][..], args),
+            What::Leader { args } => (PROGRAMS, &["weft-torture", "leader"][..], args),
+            What::Log { args } => (PROGRAMS, &["weft-torture", "log"][..], args),
+            What::Partition { args } => (MESH, &["weft-partition"][..], args),
         };
         postgres()?;
         let mut build = cargo(["build", "--release"]);
         say("building with optimisation; the first time takes some minutes");
-        must(build.args(PROGRAMS.iter().flat_map(|package| ["--package", *package])))?;
-        let program = target_dir()?.join("release/weft-torture");
+        must(build.args(packages.iter().flat_map(|package| ["--package", *package])))?;
+        let program = target_dir()?.join("release").join(line[0]);
         // It takes this process over: the terminal, its signals and the exit status are its own.
-        Err(Command::new(&program).arg(what).args(args).exec())
+        Err(Command::new(&program).args(&line[1..]).args(args).exec())
             .with_context(|| format!("{} could not be run", program.display()))
     }
 }

@@ -9,12 +9,11 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
-use weft_testkit::{Line, Passes};
+use weft_testkit::Passes;
 use weft_tests::blob::Blob;
 use weft_tests::mesh::{Mesh, local};
 use weft_tests::wait::until;
-use weft_tests::{http, programs};
+use weft_tests::{http, partition, programs};
 
 /// How long anything may take; reached only by a test that fails.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -34,11 +33,7 @@ async fn a_mesh_with_two_controllers_misses_neither() -> anyhow::Result<()> {
     mesh.start().await?;
     let controllers = mesh.local.controller_addresses();
     ensure!(controllers.len() == 2, "{controllers:?}");
-    let mut lines = Vec::new();
-    for controller in &controllers {
-        lines.push(Line::to(controller.parse()?).await?);
-    }
-    let through: Vec<String> = lines.iter().map(|line| line.address().to_string()).collect();
+    let (lines, through) = partition::lines(&mesh).await?;
     let blob = Arc::new(Blob::join_through(&mesh, &programs.proxy, &through).await?);
     let mut lasting = blob.open().await?;
     let over = Arc::new(AtomicBool::new(false));
@@ -112,57 +107,12 @@ async fn a_mesh_with_two_controllers_misses_neither() -> anyhow::Result<()> {
     mesh.stop().await
 }
 
-/// As long as a network may be away for: leaves last twice as long, and are renewed from half of their life on.
-const HALF_A_LEAF: Duration = Duration::from_secs(30 * 60 - 30);
-
-/// Sidecars are out of touch, in silence, for nearly half of their leaves' lifetime, while the mesh changes and connections come.
 #[tokio::test]
-#[ignore = "takes half an hour; run it with --run-ignored"]
-async fn half_a_leaf_s_lifetime_without_controllers_fails_no_connection() -> anyhow::Result<()> {
-    let dir = tempfile::Builder::new().prefix("weft-story-").tempdir()?;
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
-    let programs = programs::built()?;
-    let mut mesh = Mesh::open(&dir.path().join("home"), &programs, None).await?;
-    mesh.start().await?;
-    let mut lines = Vec::new();
-    for controller in mesh.local.controller_addresses() {
-        lines.push(Line::to(controller.parse()?).await?);
-    }
-    let through: Vec<String> = lines.iter().map(|line| line.address().to_string()).collect();
-    let blob = Blob::join_through(&mesh, &programs.proxy, &through).await?;
-    let mut lasting = blob.open().await?;
-    lines.iter().for_each(|line| line.set(Passes::Nothing));
-    let (old, begun) = (blob.server.config().await?.version, Instant::now());
-    let (mut number, mut passed) = (0, 0_u32);
-    while begun.elapsed() < HALF_A_LEAF {
-        if begun.elapsed().as_secs() / 15 >= number {
-            number += 1;
-            Blob::change(&mesh, u32::try_from(number)?).await?;
-        }
-        blob.open().await?.ping().await.with_context(|| format!("after {:?}", begun.elapsed()))?;
-        passed += 1;
-        sleep(Duration::from_millis(50)).await;
-    }
-    lasting.ping().await.context("the connection that was open all the time")?;
-    ensure!(blob.server.config().await?.version == old, "something passed a line that is cut");
-    // The sidecar that all these changes concern.
-    let wanted = Blob::wanted(&mesh, "default/blob/blob-1").await?;
-    lines.iter().for_each(|line| line.set(Passes::Everything));
-    let healed = Instant::now();
-    until("the sidecar to be back", LIMIT, async || {
-        let now = blob.server.config().await?.version;
-        ensure!(now.to_string() == wanted, "it still runs {now}, and not {wanted}");
-        Ok(())
-    })
-    .await?;
-    let took = healed.elapsed();
-    Blob::settled(&mesh, 6).await?;
-    println!(
-        "{passed} connections passed in {:?}, {number} changes missed, back after {took:?}",
-        begun.elapsed()
-    );
-    blob.stop().await?;
-    mesh.stop().await
+async fn sidecars_that_are_out_of_touch_fail_no_connection() -> anyhow::Result<()> {
+    // As long as it takes to miss a change; `cargo xtask torture partition` does it for half an hour.
+    let outcome = partition::run(Duration::ZERO).await?;
+    ensure!(outcome.passed > 0 && outcome.missed > 0, "{outcome:?}");
+    Ok(())
 }
 
 /// The process of the controller that leads.
