@@ -70,10 +70,10 @@ async fn measure(bench: &mut Bench, case: &Case) -> anyhow::Result<()> {
     say(&format!("{sidecars} sidecars, {interested} of them interested, {per_connection} on a connection"));
     let mesh = TestMesh::start(bench, &format!("convergence_{key}")).await?;
     let plan = plan(sidecars, interested, bench.plan.of(ENDPOINTS, 5), per_connection)?;
-    let mut fleet = Fleet::enroll(mesh.mesh()?, plan, tell).await?;
     let controller = mesh.controllers.first().context("no controller")?.id()?;
     sleep(SETTLE).await;
     let before = cpu::resident_kib(controller).context("the controller's memory cannot be read")?;
+    let mut fleet = Fleet::enroll(mesh.mesh()?, plan, tell).await?;
     fleet.subscribe(|_| {}).await?;
     sleep(SETTLE).await;
     let after = cpu::resident_kib(controller).context("the controller's memory cannot be read")?;
