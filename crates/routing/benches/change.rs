@@ -15,9 +15,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 use weft_model::membership::{InstanceRegistered, MembershipState};
-use weft_model::{
-    Decoder, Epoch, Event, Fact, InstanceId, Port, Position, Scope, StoredEvent, Timestamp, Version,
-};
+use weft_model::{Decoder, Epoch, Event, Fact, InstanceId, Port, Scope};
 use weft_routing::{Projection, ShardKey, Snapshot, Splice};
 
 #[path = "fold/mesh.rs"]
@@ -50,18 +48,7 @@ fn projection(services: usize, instances: usize) -> Projection {
     let mut decoder = Decoder::default();
     let mut bulk = Projection::default().into_bulk();
     for event in &events {
-        let stored = StoredEvent {
-            epoch: Epoch(1),
-            position: Position(event.position),
-            version: Version(event.version),
-            at: Timestamp(1_700_000_000_000 + event.position.cast_signed()),
-            actor: &event.actor,
-            scope: &event.scope,
-            event_type: event.event_type,
-            schema: event.schema,
-            payload: &event.payload,
-        };
-        bulk.apply([&decoder.decode(&stored).unwrap()]).unwrap();
+        bulk.apply([&decoder.decode(&event.view()).unwrap()]).unwrap();
     }
     bulk.finish()
 }

@@ -16,7 +16,7 @@
 use std::fmt::Write;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
-use weft_model::{Decoder, Epoch, Fact, Position, StoredEvent, Timestamp, Version};
+use weft_model::{Decoder, Fact};
 use weft_routing::{Checkpoint, Projection, RoutingState};
 
 #[path = "fold/mesh.rs"]
@@ -40,10 +40,10 @@ fn main() {
     let mut report = Report::new(events.len(), &arguments);
     report.measure("decode", || {
         let mut decoder = Decoder::default();
-        events.iter().for_each(|event| drop(black_box(decoder.decode(&view(event)).unwrap())));
+        events.iter().for_each(|event| drop(black_box(decoder.decode(&event.view()).unwrap())));
     });
     let mut decoder = Decoder::default();
-    let facts: Vec<Fact> = events.iter().map(|event| decoder.decode(&view(event)).unwrap()).collect();
+    let facts: Vec<Fact> = events.iter().map(|event| decoder.decode(&event.view()).unwrap()).collect();
     report.measure("state", || {
         let mut state = RoutingState::default();
         for fact in &facts {
@@ -69,7 +69,7 @@ fn main() {
         let mut bulk = Projection::default().into_bulk();
         let mut decoder = Decoder::default();
         for event in &events {
-            let fact = decoder.decode(&view(event)).unwrap();
+            let fact = decoder.decode(&event.view()).unwrap();
             bulk.apply([&fact]).unwrap();
         }
         drop(black_box(bulk.finish()));
@@ -78,20 +78,6 @@ fn main() {
     projection.apply(&facts).unwrap();
     report.checkpoint(&projection);
     report.print();
-}
-
-fn view(event: &mesh::Stored) -> StoredEvent<'_> {
-    StoredEvent {
-        epoch: Epoch(1),
-        position: Position(event.position),
-        version: Version(event.version),
-        at: Timestamp(1_700_000_000_000 + event.position.cast_signed()),
-        actor: &event.actor,
-        scope: &event.scope,
-        event_type: event.event_type,
-        schema: event.schema,
-        payload: &event.payload,
-    }
 }
 
 struct Arguments {

@@ -280,10 +280,12 @@ impl<'a> BatchView<'a> {
             Command::Rollout(RolloutCommand::Begin(plan)) => {
                 let mut needs = BTreeSet::new();
                 for (index, candidate) in plan.candidates.iter().enumerate() {
-                    let admitted = self.admit_candidate(candidate);
+                    // As if everybody were given it now.
+                    let admitted = self.admit(&candidate.command());
                     needs.append(
                         &mut admitted.map_err(|rejection| of_candidate(index, candidate, rejection))?,
                     );
+                    needs.insert(candidate.scope());
                 }
                 Ok(needs)
             }
@@ -296,18 +298,6 @@ impl<'a> BatchView<'a> {
                 Ok(BTreeSet::new())
             }
         }
-    }
-
-    fn admit_candidate(&self, candidate: &Candidate) -> Result<BTreeSet<Scope>, Rejection> {
-        let mut needs = match candidate {
-            Candidate::Traffic { scope, policy: Some(_) } => self.traffic_needs(scope)?,
-            Candidate::Security { scope, policy: Some(policy) } => self.security_needs(scope, policy)?,
-            Candidate::Traffic { policy: None, .. } | Candidate::Security { policy: None, .. } => {
-                BTreeSet::new()
-            }
-        };
-        needs.insert(candidate.scope());
-        Ok(needs)
     }
 
     fn traffic_needs(&self, scope: &TrafficScope) -> Result<BTreeSet<Scope>, Rejection> {

@@ -32,7 +32,7 @@ impl RoutingState {
 
     /// Whether the running rollout has a policy for a scope.
     pub(crate) fn in_rollout(&self, scope: &Scope) -> bool {
-        self.candidates().any(|candidate| candidate.scope() == *scope)
+        self.tried(scope).is_some()
     }
 
     /// Whether canaries get a shard built otherwise than everybody.
@@ -67,11 +67,8 @@ impl RoutingState {
         self.running_rollout().into_iter().flat_map(|(begun, _)| &begun.candidates)
     }
 
-    /// What an audience tries instead of a scope's own policy, and since when.
-    fn tried(&self, audience: Audience, scope: &Scope) -> Option<(&Candidate, ScopeVersion)> {
-        if audience == Audience::Everybody {
-            return None;
-        }
+    /// What canaries try instead of a scope's own policy, and since when.
+    fn tried(&self, scope: &Scope) -> Option<(&Candidate, ScopeVersion)> {
         let (begun, source) = self.running_rollout()?;
         let candidate = begun.candidates.iter().find(|candidate| candidate.scope() == *scope)?;
         Some((candidate, source))
@@ -81,7 +78,7 @@ impl RoutingState {
     pub(crate) fn traffic_for(&self, audience: Audience, scope: &TrafficScope) -> Option<ResolvedTraffic> {
         if audience == Audience::Canaries
             && let Some((Candidate::Traffic { policy, .. }, source)) =
-                self.tried(audience, &Scope::Traffic(scope.clone()))
+                self.tried(&Scope::Traffic(scope.clone()))
         {
             return policy.map(|policy| ResolvedTraffic { policy, source });
         }
@@ -107,7 +104,7 @@ impl RoutingState {
     pub(crate) fn security_for(&self, audience: Audience, scope: SecurityScope) -> Option<PolicyLayer> {
         if audience == Audience::Canaries
             && let Some((Candidate::Security { policy, .. }, source)) =
-                self.tried(audience, &Scope::Security(scope.clone()))
+                self.tried(&Scope::Security(scope.clone()))
         {
             return policy.clone().map(|policy| PolicyLayer { scope, source, policy });
         }

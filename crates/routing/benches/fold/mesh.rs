@@ -1,6 +1,7 @@
 //! A made-up mesh's life, as the log would have stored it.
 
 use std::collections::BTreeMap;
+use weft_model::{Epoch, Position, StoredEvent, Timestamp, Version};
 
 /// An event as it is stored.
 pub(crate) struct Stored {
@@ -11,6 +12,23 @@ pub(crate) struct Stored {
     pub(crate) schema: u16,
     pub(crate) actor: String,
     pub(crate) payload: String,
+}
+
+impl Stored {
+    /// As the log hands it out.
+    pub(crate) fn view(&self) -> StoredEvent<'_> {
+        StoredEvent {
+            epoch: Epoch(1),
+            position: Position(self.position),
+            version: Version(self.version),
+            at: Timestamp(1_700_000_000_000 + self.position.cast_signed()),
+            actor: &self.actor,
+            scope: &self.scope,
+            event_type: self.event_type,
+            schema: self.schema,
+            payload: &self.payload,
+        }
+    }
 }
 
 /// The first `count` events, or as many as it takes to bring the mesh up if those are more.
