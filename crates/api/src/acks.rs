@@ -17,6 +17,8 @@ use weft_model::{Chain, ConfigVersion, InstanceId};
 use weft_projector::{Published, Serving, Store, View};
 use weft_routing::Hash;
 
+use crate::convert;
+
 use fleet::{Fleet, SETTLED_AFTER};
 use propagation::{Propagation, Word};
 
@@ -139,7 +141,7 @@ impl Acks {
         // What cannot be so long ago was before anything that is asked for.
         let swaps: Vec<_> =
             swaps.into_iter().filter_map(|(version, ago)| Some((version, now.checked_sub(ago)?))).collect();
-        let error: String = error.chars().filter(|c| !c.is_control()).take(ERROR_CHARS_MAX).collect();
+        let error = convert::words(&error, ERROR_CHARS_MAX);
         self.hear(instance, applied, &swaps, |ack| {
             ack.took_ms = Some(took_ms);
             ack.error = Some(error).filter(|error| !error.is_empty());

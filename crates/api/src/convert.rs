@@ -138,6 +138,11 @@ fn change(wire: pb::Change) -> Result<Change, ApiError> {
     Ok(Change::new(expected(wire.expected)?, command))
 }
 
+/// Words of a peer as they are kept: in one line, at most so many characters of it.
+pub(crate) fn words(text: &str, chars_max: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(chars_max).collect()
+}
+
 /// The change that gives changes of policies to some sidecars first.
 pub(crate) fn rollout(canary: pb::Canary, changes: Vec<Change>) -> Result<Change, ApiError> {
     let pb::Canary { share_ppm, watch_ms, tolerance_ppm } = canary;

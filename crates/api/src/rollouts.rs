@@ -19,6 +19,7 @@ use weft_routing::RoutingState;
 
 use crate::Context;
 use crate::commands::{Change, Commands};
+use crate::convert::words;
 use crate::status::ApiError;
 
 /// How often what canaries said is written, and looked at: several times within the shortest watch.
@@ -57,13 +58,19 @@ pub(crate) struct Word<'a> {
 impl Rollouts {
     /// A sidecar says something. It counts if that is a canary of the running rollout.
     pub(crate) fn hear(&self, view: &View, instance: &InstanceId, word: &Word<'_>) {
-        // Looked up under the lock, so that of two words the later one is about the later rollout.
+        let canary = || {
+            view.read(|projection| {
+                let state = projection.state();
+                Some((canary_of(state, instance)?, state.version().epoch))
+            })
+        };
+        // Nearly everybody is none.
+        if canary().is_none() {
+            return;
+        }
         let mut heard = self.lock();
-        let canary = view.read(|projection| {
-            let state = projection.state();
-            Some((canary_of(state, instance)?, state.version().epoch))
-        });
-        let Some((rollout, epoch)) = canary else { return };
+        // Again under the lock, so that of two words the later one is about the later rollout.
+        let Some((rollout, epoch)) = canary() else { return };
         if heard.rollout != rollout {
             *heard = Heard { rollout, ..Heard::default() };
         }
@@ -72,9 +79,7 @@ impl Rollouts {
         said.applied =
             word.applied.is_some_and(|applied| applied.epoch == epoch && applied.position >= rollout);
         // Who runs it complains of something else.
-        said.error = (!said.applied && !word.error.is_empty()).then(|| {
-            word.error.chars().filter(|c| !c.is_control()).take(ERROR_CHARS_MAX).collect::<String>()
-        });
+        said.error = (!said.applied && !word.error.is_empty()).then(|| words(word.error, ERROR_CHARS_MAX));
         if let Some((of, evidence)) = word.evidence
             && of == rollout
         {
@@ -200,6 +205,7 @@ impl Judge {
         let running = if leads { Running::of(&self.context.view) } else { None };
         metrics::gauge!("weft_rollout_running").set(f64::from(u8::from(running.is_some())));
         let Some(running) = running else { return Ok(()) };
+        self.context.store.forget_rollouts_after(running.source.position).await?;
         let Said { age, live, gone } = running.said(&self.context).await?;
         let version = running.source.version;
         match judge(&running.begun, age, &live, &gone) {

@@ -64,8 +64,19 @@ impl Store {
         transaction.commit().await.map_err(&failed)
     }
 
+    /// Forgets what was said of rollouts after the running one: they are of a history that is no more. For whoever leads; one that is
+    /// behind knows of an earlier rollout only.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn forget_rollouts_after(&self, rollout: Position) -> Result<(), StoreError> {
+        const FORGET: &str = "delete from weft.rollout_evidence where rollout > $1";
+        let forgotten = sqlx::query(FORGET).bind(rollout.0.cast_signed()).execute(&self.pool).await;
+        forgotten.map(drop).map_err(failed("forget what canaries said of a history that is no more"))
+    }
+
     /// What canaries of the running rollout said so far, and the time by the database's clock. Who was not heard of for `silent_after` is
-    /// not believed to run it. Rows of later rollouts are of a history that is no more, and are forgotten.
+    /// not believed to run it.
     ///
     /// # Errors
     /// If the database fails, or a row is not one that a controller writes.
@@ -74,7 +85,6 @@ impl Store {
         rollout: Position,
         silent_after: Duration,
     ) -> Result<(Timestamp, BTreeMap<InstanceId, Witnessed>), StoreError> {
-        const FORGET: &str = "delete from weft.rollout_evidence where rollout > $1";
         const NOW: &str = "select (extract(epoch from clock_timestamp()) * 1000)::bigint";
         const READ: &str = "select instance, error, connections, refused, failed, \
              case when seen_at > clock_timestamp() - make_interval(secs => $2) \
@@ -82,7 +92,6 @@ impl Store {
              from weft.rollout_evidence where rollout = $1";
         let failed = failed("read what canaries said");
         let rollout = rollout.0.cast_signed();
-        sqlx::query(FORGET).bind(rollout).execute(&self.pool).await.map_err(&failed)?;
         let now: i64 = sqlx::query_scalar(NOW).fetch_one(&self.pool).await.map_err(&failed)?;
         let rows = sqlx::query(READ).bind(rollout).bind(silent_after.as_secs_f64());
         let rows = rows.fetch_all(&self.pool).await.map_err(&failed)?;
