@@ -1,4 +1,8 @@
 //! `cargo xtask bench`: measures, on a private PostgreSQL that is set up as `cargo xtask up` sets it up.
+//!
+//! The bench of the data path, in `bench/proxy.rs`, is somebody else's: a comparison of proxies that Weft takes part in.
+
+mod proxy;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
@@ -29,6 +33,8 @@ enum What {
     /// The control plane: how fast changes reach fleets of sidecars, and what that costs; crates/bench/README.md explains each
     /// figure
     Fleet(Common),
+    /// The sidecars' data path, beside other proxies on this machine; proxy/bench/README.md explains how
+    Proxy(proxy::Proxy),
 }
 
 #[derive(Debug, clap::Args)]
@@ -64,6 +70,7 @@ impl Bench {
                 common.run("weft-logbench", full)
             }
             What::Fleet(common) => common.run("weft-fleetbench", &[]),
+            What::Proxy(proxy) => proxy.run(),
         }
     }
 }
