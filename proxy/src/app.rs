@@ -107,7 +107,8 @@ impl Proxy {
         let admin_address = admin.local_addr().map_err(StartError::System)?;
         let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
         let (demand, asker) = demand::channel(&config.on_demand);
-        let shared = Shared::new(config.instance.clone(), config.apps.clone(), records, demand);
+        let (own, apps) = (config.instance.clone(), config.apps.clone());
+        let shared = Shared::new(own, apps, records, demand, config.tunnels_idle_max);
         let status = Arc::new(Status::default());
         status
             .set_listeners(outbound.iter().map(|(bound, target)| (bound.address, target.clone())).collect());
@@ -304,7 +305,9 @@ impl Control {
 }
 
 fn start_threads(config: &Config, shared: &Arc<Shared>, halt: &CancellationToken) -> io::Result<Vec<Thread>> {
-    (0..config.threads.get()).map(|index| worker::start(index, Arc::clone(shared), halt.clone())).collect()
+    let threads = config.threads.get();
+    let tunnels = config.tunnels_idle_max.div_ceil(threads);
+    (0..threads).map(|index| worker::start(index, Arc::clone(shared), tunnels, halt.clone())).collect()
 }
 
 async fn serve_admin(listener: TcpListener, pages: admin::Pages) {

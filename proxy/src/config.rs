@@ -16,6 +16,9 @@ use weft_model::{InstanceId, Port, ServiceName};
 /// Most data-plane threads; more than any machine that a sidecar shares with its app gives it.
 const THREADS_MAX: usize = 256;
 
+/// Tunnels kept by default, in each direction. Each holds some 4 KiB and a file descriptor.
+const TUNNELS_IDLE: usize = 1024;
+
 /// Join tokens are 153 bytes; what is far larger is another file.
 const TOKEN_FILE_BYTES_MAX: u64 = 4096;
 
@@ -119,6 +122,10 @@ struct Args {
     /// How long a stop may take before the connections that are left are cut
     #[arg(long, env = "WEFT_DRAIN_DEADLINE", value_parser = humantime::parse_duration, default_value = "10s")]
     drain_deadline: Duration,
+    /// Tunnels to other sidecars, and from them, that are kept open between connections, so that the next one needs no handshake; 0 keeps
+    /// none
+    #[arg(long, env = "WEFT_TUNNELS_IDLE_MAX", value_name = "N", default_value_t = TUNNELS_IDLE)]
+    tunnels_idle_max: usize,
     /// Threads that forward connections [default: one per core]
     #[arg(long, env = "WEFT_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -230,6 +237,8 @@ pub struct Config {
     pub probe: Probe,
     /// How long a stop may take before connections are cut.
     pub drain_deadline: Duration,
+    /// How many tunnels may wait for their next stream, in each direction.
+    pub tunnels_idle_max: usize,
     /// How many threads forward connections.
     pub threads: NonZeroUsize,
 }
@@ -280,6 +289,7 @@ impl Cli {
                 fall: args.probe_fall,
             },
             drain_deadline: args.drain_deadline,
+            tunnels_idle_max: args.tunnels_idle_max,
             threads: args.threads.unwrap_or(cores),
         };
         config.validate()?;

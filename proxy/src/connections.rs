@@ -11,6 +11,7 @@ use crate::clock;
 use crate::metrics;
 use crate::records::{Record, RecordSender};
 use crate::tally::Tally;
+use crate::tls::handshake::Negotiated;
 use crate::tunnel::copy::{Counters, Ended, Side};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -111,7 +112,7 @@ pub(crate) struct Facts {
     /// Where the other sidecar really connected from, if it is inbound.
     pub(crate) peer: Option<SocketAddr>,
     /// The SPIFFE id of who connects.
-    pub(crate) source_identity: Option<String>,
+    pub(crate) source_identity: Option<Arc<str>>,
     /// Its service, which policies are about.
     #[serde(skip)]
     pub(crate) source_service: Option<ServiceName>,
@@ -131,9 +132,19 @@ pub(crate) struct Facts {
     pub(crate) mode: Option<&'static str>,
     pub(crate) tls: Option<&'static str>,
     pub(crate) key_exchange: Option<&'static str>,
+    /// Whether the tunnel had carried another connection before; none while there is none.
+    pub(crate) tunnel_reused: Option<bool>,
     /// From accepting to carrying bytes; none before.
     pub(crate) connect_ms: Option<f64>,
     pub(crate) attempts: u32,
+}
+
+impl Facts {
+    /// Notes what the ends of a tunnel agreed on.
+    pub(crate) const fn negotiated(&mut self, negotiated: &Negotiated) {
+        self.tls = negotiated.tls;
+        self.key_exchange = negotiated.key_exchange;
+    }
 }
 
 fn as_text<S: serde::Serializer>(version: &Option<ConfigVersion>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -2,7 +2,7 @@
 //!
 //! 1. The controller is told that the instance drains, and peers get a moment to hear of it, while connections are still
 //!    accepted: nobody is refused because the news travels.
-//! 2. The inbound address is closed. The app may still connect out while it finishes what came in.
+//! 2. The inbound address is closed, and tunnels that wait for a stream are. The app may still connect out while it finishes what came in.
 //! 3. When nothing inbound is left, the local addresses are closed too. What is still live at the deadline is cut,
 //!    what is accepted later is refused.
 //! 4. The instance leaves the mesh.
@@ -47,6 +47,7 @@ pub(crate) async fn drain(
         sleep(WITHDRAWAL.min(limit / 2)).await;
     }
     inbound.cancel();
+    shared.retire.cancel();
     let _ = timeout_at(deadline, until(|| shared.connections.live_inbound() == 0)).await;
     outbound.cancel();
     let _ = timeout_at(deadline, until(|| shared.connections.live() == 0)).await;

@@ -3,20 +3,20 @@
 //! Nothing of the application moves, and the app does not even see a connection, before the peer has proved who it is
 //! and the policy admits it. Called by [`crate::worker`] for each accepted connection.
 
-use crate::connections::{Close, ClosedBy, Connection, Direction, Facts};
+use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registered};
 use crate::metrics;
 use crate::shared::Shared;
 use crate::socket;
 use crate::tls;
-use crate::tunnel::copy::{self, Ended};
-use crate::tunnel::frame::{self, Frame, FrameError, Open, Refused};
+use crate::tunnel::Tunnel;
+use crate::tunnel::copy::{self, Ended, Side};
+use crate::tunnel::frame::{Frame, FrameError, Open, Refused};
+use crate::tunnel::pool::{self, Basis};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::server::TlsStream;
 use weft_model::{CloseReason, InstanceId};
 use weft_routing::verdict;
 
@@ -27,10 +27,13 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest that the app may take to accept. It is on this machine: after this time its backlog is full.
 const APP_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Longest that a tunnel waits for its next stream: longer than clients keep one, so that seldom a client finds it closed.
+const IDLE_MAX: Duration = pool::IDLE_MAX.saturating_add(Duration::from_secs(30));
+
 /// Longest that telling a refusal may take. Who does not read it learns it from the closed connection.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves a connection of another sidecar until it ends.
+/// Serves a connection of another sidecar: its streams, one after the other, until one does not end cleanly.
 pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: SocketAddr) {
     let facts = Facts {
         source: Some(source),
@@ -38,81 +41,154 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: Socket
         destination: Some(shared.own.service.clone()),
         ..Facts::default()
     };
-    let connection = shared.begin(Direction::Inbound, facts);
-    let close = match shared.connections.register(&connection) {
-        Ok(_registered) => relay(&shared, &connection, socket).await.unwrap_or_else(|close| close),
-        Err(close) => {
-            socket::reset_on_drop(&socket);
-            close
-        }
+    let Ok(mut stream) = Stream::begin(&shared, facts) else { return socket::reset_on_drop(&socket) };
+    // In a place of its own, which is given back: what follows may go on for hours, and needs much less.
+    let (mut client, mut open) = match Box::pin(greet(&shared, &stream.connection, socket)).await {
+        Ok(greeted) => greeted,
+        Err(close) => return stream.end(close),
     };
-    connection.finish(close);
+    loop {
+        match relay(&shared, &stream.connection, &mut client, open).await {
+            Relayed::Free(close) => stream.end(close),
+            Relayed::Over(close) => {
+                socket::reset_on_drop(client.tunnel.socket());
+                return stream.end(close);
+            }
+        }
+        let Some(next) = next_open(&shared, &mut client).await else { return };
+        stream = match Stream::begin(&shared, client.facts(&next)) {
+            Ok(stream) => stream,
+            Err(close) => {
+                refuse(&shared, &mut client.tunnel, &close).await;
+                return;
+            }
+        };
+        open = next;
+    }
 }
 
-async fn relay(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Close, Close> {
-    let Ok(permit) = shared.unauthenticated.try_acquire() else {
+/// A stream of the application, known to the registry while it lives.
+struct Stream {
+    connection: Arc<Connection>,
+    _registered: Registered,
+}
+
+impl Stream {
+    /// Makes it known. If that may not be, its record is written all the same.
+    fn begin(shared: &Shared, facts: Facts) -> Result<Self, Close> {
+        let connection = shared.begin(Direction::Inbound, facts);
+        match shared.connections.register(&connection) {
+            Ok(registered) => Ok(Self { connection, _registered: registered }),
+            Err(close) => {
+                connection.finish(close.clone());
+                Err(close)
+            }
+        }
+    }
+
+    fn end(self, close: Close) {
+        self.connection.finish(close);
+    }
+}
+
+/// Who is at the other end of a tunnel.
+struct Client {
+    tunnel: Tunnel,
+    basis: Basis,
+    peer: InstanceId,
+    /// What is the same for all of its streams.
+    facts: Facts,
+}
+
+impl Client {
+    /// What is known of a stream that it opens.
+    fn facts(&self, open: &Open) -> Facts {
+        Facts {
+            connection_id: open.connection_id,
+            source: Some(open.source),
+            destination: Some(open.service.clone()),
+            port: Some(open.port),
+            tunnel_reused: Some(true),
+            ..self.facts.clone()
+        }
+    }
+}
+
+/// How a stream ended.
+enum Relayed {
+    /// The tunnel is free for the next one.
+    Free(Close),
+    /// The tunnel is of no use any more.
+    Over(Close),
+}
+
+/// Learns who connects and what for.
+async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<(Client, Open), Close> {
+    let Ok(_permit) = shared.unauthenticated.try_acquire() else {
         socket::reset_on_drop(&socket);
         return Err(Close::local(
             CloseReason::Overload,
             "too many connections that have not said who they are",
         ));
     };
-    socket::prepare(&socket);
     let greeting = async {
-        let (mut tunnel, peer) = handshake(shared, connection, socket).await?;
-        let open = read_open(connection, &mut tunnel).await?;
-        Ok((tunnel, peer, open))
+        let mut client = handshake(shared, connection, socket).await?;
+        let open = read_open(connection, &mut client.tunnel).await?;
+        Ok((client, open))
     };
-    let (mut tunnel, peer, open) = connection.unless_cut(greeting).await?;
-    drop(permit);
+    connection.unless_cut(greeting).await
+}
 
-    let mut app = match connection.unless_cut(admit_and_dial(shared, connection, &peer, open)).await {
+/// Decides about a stream, and carries it.
+async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, open: Open) -> Relayed {
+    let Client { tunnel, peer, .. } = client;
+    let dialled = Box::pin(connection.unless_cut(admit_and_dial(shared, connection, peer, open))).await;
+    let mut app = match dialled {
         Ok(app) => app,
         Err(close) => {
-            refuse(shared, &mut tunnel, &close).await;
-            return Err(close);
+            return if refuse(shared, tunnel, &close).await {
+                Relayed::Free(close)
+            } else {
+                Relayed::Over(close)
+            };
         }
     };
-    // From here on the peer and the app may have said something that an end would cut short.
-    socket::reset_on_drop(tunnel.get_ref().0);
     let relayed = async {
-        let opened = timeout(OPEN_TIMEOUT, frame::write(&mut tunnel, &Frame::Opened)).await;
+        let opened = timeout(OPEN_TIMEOUT, tunnel.write(&Frame::Opened)).await;
         opened
             .map_err(|_| client_left("did not take OPENED within 5 s"))?
             .map_err(|error| client_left(&error.to_string()))?;
         connection.established();
-        Ok(copy::copy(&mut tunnel, &mut app, &connection.counters, connection.started).await)
+        Ok(copy::copy(&mut app, Side::Upstream, tunnel, &connection.counters, connection.started).await)
     };
-    let ended = connection.unless_cut(relayed).await?;
-    if let Ended::Cleanly(_) = ended {
-        socket::end_on_drop(tunnel.get_ref().0);
-        socket::end_on_drop(&app);
+    match connection.unless_cut(relayed).await {
+        Ok(ended @ Ended::Cleanly(_)) => {
+            socket::end_on_drop(&app);
+            Relayed::Free(ended.into())
+        }
+        Ok(ended @ Ended::Broken(..)) => Relayed::Over(ended.into()),
+        Err(close) => Relayed::Over(close),
     }
-    Ok(ended.into())
 }
 
 /// Learns who connects.
-async fn handshake(
-    shared: &Shared,
-    connection: &Connection,
-    socket: TcpStream,
-) -> Result<(TlsStream<TcpStream>, InstanceId), Close> {
+async fn handshake(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Client, Close> {
     let slow = |_| Close::new(CloseReason::TlsFailed, ClosedBy::Client, "no handshake within 5 s");
-    let tunnel = timeout(HANDSHAKE_TIMEOUT, shared.tls.accept(socket)).await.map_err(slow)??;
-    let session = tunnel.get_ref().1;
-    let peer = tls::peer(session)?;
+    let accepted = timeout(HANDSHAKE_TIMEOUT, shared.tls.accept(socket)).await.map_err(slow)?;
+    let (tunnel, basis, negotiated) = accepted?;
+    let peer = tls::peer(&negotiated)?;
     let mut facts = connection.facts();
-    tls::negotiated(session, &mut facts)?;
-    facts.source_identity = shared.tls.spiffe_id(&peer);
+    facts.negotiated(&negotiated);
+    facts.source_identity = negotiated.peer.map(|peer| peer.id.to_string().into());
     facts.source_service = Some(peer.service.clone());
-    drop(facts);
-    Ok((tunnel, peer))
+    facts.tunnel_reused = Some(false);
+    Ok(Client { tunnel, basis, peer, facts: facts.clone() })
 }
 
 /// Learns what it wants.
-async fn read_open(connection: &Connection, tunnel: &mut TlsStream<TcpStream>) -> Result<Open, Close> {
+async fn read_open(connection: &Connection, tunnel: &mut Tunnel) -> Result<Open, Close> {
     let slow = |_| Close::new(CloseReason::TlsFailed, ClosedBy::Client, "no OPEN within 5 s");
-    let open = match timeout(OPEN_TIMEOUT, frame::read(tunnel)).await.map_err(slow)? {
+    let open = match timeout(OPEN_TIMEOUT, tunnel.read()).await.map_err(slow)? {
         Ok(Frame::Open(open)) => open,
         Ok(Frame::Opened | Frame::Refused(_)) => {
             return Err(Close::new(CloseReason::TlsFailed, ClosedBy::Client, "the first frame is no OPEN"));
@@ -128,6 +204,22 @@ async fn read_open(connection: &Connection, tunnel: &mut TlsStream<TcpStream>) -
     Ok(open)
 }
 
+/// Waits for the next stream. None if the tunnel is to be closed: too many wait, this one did so too long, the sidecar stops, or
+/// what the tunnel rests on has changed. The client takes another tunnel then; it was told nothing yet.
+async fn next_open(shared: &Shared, client: &mut Client) -> Option<Open> {
+    let _place = shared.idle_tunnels.try_acquire().ok()?;
+    let frame = tokio::select! {
+        biased;
+        () = shared.retire.cancelled() => return None,
+        frame = timeout(IDLE_MAX, client.tunnel.read()) => frame.ok()?.ok()?,
+    };
+    let own = shared.tls.identity()?.current();
+    match frame {
+        Frame::Open(open) if client.basis.holds(&own, crate::clock::now()) => Some(open),
+        _ => None,
+    }
+}
+
 /// Decides about the connection, and opens it to the app.
 async fn admit_and_dial(
     shared: &Shared,
@@ -141,6 +233,7 @@ async fn admit_and_dial(
     match timeout(APP_TIMEOUT, TcpStream::connect(address)).await {
         Ok(Ok(app)) => {
             socket::prepare(&app);
+            // From here on an end might cut short what somebody said.
             socket::reset_on_drop(&app);
             Ok(app)
         }
@@ -191,20 +284,16 @@ fn admit(
     })
 }
 
-/// Tells the other sidecar why, so that its record has the reason too.
-async fn refuse(shared: &Shared, tunnel: &mut TlsStream<TcpStream>, close: &Close) {
+/// Tells the other sidecar why, so that its record has the reason too. Whether it was told.
+async fn refuse(shared: &Shared, tunnel: &mut Tunnel, close: &Close) -> bool {
     let refused = Frame::Refused(Refused {
         reason: close.reason,
         rule: close.rule.clone(),
         detail: close.detail.clone(),
         version: shared.snapshot().map(|snapshot| snapshot.version),
     });
-    let told = async {
-        frame::write(tunnel, &refused).await?;
-        tunnel.shutdown().await
-    };
     // A peer that is gone needs no reason.
-    let _ = timeout(REFUSAL_TIMEOUT, told).await;
+    timeout(REFUSAL_TIMEOUT, tunnel.write(&refused)).await.is_ok_and(|told| told.is_ok())
 }
 
 fn client_left(detail: &str) -> Close {

@@ -47,6 +47,12 @@ pub(crate) fn bind(
     threads: NonZeroUsize,
 ) -> Result<Bound, ListenError> {
     let sockets = socket::listen(address, threads)?;
+    for listener in &sockets {
+        socket::prepare(listener);
+        if matches!(purpose, Purpose::Outbound(_)) {
+            socket::reset_on_drop(listener);
+        }
+    }
     let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
     Ok(Bound { address: bound, purpose, sockets })
 }

@@ -11,8 +11,10 @@ use crate::metrics;
 use crate::routes::Load;
 use crate::socket;
 use crate::tls;
-use crate::tunnel::copy::{self, Ended};
-use crate::tunnel::frame::{self, Frame, FrameError, Open, Refused};
+use crate::tunnel::Tunnel;
+use crate::tunnel::copy::{self, Ended, Side};
+use crate::tunnel::frame::{Frame, FrameError, Open, Refused};
+use crate::tunnel::pool::Basis;
 use crate::worker::Worker;
 use std::io;
 use std::net::SocketAddr;
@@ -20,8 +22,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::client::TlsStream;
-use uuid::Uuid;
 use weft_identity::tls::TlsIdentity;
 use weft_model::traffic::Balance;
 use weft_model::{CloseReason, InstanceId, Name, Port, ServiceName};
@@ -36,14 +36,13 @@ pub(crate) struct Target {
 /// Serves a connection of the app until it ends.
 pub(crate) async fn serve(worker: Arc<Worker>, app: TcpStream, source: SocketAddr, target: Arc<Target>) {
     let facts = Facts {
-        connection_id: Uuid::now_v7(),
+        connection_id: worker.connection_id(),
         source: Some(source),
-        source_identity: worker.shared.tls.spiffe_id(&worker.shared.own),
+        source_identity: worker.shared.tls.own_spiffe_id(),
         destination: Some(target.service.clone()),
         port: Some(target.port),
         ..Facts::default()
     };
-    socket::reset_on_drop(&app);
     let connection = worker.shared.begin(Direction::Outbound, facts);
     let close = match worker.shared.connections.register(&connection) {
         Ok(_registered) => relay(&worker, &connection, app, &target).await.unwrap_or_else(|close| close),
@@ -54,30 +53,41 @@ pub(crate) async fn serve(worker: Arc<Worker>, app: TcpStream, source: SocketAdd
 
 /// An open tunnel to an endpoint.
 struct Opened {
-    tunnel: TlsStream<TcpStream>,
+    tunnel: Tunnel,
+    basis: Basis,
+    instance: InstanceId,
+    address: SocketAddr,
     /// Counts the connection as one of the endpoint's.
     _load: Load,
 }
 
+/// `app` is reset whenever it is dropped, its listener has seen to that.
 async fn relay(
     worker: &Worker,
     connection: &Arc<Connection>,
     mut app: TcpStream,
     target: &Target,
 ) -> Result<Close, Close> {
-    socket::prepare(&app);
-    let mut opened = connection.unless_cut(open(worker, connection, target)).await?;
+    // In a place of its own, which is given back: copying may go on for hours, and needs much less.
+    let opened = Box::pin(connection.unless_cut(open(worker, connection, target))).await?;
+    let Opened { mut tunnel, basis, instance, address, _load } = opened;
     connection.established();
     worker.shared.recheck(connection)?;
 
-    let tunnel = &mut opened.tunnel;
-    let copied = async { Ok(copy::copy(&mut app, tunnel, &connection.counters, connection.started).await) };
-    let ended = connection.unless_cut(copied).await?;
-    if let Ended::Cleanly(_) = ended {
-        socket::end_on_drop(&app);
-        socket::end_on_drop(opened.tunnel.get_ref().0);
+    let copied = async {
+        let ended =
+            copy::copy(&mut app, Side::Downstream, &mut tunnel, &connection.counters, connection.started);
+        Ok(ended.await)
+    };
+    let ended = connection.unless_cut(copied).await;
+    match &ended {
+        Ok(Ended::Cleanly(_)) => {
+            socket::end_on_drop(&app);
+            worker.tunnels.put(instance, address, tunnel, basis);
+        }
+        Ok(Ended::Broken(..)) | Err(_) => socket::reset_on_drop(tunnel.socket()),
     }
-    Ok(ended.into())
+    ended.map(Into::into)
 }
 
 /// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries.
@@ -95,9 +105,10 @@ async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Resu
         };
         let result = timeout(attempt.timeout, connect(worker, connection, target, &attempt)).await;
         let failed = match result {
-            Ok(Ok(tunnel)) => {
+            Ok(Ok((tunnel, basis))) => {
                 metrics::attempt(None);
-                return Ok(Opened { tunnel, _load: attempt.load });
+                let Attempt { instance, address, load, .. } = attempt;
+                return Ok(Opened { tunnel, basis, instance, address, _load: load });
             }
             Ok(Err(failed)) => failed,
             Err(_) => Failed::other_may_do(Close::local(
@@ -204,15 +215,46 @@ impl Failed {
     }
 }
 
-/// TCP, TLS with exactly the chosen instance, OPEN and its answer.
+/// A tunnel to exactly the chosen instance, one that waits or a new one; then OPEN and its answer.
 async fn connect(
     worker: &Worker,
     connection: &Connection,
     target: &Target,
     attempt: &Attempt,
-) -> Result<TlsStream<TcpStream>, Failed> {
+) -> Result<(Tunnel, Basis), Failed> {
     let identity = worker.shared.tls.identity().ok_or_else(|| Failed::for_good(tls::no_identity()))?;
     check_own_leaf(identity).map_err(Failed::for_good)?;
+    let now = crate::clock::now();
+    let waiting = worker.tunnels.take(&attempt.instance, attempt.address, &identity.current(), now);
+    if let Some((mut tunnel, basis)) = waiting {
+        match ask(worker, connection, target, attempt, &mut tunnel, true).await {
+            Asked::Opened => return Ok((tunnel, basis)),
+            Asked::Refused(failed) => {
+                worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
+                return Err(failed);
+            }
+            // The other end had closed it, or was gone: which of the two, a new one tells.
+            Asked::Broken(_) => {}
+        }
+    }
+    let (mut tunnel, basis) = new_tunnel(worker, connection, identity, attempt).await?;
+    match ask(worker, connection, target, attempt, &mut tunnel, false).await {
+        Asked::Opened => Ok((tunnel, basis)),
+        Asked::Refused(failed) => {
+            worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
+            Err(failed)
+        }
+        Asked::Broken(failed) => Err(failed),
+    }
+}
+
+/// TCP and TLS.
+async fn new_tunnel(
+    worker: &Worker,
+    connection: &Connection,
+    identity: &TlsIdentity,
+    attempt: &Attempt,
+) -> Result<(Tunnel, Basis), Failed> {
     let socket = TcpStream::connect(attempt.address).await.map_err(|error| {
         let detail = format!("{} at {}: {error}", attempt.instance, attempt.address);
         let (reason, by) = match error.kind() {
@@ -226,11 +268,32 @@ async fn connect(
         Failed::other_may_do(Close::new(reason, by, detail))
     })?;
     socket::prepare(&socket);
-    let mut tunnel =
-        worker.connectors.connect(identity, &attempt.instance, socket).await.map_err(Failed::other_may_do)?;
+    let connected = worker.connectors.connect(identity, &attempt.instance, socket).await;
+    let (tunnel, basis, negotiated) = connected.map_err(Failed::other_may_do)?;
+    connection.facts().negotiated(&negotiated);
+    Ok((tunnel, basis))
+}
+
+/// What a server's sidecar says to OPEN.
+enum Asked {
+    Opened,
+    /// The tunnel can be used for another stream.
+    Refused(Failed),
+    /// It cannot.
+    Broken(Failed),
+}
+
+async fn ask(
+    worker: &Worker,
+    connection: &Connection,
+    target: &Target,
+    attempt: &Attempt,
+    tunnel: &mut Tunnel,
+    reused: bool,
+) -> Asked {
     let open = {
         let mut facts = connection.facts();
-        tls::negotiated(tunnel.get_ref().1, &mut facts).map_err(Failed::other_may_do)?;
+        facts.tunnel_reused = Some(reused);
         Frame::Open(Open {
             service: target.service.clone(),
             port: target.port,
@@ -239,17 +302,24 @@ async fn connect(
             version: facts.config_version.unwrap_or_default(),
         })
     };
-    let broke = |error: &io::Error| Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error));
-    frame::write(&mut tunnel, &open).await.map_err(|error| broke(&error))?;
-    match frame::read(&mut tunnel).await {
-        Ok(Frame::Opened) => {
-            socket::reset_on_drop(tunnel.get_ref().0);
-            Ok(tunnel)
-        }
-        Ok(Frame::Refused(refused)) => Err(refused_by_peer(worker, refused)),
-        Ok(Frame::Open(_)) => Err(nonsense("the peer answered with OPEN")),
-        Err(FrameError::Io(error)) => Err(broke(&error)),
-        Err(error) => Err(nonsense(&error.to_string())),
+    let broke = |error: &io::Error| {
+        // Nobody's fault if it was idle.
+        let close = if reused {
+            nonsense("")
+        } else {
+            Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error))
+        };
+        Asked::Broken(close)
+    };
+    if let Err(error) = tunnel.write(&open).await {
+        return broke(&error);
+    }
+    match tunnel.read().await {
+        Ok(Frame::Opened) => Asked::Opened,
+        Ok(Frame::Refused(refused)) => Asked::Refused(refused_by_peer(worker, refused)),
+        Ok(Frame::Open(_)) => Asked::Broken(nonsense("the peer answered with OPEN")),
+        Err(FrameError::Io(error)) => broke(&error),
+        Err(error) => Asked::Broken(nonsense(&error.to_string())),
     }
 }
 

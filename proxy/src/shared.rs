@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName};
 use weft_routing::{Snapshot, verdict};
 
@@ -34,6 +35,10 @@ pub(crate) struct Shared {
     pub(crate) demand: Demand,
     /// One permit for each connection that is not authenticated yet.
     pub(crate) unauthenticated: Semaphore,
+    /// One permit for each inbound tunnel that waits for its next stream.
+    pub(crate) idle_tunnels: Semaphore,
+    /// Inbound tunnels end with the stream that they carry, and those that carry none at once.
+    pub(crate) retire: CancellationToken,
     /// The newest version that a peer said it runs.
     pub(crate) seen: watch::Sender<ConfigVersion>,
     routes: ArcSwapOption<Routes>,
@@ -47,6 +52,7 @@ impl Shared {
         apps: BTreeMap<Port, SocketAddr>,
         records: RecordSender,
         demand: Demand,
+        tunnels_idle_max: usize,
     ) -> Arc<Self> {
         Arc::new(Self {
             own,
@@ -57,6 +63,8 @@ impl Shared {
             tally: Arc::default(),
             demand,
             unauthenticated: Semaphore::new(UNAUTHENTICATED_MAX),
+            idle_tunnels: Semaphore::new(tunnels_idle_max),
+            retire: CancellationToken::new(),
             seen: watch::Sender::new(ConfigVersion::default()),
             routes: ArcSwapOption::empty(),
             snapshots: watch::Sender::new(None),

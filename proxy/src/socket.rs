@@ -83,9 +83,10 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Prepares a connection of the data path: no delay for small writes, and a vanished peer is noticed.
-pub(crate) fn prepare(stream: &TcpStream) {
-    let socket = SockRef::from(stream);
+/// Prepares a connection of the data path: no delay for small writes, and a vanished peer is noticed. What is set on a listener
+/// holds for the connections that it accepts.
+pub(crate) fn prepare<'s>(socket: impl Into<SockRef<'s>>) {
+    let socket = socket.into();
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE_IDLE)
         .with_interval(KEEPALIVE_INTERVAL)
@@ -96,9 +97,10 @@ pub(crate) fn prepare(stream: &TcpStream) {
 }
 
 /// Makes the connection end with a reset whenever and for whatever reason it is dropped, a panic and the end of the
-/// process included, so that the other end cannot take it for a clean end of the stream (I9).
-pub(crate) fn reset_on_drop(stream: &TcpStream) {
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+/// process included, so that the other end cannot take it for a clean end of the stream (I9). On a listener, for every connection that
+/// it accepts.
+pub(crate) fn reset_on_drop<'s>(socket: impl Into<SockRef<'s>>) {
+    let _ = socket.into().set_linger(Some(Duration::ZERO));
 }
 
 /// Everything was said: what is on its way is delivered, and the end is clean.

@@ -1,21 +1,25 @@
-//! TLS between sidecars: handshakes, and what they say about the peer. All use of `rustls` on the data path is here.
+//! TLS between sidecars: handshakes, and what they say about the peer. All use of `rustls` on the data path is here and below.
 //!
 //! The identity comes late: a sidecar that has not joined yet has none, and then nothing passes (I6). Once it is there
 //! it never goes away; its leaf and roots are replaced in place, and live connections never notice.
 
-use crate::connections::{Close, ClosedBy, Direction, Facts};
+pub(crate) mod handshake;
+pub(crate) mod record;
+
+use crate::connections::{Close, ClosedBy, Direction};
 use crate::metrics;
-use crate::tunnel::ALPN;
+use crate::tunnel::pool::Basis;
+use crate::tunnel::{ALPN, Tunnel};
+use handshake::{Established, Negotiated};
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::net::TcpStream;
-use tokio_rustls::rustls::{ClientConfig, ConnectionCommon, SideData};
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
-use weft_identity::spiffe::{SpiffeId, Subject};
-use weft_identity::tls::{ClientAuth, ExpectedPeer, HandshakeFault, TlsIdentity, peer_identity};
-use weft_model::{CloseReason, InstanceId};
+use tokio_rustls::rustls::{ClientConfig, ServerConfig};
+use weft_identity::credential::Credential;
+use weft_identity::tls::{ClientAuth, ExpectedPeer, HandshakeFault, TlsIdentity};
+use weft_model::{CloseReason, InstanceId, Timestamp};
 
 /// Most endpoints whose client configuration a thread keeps. Making one costs microseconds, keeping one about 1 KiB.
 const CONNECTORS_MAX: usize = 4096;
@@ -26,7 +30,9 @@ pub(crate) struct Tls(OnceLock<Identified>);
 
 struct Identified {
     identity: TlsIdentity,
-    acceptor: TlsAcceptor,
+    server: Arc<ServerConfig>,
+    /// The sidecar's own full name.
+    own: Arc<str>,
 }
 
 impl Tls {
@@ -34,7 +40,10 @@ impl Tls {
     /// [`TlsIdentity::replace`].
     pub(crate) fn set(&self, identity: TlsIdentity) {
         let config = identity.server_config(ClientAuth::Required, ExpectedPeer::AnyInstance, &[ALPN]);
-        let _ = self.0.set(Identified { identity, acceptor: TlsAcceptor::from(config) });
+        let mut server = Arc::unwrap_or_clone(config);
+        server.enable_secret_extraction = true;
+        let own = identity.current().spiffe_id().to_string().into();
+        let _ = self.0.set(Identified { identity, server: Arc::new(server), own });
     }
 
     /// The identity; none before the sidecar has joined.
@@ -42,18 +51,33 @@ impl Tls {
         self.0.get().map(|identified| &identified.identity)
     }
 
-    /// An instance's full name in the own trust domain.
-    pub(crate) fn spiffe_id(&self, instance: &InstanceId) -> Option<String> {
-        let trust_domain = self.identity()?.current().spiffe_id().trust_domain.clone();
-        Some(SpiffeId { trust_domain, subject: Subject::Instance(instance.clone()) }.to_string())
+    /// The sidecar's own full name.
+    pub(crate) fn own_spiffe_id(&self) -> Option<Arc<str>> {
+        self.0.get().map(|identified| Arc::clone(&identified.own))
     }
 
-    /// Takes a connection of another sidecar.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> Result<server::TlsStream<TcpStream>, Close> {
+    /// Takes a connection of another sidecar. Also tells what the tunnel rests on.
+    pub(crate) async fn accept(&self, mut socket: TcpStream) -> Result<(Tunnel, Basis, Negotiated), Close> {
         let identified = self.0.get().ok_or_else(no_identity)?;
-        let tunnel = identified.acceptor.accept(stream).await;
-        tunnel.map_err(|error| handshake_failed(Direction::Inbound, &error))
+        let own = identified.identity.current();
+        let accepted = handshake::accept(Arc::clone(&identified.server), &mut socket).await;
+        let established = accepted.map_err(|error| handshake_failed(Direction::Inbound, &error))?;
+        agreed(socket, established, own)
     }
+}
+
+/// A tunnel over a connection whose handshake is done, unless the ends do not agree.
+fn agreed(
+    socket: TcpStream,
+    established: Established,
+    own: Arc<Credential>,
+) -> Result<(Tunnel, Basis, Negotiated), Close> {
+    let Established { session, negotiated, received, unsent } = established;
+    if negotiated.protocol.as_deref() != Some(ALPN) {
+        return Err(Close::local(CloseReason::TlsFailed, "the peer does not speak weft/1"));
+    }
+    let peer_expires = negotiated.peer.as_ref().map_or(Timestamp::default(), |peer| peer.not_after);
+    Ok((Tunnel::new(socket, session, received, unsent), Basis { own, peer_expires }, negotiated))
 }
 
 pub(crate) fn no_identity() -> Close {
@@ -65,16 +89,18 @@ pub(crate) fn no_identity() -> Close {
 pub(crate) struct Connectors(Mutex<BTreeMap<InstanceId, Arc<ClientConfig>>>);
 
 impl Connectors {
-    /// Connects to exactly this instance.
+    /// Connects to exactly this instance. Also tells what the tunnel rests on.
     pub(crate) async fn connect(
         &self,
         identity: &TlsIdentity,
         instance: &InstanceId,
-        stream: TcpStream,
-    ) -> Result<client::TlsStream<TcpStream>, Close> {
-        let connector = TlsConnector::from(self.config(identity, instance));
-        let tunnel = connector.connect(server_name(instance), stream).await;
-        tunnel.map_err(|error| handshake_failed(Direction::Outbound, &error))
+        mut socket: TcpStream,
+    ) -> Result<(Tunnel, Basis, Negotiated), Close> {
+        let own = identity.current();
+        let config = self.config(identity, instance);
+        let connected = handshake::connect(config, server_name(instance), &mut socket).await;
+        let established = connected.map_err(|error| handshake_failed(Direction::Outbound, &error))?;
+        agreed(socket, established, own)
     }
 
     fn config(&self, identity: &TlsIdentity, instance: &InstanceId) -> Arc<ClientConfig> {
@@ -87,6 +113,9 @@ impl Connectors {
             configs.pop_first();
         }
         let config = identity.client_config(ExpectedPeer::instance(instance.clone()), &[ALPN]);
+        let mut config = Arc::unwrap_or_clone(config);
+        config.enable_secret_extraction = true;
+        let config = Arc::new(config);
         configs.insert(instance.clone(), Arc::clone(&config));
         config
     }
@@ -99,22 +128,10 @@ fn server_name(instance: &InstanceId) -> ServerName<'static> {
     ServerName::try_from(name).unwrap_or_else(|_| ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into()))
 }
 
-/// Who the other end is, from its leaf.
-pub(crate) fn peer<S: SideData>(session: &ConnectionCommon<S>) -> Result<InstanceId, Close> {
-    let refused = || Close::local(CloseReason::TlsFailed, "the peer is no instance of the mesh");
-    let peer = peer_identity(session.peer_certificates()).ok().flatten().ok_or_else(refused)?;
-    peer.id.as_instance().cloned().ok_or_else(refused)
-}
-
-/// Notes what was negotiated. Refuses what does not speak the tunnel's protocol.
-pub(crate) fn negotiated<S: SideData>(session: &ConnectionCommon<S>, facts: &mut Facts) -> Result<(), Close> {
-    facts.tls = session.protocol_version().and_then(|version| version.as_str());
-    facts.key_exchange = session.negotiated_key_exchange_group().and_then(|group| group.name().as_str());
-    if session.alpn_protocol() == Some(ALPN) {
-        Ok(())
-    } else {
-        Err(Close::local(CloseReason::TlsFailed, "the peer does not speak weft/1"))
-    }
+/// Who the other end is.
+pub(crate) fn peer(negotiated: &Negotiated) -> Result<InstanceId, Close> {
+    let instance = negotiated.peer.as_ref().and_then(|peer| peer.id.as_instance().cloned());
+    instance.ok_or_else(|| Close::local(CloseReason::TlsFailed, "the peer is no instance of the mesh"))
 }
 
 /// A TLS stream that failed before it carried the application's bytes: in the handshake, or in the first frame, which

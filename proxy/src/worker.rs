@@ -9,7 +9,9 @@ use crate::metrics;
 use crate::outbound::{self, Target};
 use crate::shared::Shared;
 use crate::tls::Connectors;
+use crate::tunnel::pool::{self, Pool};
 use futures_util::FutureExt;
+use rand::RngExt;
 use rand::rngs::SmallRng;
 use std::io;
 use std::net::SocketAddr;
@@ -18,8 +20,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use uuid::{Builder, Uuid};
 
 /// Listeners on their way to a thread. Whoever sends more waits for the thread, which takes them in microseconds.
 const COMMANDS_MAX: usize = 64;
@@ -53,6 +57,8 @@ pub(crate) struct Listener {
 pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     pub(crate) connectors: Connectors,
+    /// Tunnels to other sidecars that wait for their next stream.
+    pub(crate) tunnels: Pool,
     rng: Mutex<SmallRng>,
     tasks: TaskTracker,
 }
@@ -65,6 +71,13 @@ pub(crate) struct Thread {
 }
 
 impl Worker {
+    /// A new connection's id: a UUID of version 7, from the thread's own randomness, so that no system call is made.
+    pub(crate) fn connection_id(&self) -> Uuid {
+        let now = u64::try_from(crate::clock::now().0).unwrap_or_default();
+        let random = self.with_rng(SmallRng::random);
+        Builder::from_unix_timestamp_millis(now, &random).into_uuid()
+    }
+
     /// Uses the thread's randomness. Its lock is never contended: only this thread takes it.
     pub(crate) fn with_rng<T>(&self, use_it: impl FnOnce(&mut SmallRng) -> T) -> T {
         use_it(&mut self.rng.lock().unwrap_or_else(PoisonError::into_inner))
@@ -75,12 +88,18 @@ impl Worker {
 ///
 /// # Errors
 /// If the system gives no thread or no event queue.
-pub(crate) fn start(index: usize, shared: Arc<Shared>, stop: CancellationToken) -> io::Result<Thread> {
+pub(crate) fn start(
+    index: usize,
+    shared: Arc<Shared>,
+    tunnels_idle_max: usize,
+    stop: CancellationToken,
+) -> io::Result<Thread> {
     let (listeners, commands) = mpsc::channel(COMMANDS_MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let worker = Arc::new(Worker {
         shared,
         connectors: Connectors::default(),
+        tunnels: Pool::new(tunnels_idle_max),
         rng: Mutex::new(rand::make_rng()),
         tasks: TaskTracker::new(),
     });
@@ -102,10 +121,12 @@ impl Thread {
 
 impl Worker {
     async fn run(self: Arc<Self>, mut commands: mpsc::Receiver<Listener>, stop: CancellationToken) {
+        let mut sweeps = interval(pool::SWEEP);
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
+                _ = sweeps.tick() => self.tunnels.sweep(),
                 listener = commands.recv() => match listener {
                     Some(listener) => self.listen(listener),
                     None => break,

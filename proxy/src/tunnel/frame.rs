@@ -1,27 +1,97 @@
-//! The frames that open a tunnel: OPEN by the client, OPENED or REFUSED by the server. Four bytes of length, big
-//! endian, then a protobuf message. `docs/tunnel.md` holds the format and a test vector.
+//! The frames of a tunnel: OPEN by the client, OPENED or REFUSED by the server, then DATA and END of both. One byte of kind, three
+//! of length, big endian, then what the kind says; a protobuf message for the first three. `docs/tunnel.md` holds the format and test
+//! vectors.
 //!
 //! What a peer sends is not trusted: lengths are bounded before anything is allocated, names and ports are parsed into
-//! the model's types, and whatever is not understood is an error. Exactly one frame is read, never a byte more: what
-//! follows belongs to the application.
+//! the model's types, and whatever is not understood is an error.
 
 use prost::Message;
 use std::io;
 use std::net::SocketAddr;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use uuid::Uuid;
 use weft_model::{CloseReason, ConfigVersion, Epoch, Port, Position, ServiceName};
 
-/// Most bytes of a frame's message. The longest OPEN has about 250 bytes; the rest is room for a refusal's words and for
-/// fields to come.
-pub(crate) const FRAME_BYTES_MAX: usize = 4096;
+/// Most bytes of a message. The longest OPEN has about 250 bytes; the rest is room for a refusal's words and for fields to
+/// come.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 4096;
 
-/// Longest text in a refusal that is sent, in bytes, so that a frame always stays below its bound.
+/// Longest text in a refusal that is sent, in bytes, so that a message always stays below its bound.
 const TEXT_BYTES_MAX: usize = 1024;
 
-const LENGTH_BYTES: usize = 4;
+/// Kind and length.
+pub(crate) const HEADER: usize = 4;
 
-/// One frame.
+/// How every frame begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) kind: Kind,
+    /// Bytes that follow, and belong to it.
+    pub(crate) length: usize,
+}
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Bytes of the application.
+    Data,
+    /// The application's stream ends in this direction; no bytes follow.
+    End,
+    /// A message about a stream.
+    Message(MessageKind),
+}
+
+/// Which message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MessageKind {
+    Open,
+    Opened,
+    Refused,
+}
+
+impl Kind {
+    const fn byte(self) -> u8 {
+        match self {
+            Self::Data => 0,
+            Self::End => 1,
+            Self::Message(MessageKind::Open) => 16,
+            Self::Message(MessageKind::Opened) => 17,
+            Self::Message(MessageKind::Refused) => 18,
+        }
+    }
+}
+
+impl Head {
+    /// Of the end of a direction.
+    pub(crate) const END: Self = Self { kind: Kind::End, length: 0 };
+
+    /// Of bytes of the application.
+    pub(crate) const fn data(length: usize) -> Self {
+        Self { kind: Kind::Data, length }
+    }
+
+    /// As it is sent. Nobody sends more at once than a length can say.
+    #[expect(clippy::cast_possible_truncation, reason = "callers send at most a record's content")]
+    pub(crate) const fn encode(self) -> [u8; HEADER] {
+        let [_, a, b, c] = (self.length as u32).to_be_bytes();
+        [self.kind.byte(), a, b, c]
+    }
+
+    /// Reads what [`Head::encode`] wrote.
+    pub(crate) fn decode([kind, a, b, c]: [u8; HEADER]) -> Result<Self, FrameError> {
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        let (kind, most) = match kind {
+            0 => (Kind::Data, usize::MAX),
+            1 => (Kind::End, 0),
+            16 => (Kind::Message(MessageKind::Open), MESSAGE_BYTES_MAX),
+            17 => (Kind::Message(MessageKind::Opened), MESSAGE_BYTES_MAX),
+            18 => (Kind::Message(MessageKind::Refused), MESSAGE_BYTES_MAX),
+            _ => return Err(FrameError::Kind(kind)),
+        };
+        if length > most { Err(FrameError::TooLong(length)) } else { Ok(Self { kind, length }) }
+    }
+}
+
+/// A message about a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Frame {
     Open(Open),
@@ -54,76 +124,68 @@ pub(crate) struct Refused {
     pub(crate) version: Option<ConfigVersion>,
 }
 
-/// Bytes are not a frame.
+/// Bytes are not the frame that is expected.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FrameError {
-    #[error("frame of {0} bytes is longer than {FRAME_BYTES_MAX}")]
-    TooLong(u32),
+    #[error("frame of {0} bytes is longer than its kind may be")]
+    TooLong(usize),
     #[error("frame is not readable")]
     Encoding(#[from] prost::DecodeError),
     #[error("frame has a malformed {0}")]
     Field(&'static str),
-    #[error("frame of an unknown type")]
-    Type,
+    #[error("frame of an unknown kind, {0}")]
+    Kind(u8),
+    #[error("frame of application data between two streams")]
+    Data,
+    #[error("message within a stream")]
+    Message,
     #[error("connection broke in a frame")]
     Io(#[from] io::Error),
 }
 
 impl Frame {
-    /// The frame with its length before it.
+    /// The message with its head.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let message = self.to_wire();
-        let length = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
-        let mut bytes = Vec::with_capacity(LENGTH_BYTES + message.encoded_len());
-        bytes.extend_from_slice(&length.to_be_bytes());
-        // Writing into a vector cannot run out of room.
-        let _ = message.encode(&mut bytes);
-        bytes
+        let (kind, message) = match self {
+            Self::Open(open) => (MessageKind::Open, open.to_wire().encode_to_vec()),
+            Self::Opened => (MessageKind::Opened, wire::Opened {}.encode_to_vec()),
+            Self::Refused(refused) => (MessageKind::Refused, refused.to_wire().encode_to_vec()),
+        };
+        let head = Head { kind: Kind::Message(kind), length: message.len() };
+        [&head.encode()[..], &message].concat()
     }
 
-    /// Reads the message after the length.
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
-        match wire::Frame::decode(bytes)?.kind.ok_or(FrameError::Type)? {
-            wire::Kind::Open(open) => Ok(Self::Open(open.try_into()?)),
-            wire::Kind::Opened(wire::Opened {}) => Ok(Self::Opened),
-            wire::Kind::Refused(refused) => Ok(Self::Refused(refused.try_into()?)),
+    /// Reads the message after the head.
+    pub(crate) fn decode(kind: MessageKind, message: &[u8]) -> Result<Self, FrameError> {
+        match kind {
+            MessageKind::Open => Ok(Self::Open(wire::Open::decode(message)?.try_into()?)),
+            MessageKind::Opened => wire::Opened::decode(message).map(|_| Self::Opened).map_err(Into::into),
+            MessageKind::Refused => Ok(Self::Refused(wire::Refused::decode(message)?.try_into()?)),
         }
     }
+}
 
-    fn to_wire(&self) -> wire::Frame {
-        let kind = match self {
-            Self::Open(open) => wire::Kind::Open(wire::Open {
-                service: open.service.to_string(),
-                port: u32::from(open.port.number()),
-                source_address: open.source.to_string(),
-                connection_id: open.connection_id.as_bytes().to_vec(),
-                version: Some(open.version.into()),
-            }),
-            Self::Opened => wire::Kind::Opened(wire::Opened {}),
-            Self::Refused(refused) => wire::Kind::Refused(wire::Refused {
-                reason: refused.reason.as_str().to_owned(),
-                rule: shortened(refused.rule.as_deref().unwrap_or_default()),
-                detail: shortened(&refused.detail),
-                version: refused.version.map(Into::into),
-            }),
-        };
-        wire::Frame { kind: Some(kind) }
+impl Open {
+    fn to_wire(&self) -> wire::Open {
+        wire::Open {
+            service: self.service.to_string(),
+            port: u32::from(self.port.number()),
+            source_address: self.source.to_string(),
+            connection_id: self.connection_id.as_bytes().to_vec(),
+            version: Some(self.version.into()),
+        }
     }
 }
 
-/// Reads one frame.
-pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Frame, FrameError> {
-    let length = stream.read_u32().await?;
-    let bytes = usize::try_from(length).ok().filter(|bytes| *bytes <= FRAME_BYTES_MAX);
-    let mut message = vec![0; bytes.ok_or(FrameError::TooLong(length))?];
-    stream.read_exact(&mut message).await?;
-    Frame::decode(&message)
-}
-
-/// Writes one frame, so that it is on its way when this returns.
-pub(crate) async fn write(stream: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
-    stream.write_all(&frame.encode()).await?;
-    stream.flush().await
+impl Refused {
+    fn to_wire(&self) -> wire::Refused {
+        wire::Refused {
+            reason: self.reason.as_str().to_owned(),
+            rule: shortened(self.rule.as_deref().unwrap_or_default()),
+            detail: shortened(&self.detail),
+            version: self.version.map(Into::into),
+        }
+    }
 }
 
 impl TryFrom<wire::Open> for Open {
@@ -173,23 +235,7 @@ fn shortened(text: &str) -> String {
 
 /// The protobuf messages. Numbers once given are never given to anything else.
 mod wire {
-    use prost::{Message, Oneof};
-
-    #[derive(Clone, PartialEq, Message)]
-    pub(super) struct Frame {
-        #[prost(oneof = "Kind", tags = "1, 2, 3")]
-        pub(super) kind: Option<Kind>,
-    }
-
-    #[derive(Clone, PartialEq, Oneof)]
-    pub(super) enum Kind {
-        #[prost(message, tag = "1")]
-        Open(Open),
-        #[prost(message, tag = "2")]
-        Opened(Opened),
-        #[prost(message, tag = "3")]
-        Refused(Refused),
-    }
+    use prost::Message;
 
     #[derive(Clone, PartialEq, Message)]
     pub(super) struct Open {

@@ -7,9 +7,11 @@
 
 mod config;
 mod demand;
+mod ends;
 mod life;
 mod path;
 mod policy;
+mod reuse;
 mod support;
 mod trust;
 mod witness;

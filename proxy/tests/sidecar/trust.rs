@@ -2,7 +2,7 @@
 
 use crate::support::app::ping;
 use crate::support::controller::{Call, now};
-use crate::support::tunnel::{connect, exchange, open};
+use crate::support::tunnel::{connect, data, end, exchange, open};
 use crate::support::{App, Controller, LIMIT, Sidecar};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
@@ -90,7 +90,7 @@ async fn a_hand_made_tunnel_follows_the_document() {
         assert_eq!(refused.reason, reason);
         assert!(refused.version.unwrap().position > 0);
     }
-    for nonsense in [open("no service name", 5432), open("default/db", 70_000), Default::default()] {
+    for nonsense in [open("no service name", 5432), open("default/db", 70_000), end(), data(b"!")] {
         let mut tunnel = connect(db.inbound, credential(), alpn).await.unwrap();
         assert!(exchange(&mut tunnel, &nonsense).await.is_err());
     }

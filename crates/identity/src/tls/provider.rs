@@ -14,9 +14,11 @@ pub(crate) const SIGNATURE_SCHEMES: [SignatureScheme; 3] = [
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
+        // 128 bits first: both are out of reach, against a quantum computer too, and this one costs a sixth less per byte and
+        // half as much in the key schedule of a handshake, since processors have instructions for SHA-256.
         cipher_suites: vec![
-            cipher_suite::TLS13_AES_256_GCM_SHA384,
             cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
             cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
         ],
         // The hybrid first: what is recorded today stays secret when X25519 alone no longer is. The others are for

@@ -40,34 +40,59 @@ fn any_frame() -> impl Strategy<Value = Frame> {
     prop_oneof![open, Just(Frame::Opened), refused]
 }
 
-#[test]
-fn the_documented_vector_is_what_is_sent() {
-    let bytes = documented().encode();
-    let hex = bytes.iter().fold(String::new(), |mut hex, byte| {
+/// Reads a whole frame, and nothing else.
+fn parse(bytes: &[u8]) -> Result<Frame, FrameError> {
+    let (head, message) = bytes.split_first_chunk().unwrap();
+    let head = Head::decode(*head)?;
+    let Kind::Message(kind) = head.kind else { return Err(FrameError::Data) };
+    assert_eq!(head.length, message.len());
+    Frame::decode(kind, message)
+}
+
+/// The vector in `docs/tunnel.md` with this number.
+fn shown(number: usize) -> String {
+    let document = include_str!("../../../../docs/tunnel.md");
+    let vector = document.split("```hex\n").nth(number + 1).unwrap();
+    vector.split("```").next().unwrap().split_whitespace().collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
-    });
-    let document = include_str!("../../../../docs/tunnel.md");
-    let shown: String =
-        document.split("```hex\n").nth(1).unwrap().split("```").next().unwrap().split_whitespace().collect();
-    assert_eq!(shown, hex);
-    assert_eq!(Frame::decode(&bytes[LENGTH_BYTES..]).unwrap(), documented());
+    })
 }
 
-#[tokio::test]
-async fn nothing_behind_a_frame_is_read() {
-    let mut bytes = documented().encode();
-    bytes.extend_from_slice(b"application");
-    let mut stream = bytes.as_slice();
-    assert_eq!(read(&mut stream).await.unwrap(), documented());
-    assert_eq!(stream, b"application");
+#[test]
+fn the_documented_vectors_are_what_is_sent() {
+    let bytes = documented().encode();
+    assert_eq!(shown(0), hex(&bytes));
+    assert_eq!(parse(&bytes).unwrap(), documented());
+
+    let stream =
+        [&Frame::Opened.encode()[..], &Head::data(5).encode(), b"hello", &Head::END.encode()].concat();
+    assert_eq!(shown(1), hex(&stream));
 }
 
-#[tokio::test]
-async fn a_long_frame_is_refused_before_it_is_read() {
-    let mut stream: &[u8] = &[0xff; 8];
-    assert!(matches!(read(&mut stream).await, Err(FrameError::TooLong(u32::MAX))));
-    assert_eq!(stream.len(), 4);
+#[test]
+fn a_frame_that_may_not_be_is_refused_by_its_head() {
+    for (head, accepted) in [
+        ([0, 0xff, 0xff, 0xff], true),
+        ([1, 0, 0, 0], true),
+        ([1, 0, 0, 1], false),
+        ([16, 0, 0x10, 0], true),
+        ([16, 0, 0x10, 1], false),
+        ([17, 0, 0x10, 1], false),
+        ([18, 1, 0, 0], false),
+        ([2, 0, 0, 0], false),
+        ([0xff, 0, 0, 0], false),
+    ] {
+        let decoded = Head::decode(head);
+        assert_eq!(decoded.is_ok(), accepted, "{head:?}");
+        if let Ok(decoded) = decoded {
+            assert_eq!(decoded.encode(), head);
+        }
+    }
 }
 
 #[test]
@@ -75,31 +100,32 @@ fn a_refusal_of_any_length_fits() {
     let long = "é".repeat(9_000);
     let refused =
         Refused { reason: CloseReason::Internal, rule: Some(long.clone()), detail: long, version: None };
-    assert!(Frame::Refused(refused).encode().len() <= FRAME_BYTES_MAX);
+    assert!(Frame::Refused(refused).encode().len() <= MESSAGE_BYTES_MAX);
 }
 
 proptest! {
     #[test]
     fn frames_round_trip(frame in any_frame()) {
-        let bytes = frame.encode();
-        prop_assert_eq!(Frame::decode(&bytes[LENGTH_BYTES..]).unwrap(), frame);
+        prop_assert_eq!(parse(&frame.encode()).unwrap(), frame);
     }
 
     #[test]
-    fn any_bytes_are_a_frame_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        let _ = Frame::decode(&bytes);
+    fn any_bytes_are_a_frame_or_an_error(head: [u8; HEADER], bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = Head::decode(head);
+        for kind in [MessageKind::Open, MessageKind::Opened, MessageKind::Refused] {
+            let _ = Frame::decode(kind, &bytes);
+        }
     }
 
     /// A changed frame is refused, or is another valid frame; it never is half of one.
     #[test]
     fn changed_frames_decode_to_whole_frames(frame in any_frame(), at: prop::sample::Index, flip in 1u8..) {
         let mut bytes = frame.encode();
-        bytes.drain(..LENGTH_BYTES);
-        if bytes.is_empty() { return Ok(()); }
-        let at = at.index(bytes.len());
+        if bytes.len() == HEADER { return Ok(()); }
+        let at = HEADER + at.index(bytes.len() - HEADER);
         bytes[at] ^= flip;
-        if let Ok(other) = Frame::decode(&bytes) {
-            prop_assert_eq!(Frame::decode(&other.encode()[LENGTH_BYTES..]).unwrap(), other);
+        if let Ok(other) = parse(&bytes) {
+            prop_assert_eq!(parse(&other.encode()).unwrap(), other);
         }
     }
 }

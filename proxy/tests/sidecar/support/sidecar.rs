@@ -50,6 +50,7 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
             fall: 2,
         },
         drain_deadline: Duration::from_secs(5),
+        tunnels_idle_max: 64,
         threads: NonZeroUsize::new(2).unwrap(),
     }
 }

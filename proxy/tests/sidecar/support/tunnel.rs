@@ -10,13 +10,13 @@ use tokio_rustls::client::TlsStream;
 use weft_identity::credential::Credential;
 use weft_identity::tls::{ExpectedPeer, TlsIdentity};
 
-#[derive(Clone, PartialEq, Message)]
+/// A frame, of one of these kinds.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Frame {
-    #[prost(message, optional, tag = "1")]
+    pub(crate) data: Option<Vec<u8>>,
+    pub(crate) end: bool,
     pub(crate) open: Option<Open>,
-    #[prost(message, optional, tag = "2")]
     pub(crate) opened: Option<Opened>,
-    #[prost(message, optional, tag = "3")]
     pub(crate) refused: Option<Refused>,
 }
 
@@ -89,14 +89,40 @@ pub(crate) async fn exchange(tunnel: &mut TlsStream<TcpStream>, frame: &Frame) -
 }
 
 pub(crate) async fn write(tunnel: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
-    let message = frame.encode_to_vec();
-    tunnel.write_u32(u32::try_from(message.len()).unwrap()).await?;
-    tunnel.write_all(&message).await?;
+    let (kind, bytes) = match frame {
+        Frame { data: Some(data), .. } => (0, data.clone()),
+        Frame { end: true, .. } => (1, Vec::new()),
+        Frame { open: Some(open), .. } => (16, open.encode_to_vec()),
+        Frame { opened: Some(opened), .. } => (17, opened.encode_to_vec()),
+        Frame { refused: Some(refused), .. } => (18, refused.encode_to_vec()),
+        _ => panic!("an empty frame"),
+    };
+    tunnel.write_u32(kind << 24 | u32::try_from(bytes.len()).unwrap()).await?;
+    tunnel.write_all(&bytes).await?;
     tunnel.flush().await
 }
 
 pub(crate) async fn read(tunnel: &mut (impl AsyncRead + Unpin)) -> io::Result<Frame> {
-    let mut message = vec![0; tunnel.read_u32().await?.try_into().unwrap()];
-    tunnel.read_exact(&mut message).await?;
-    Ok(Frame::decode(message.as_slice()).unwrap())
+    let head = tunnel.read_u32().await?;
+    let mut bytes = vec![0; (head & 0x00ff_ffff).try_into().unwrap()];
+    tunnel.read_exact(&mut bytes).await?;
+    let none = Frame::default();
+    Ok(match head >> 24 {
+        0 => Frame { data: Some(bytes), ..none },
+        1 => Frame { end: true, ..none },
+        16 => Frame { open: Some(Open::decode(bytes.as_slice()).unwrap()), ..none },
+        17 => Frame { opened: Some(Opened::decode(bytes.as_slice()).unwrap()), ..none },
+        18 => Frame { refused: Some(Refused::decode(bytes.as_slice()).unwrap()), ..none },
+        kind => panic!("a frame of kind {kind}"),
+    })
+}
+
+/// Bytes of the application.
+pub(crate) fn data(bytes: &[u8]) -> Frame {
+    Frame { data: Some(bytes.to_vec()), ..Frame::default() }
+}
+
+/// The end of the application's stream.
+pub(crate) fn end() -> Frame {
+    Frame { end: true, ..Frame::default() }
 }

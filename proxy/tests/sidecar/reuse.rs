@@ -1,0 +1,243 @@
+//! Tunnels that carry one stream after the other: what is kept, what is not, and that streams stay apart.
+
+use crate::support::app::ping;
+use crate::support::controller::Call;
+use crate::support::tunnel::{self, Frame, Opened, end};
+use crate::support::{App, Controller, LIMIT, Sidecar};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
+use weft_testkit::wait_until;
+
+/// `web` may connect to `db`, whose sidecar is not there yet.
+fn mesh() -> Controller {
+    let controller = Controller::start();
+    controller.declare("default/db", &[5432]);
+    controller.declare("default/web", &[8080]);
+    controller.allow("default/db", &["default/web"]);
+    controller
+}
+
+/// A connection that ends cleanly.
+async fn visit(web: &Sidecar) {
+    let before = web.records().len();
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    client.shutdown().await.unwrap();
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    wait_until("its record", LIMIT, async || web.records().len() > before).await;
+}
+
+async fn calling(controller: &Controller) -> Sidecar {
+    Sidecar::calling(controller, "default/web/web-1", "default/db", 5432, 1).await
+}
+
+#[tokio::test]
+async fn a_renewed_leaf_retires_tunnels_that_wait() {
+    let controller = mesh();
+    let app = App::echo().await;
+    let db = Sidecar::serving(&controller, "default/db/db-1", 5432, app.address).await;
+    controller.state().leaf_lifetime = Duration::from_secs(3);
+    let web = calling(&controller).await;
+    let renewed = || controller.count(|call| matches!(call, Call::Renewed(_)));
+    visit(&web).await;
+    let before = renewed();
+    wait_until("a renewed leaf", LIMIT, async || renewed() > before).await;
+    let serial = web.json("/config").await["leaf"]["serial"].clone();
+    wait_until("that it is in use", LIMIT, async || {
+        visit(&web).await;
+        web.json("/config").await["leaf"]["serial"] != serial || renewed() > before + 1
+    })
+    .await;
+    assert!(web.records().iter().all(|record| record["close_reason"] == "client_fin"), "{:?}", web.records());
+    assert!(db.records().iter().filter(|record| record["tunnel_reused"] == false).count() > 1);
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_tunnels_that_wait() {
+    let controller = mesh();
+    let app = App::echo().await;
+    let mut db = Sidecar::start(&controller, "default/db/db-1", |config| {
+        config.apps.insert(weft_model::Port::new(5432).unwrap(), app.address);
+        config.drain_deadline = Duration::from_secs(600);
+    })
+    .await;
+    let web = calling(&controller).await;
+    visit(&web).await;
+    db.stop().await;
+    assert_eq!(db.records().len(), 1, "{:?}", db.records());
+}
+
+/// What a server's sidecar made by hand does with a tunnel after a stream.
+#[derive(Clone, Copy)]
+enum After {
+    Closes,
+    /// Takes the next OPEN, and closes then.
+    ClosesWhenAsked,
+}
+
+/// A `db` whose tunnels carry one stream each. Counts them.
+async fn one_stream_each(controller: &Controller, after: After) -> (App, Arc<AtomicUsize>) {
+    let identity = TlsIdentity::new(controller.credential("default/db/db-1"));
+    let tls = identity.server_config(ClientAuth::Required, ExpectedPeer::Any, &[b"weft/1"]);
+    let tunnels = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&tunnels);
+    let app = App::serve(move |stream| {
+        let (tls, count) = (TlsAcceptor::from(tls.clone()), Arc::clone(&count));
+        async move {
+            let mut peer = tls.accept(stream).await.unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+            stream_by_hand(&mut peer).await;
+            if matches!(after, After::ClosesWhenAsked) {
+                assert!(tunnel::read(&mut peer).await.unwrap().open.is_some());
+            }
+        }
+    });
+    let app = app.await;
+    controller.pretend("default/db/db-1", app.address);
+    (app, tunnels)
+}
+
+/// Opens a stream, echoes, and ends it.
+async fn stream_by_hand(peer: &mut TlsStream<TcpStream>) {
+    assert!(tunnel::read(peer).await.unwrap().open.is_some());
+    tunnel::write(peer, &Frame { opened: Some(Opened {}), ..Frame::default() }).await.unwrap();
+    loop {
+        let frame = tunnel::read(peer).await.unwrap();
+        tunnel::write(peer, &frame).await.unwrap();
+        if frame == end() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_that_was_closed_while_it_waited_costs_nothing() {
+    for after in [After::Closes, After::ClosesWhenAsked] {
+        let controller = mesh();
+        let (_app, tunnels) = one_stream_each(&controller, after).await;
+        let web = calling(&controller).await;
+        for _ in 0..5 {
+            visit(&web).await;
+        }
+        for record in web.records() {
+            assert_eq!(record["close_reason"], "client_fin", "{record}");
+            assert_eq!(record["attempts"], 1, "{record}");
+            assert_eq!(record["tunnel_reused"], false, "{record}");
+        }
+        assert_eq!(tunnels.load(Ordering::SeqCst), 5);
+    }
+}
+
+/// Passes connections on in pieces of any size with pauses between them, as a network does.
+async fn chaos(to: SocketAddr, seed: u64) -> (SocketAddr, AbortOnDropHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let tasks = TaskTracker::new();
+    let passing = tasks.clone();
+    let accept = async move {
+        let mut seeds = SmallRng::seed_from_u64(seed);
+        while let Ok((near, _)) = listener.accept().await {
+            let far = TcpStream::connect(to).await.unwrap();
+            let (near_read, near_write) = near.into_split();
+            let (far_read, far_write) = far.into_split();
+            let mut rng = || SmallRng::seed_from_u64(seeds.random());
+            passing.spawn(pass(near_read, far_write, rng()));
+            passing.spawn(pass(far_read, near_write, rng()));
+        }
+    };
+    (address, AbortOnDropHandle::new(tasks.spawn(accept)))
+}
+
+async fn pass(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut rng: SmallRng,
+) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let most = rng.random_range(1..buffer.len());
+        match from.read(&mut buffer[..most]).await {
+            Ok(0) | Err(_) => return,
+            Ok(bytes) => {
+                if to.write_all(&buffer[..bytes]).await.is_err() {
+                    return;
+                }
+            }
+        }
+        if rng.random_ratio(1, 8) {
+            tokio::time::sleep(Duration::from_micros(rng.random_range(1..500))).await;
+        }
+    }
+}
+
+/// Says random words in random pieces and hears them again. Both ends may end first.
+async fn converse(mut client: TcpStream, rng: &mut SmallRng) {
+    let length = if rng.random_ratio(1, 8) { rng.random_range(0..400_000) } else { rng.random_range(0..600) };
+    let mut said = vec![0; length];
+    rng.fill(&mut said[..]);
+    let (mut read, mut write) = client.split();
+    let speak = async {
+        let mut rest = &said[..];
+        while !rest.is_empty() {
+            let (piece, more) = rest.split_at(rng.random_range(1..=rest.len()));
+            write.write_all(piece).await.unwrap();
+            rest = more;
+        }
+        write.shutdown().await.unwrap();
+    };
+    let mut heard = Vec::new();
+    let hear = read.read_to_end(&mut heard);
+    let ((), result) = timeout(LIMIT, async { tokio::join!(speak, hear) }).await.expect("an end");
+    result.unwrap();
+    assert!(heard == said, "{} bytes came of {}", heard.len(), said.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_one_tunnel_stay_apart_whatever_the_network_does() {
+    const CLIENTS: usize = 16;
+    const STREAMS: usize = 700;
+    let controller = mesh();
+    let app = App::echo().await;
+    let db = Sidecar::start(&controller, "default/db/db-1", |config| {
+        config.apps.insert(weft_model::Port::new(5432).unwrap(), app.address);
+        // Where peers connect to is not this sidecar's own address.
+        config.inbound_listen = SocketAddr::from(([127, 0, 0, 1], weft_testkit::reserve_loopback_port()));
+        config.probe.interval = Duration::from_secs(600);
+    });
+    let db = db.await;
+    let (between, _passing) = chaos(db.inbound, 7).await;
+    controller.pretend("default/db/db-1", between);
+    let web = calling(&controller).await;
+    let web = Arc::new(web);
+    let tasks = TaskTracker::new();
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let web = Arc::clone(&web);
+            tasks.spawn(async move {
+                let mut rng = SmallRng::seed_from_u64(number as u64);
+                for _ in 0..STREAMS {
+                    converse(web.connect("default/db", 5432).await, &mut rng).await;
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    wait_until("every record", LIMIT, async || web.records().len() == CLIENTS * STREAMS).await;
+    let records = web.records();
+    assert!(records.iter().all(|record| record["close_reason"] == "client_fin"));
+    let new = records.iter().filter(|record| record["tunnel_reused"] == false).count();
+    assert!(new <= CLIENTS * 2, "{new} tunnels for {CLIENTS} at a time");
+}
