@@ -11,7 +11,6 @@ use crate::clock;
 use crate::metrics;
 use crate::records::{Record, RecordSender};
 use crate::tally::Tally;
-use crate::tls::handshake::Negotiated;
 use crate::tunnel::copy::{Counters, Ended, Side};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -25,8 +24,8 @@ use uuid::Uuid;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName, Timestamp};
 
 /// Most live connections of a sidecar. Far above what one app holds; each costs two file descriptors, so the process's
-/// limit of these is usually lower and then the one that counts. A quiet one holds some 40 KiB here, 4 GiB for all; one
-/// whose receivers take nothing up to 128 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
+/// limit of these is usually lower and then the one that counts. A quiet one holds some 6 KiB here, 600 MiB for all; one
+/// whose receivers take nothing up to 256 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
 pub(crate) const LIVE_MAX: usize = 100_000;
 
 /// Parts of the registry, so that threads seldom meet at one lock.
@@ -137,14 +136,6 @@ pub(crate) struct Facts {
     /// From accepting to carrying bytes; none before.
     pub(crate) connect_ms: Option<f64>,
     pub(crate) attempts: u32,
-}
-
-impl Facts {
-    /// Notes what the ends of a tunnel agreed on.
-    pub(crate) const fn negotiated(&mut self, negotiated: &Negotiated) {
-        self.tls = negotiated.tls;
-        self.key_exchange = negotiated.key_exchange;
-    }
 }
 
 fn as_text<S: serde::Serializer>(version: &Option<ConfigVersion>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -91,25 +91,30 @@ impl Stream {
     }
 }
 
-/// Who is at the other end of a tunnel.
+/// Who is at the other end of a tunnel, and what is the same for all of its streams.
 struct Client {
-    tunnel: Tunnel,
+    tunnel: Box<Tunnel>,
     basis: Basis,
     peer: InstanceId,
-    /// What is the same for all of its streams.
-    facts: Facts,
+    address: Option<SocketAddr>,
+    identity: Arc<str>,
 }
 
 impl Client {
-    /// What is known of a stream that it opens.
+    /// What is known of a stream that it opens, after another one.
     fn facts(&self, open: &Open) -> Facts {
         Facts {
             connection_id: open.connection_id,
             source: Some(open.source),
+            peer: self.address,
+            source_identity: Some(Arc::clone(&self.identity)),
+            source_service: Some(self.peer.service.clone()),
             destination: Some(open.service.clone()),
             port: Some(open.port),
+            tls: self.basis.tls,
+            key_exchange: self.basis.key_exchange,
             tunnel_reused: Some(true),
-            ..self.facts.clone()
+            ..Facts::default()
         }
     }
 }
@@ -175,14 +180,18 @@ async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, op
 async fn handshake(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Client, Close> {
     let slow = |_| Close::new(CloseReason::TlsFailed, ClosedBy::Client, "no handshake within 5 s");
     let accepted = timeout(HANDSHAKE_TIMEOUT, shared.tls.accept(socket)).await.map_err(slow)?;
-    let (tunnel, basis, negotiated) = accepted?;
-    let peer = tls::peer(&negotiated)?;
+    let (tunnel, basis, leaf) = accepted?;
+    let Some(peer) = leaf.id.as_instance() else {
+        return Err(Close::local(CloseReason::TlsFailed, "the peer is no instance of the mesh"));
+    };
+    let identity: Arc<str> = leaf.id.to_string().into();
     let mut facts = connection.facts();
-    facts.negotiated(&negotiated);
-    facts.source_identity = negotiated.peer.map(|peer| peer.id.to_string().into());
+    facts.tls = basis.tls;
+    facts.key_exchange = basis.key_exchange;
+    facts.source_identity = Some(Arc::clone(&identity));
     facts.source_service = Some(peer.service.clone());
     facts.tunnel_reused = Some(false);
-    Ok(Client { tunnel, basis, peer, facts: facts.clone() })
+    Ok(Client { tunnel, basis, peer: peer.clone(), address: facts.peer, identity })
 }
 
 /// Learns what it wants.
@@ -232,7 +241,7 @@ async fn admit_and_dial(
     connection.facts().endpoint = Some(address);
     match timeout(APP_TIMEOUT, TcpStream::connect(address)).await {
         Ok(Ok(app)) => {
-            socket::prepare(&app);
+            socket::prepare(&app, address.ip());
             // From here on an end might cut short what somebody said.
             socket::reset_on_drop(&app);
             Ok(app)

@@ -10,7 +10,7 @@
 //!
 //! Invariants kept here: I3 (a snapshot is swapped in whole), I4 (never an older one), I5 (without a controller the last
 //! one goes on), I6 (without one nothing passes), I7 (who a peer is comes from its leaf), I9 (bytes), I10 (bounds), I11 (every
-//! end has a reason). Deliberately absent: SQL, decisions about policy (that is `weft-routing`), tunnel reuse.
+//! end has a reason). Deliberately absent: SQL, decisions about policy (that is `weft-routing`).
 //!
 //! All use of `socket2` is in [`socket`], all use of TLS on the data path in [`tls`]. Start with [`app`], then
 //! [`outbound`]. The tests in `tests/` run two sidecars against a scripted controller.

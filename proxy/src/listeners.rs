@@ -48,7 +48,8 @@ pub(crate) fn bind(
 ) -> Result<Bound, ListenError> {
     let sockets = socket::listen(address, threads)?;
     for listener in &sockets {
-        socket::prepare(listener);
+        // Who connects to a loopback address is on this machine.
+        socket::prepare(listener, address.ip());
         if matches!(purpose, Purpose::Outbound(_)) {
             socket::reset_on_drop(listener);
         }

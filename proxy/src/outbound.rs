@@ -53,7 +53,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, app: TcpStream, source: SocketAdd
 
 /// An open tunnel to an endpoint.
 struct Opened {
-    tunnel: Tunnel,
+    tunnel: Box<Tunnel>,
     basis: Basis,
     instance: InstanceId,
     address: SocketAddr,
@@ -221,13 +221,13 @@ async fn connect(
     connection: &Connection,
     target: &Target,
     attempt: &Attempt,
-) -> Result<(Tunnel, Basis), Failed> {
+) -> Result<(Box<Tunnel>, Basis), Failed> {
     let identity = worker.shared.tls.identity().ok_or_else(|| Failed::for_good(tls::no_identity()))?;
     check_own_leaf(identity).map_err(Failed::for_good)?;
     let now = crate::clock::now();
     let waiting = worker.tunnels.take(&attempt.instance, attempt.address, &identity.current(), now);
     if let Some((mut tunnel, basis)) = waiting {
-        match ask(worker, connection, target, attempt, &mut tunnel, true).await {
+        match ask(worker, connection, target, attempt, (&mut tunnel, &basis), true).await {
             Asked::Opened => return Ok((tunnel, basis)),
             Asked::Refused(failed) => {
                 worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
@@ -237,8 +237,8 @@ async fn connect(
             Asked::Broken(_) => {}
         }
     }
-    let (mut tunnel, basis) = new_tunnel(worker, connection, identity, attempt).await?;
-    match ask(worker, connection, target, attempt, &mut tunnel, false).await {
+    let (mut tunnel, basis) = new_tunnel(worker, identity, attempt).await?;
+    match ask(worker, connection, target, attempt, (&mut tunnel, &basis), false).await {
         Asked::Opened => Ok((tunnel, basis)),
         Asked::Refused(failed) => {
             worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
@@ -251,10 +251,9 @@ async fn connect(
 /// TCP and TLS.
 async fn new_tunnel(
     worker: &Worker,
-    connection: &Connection,
     identity: &TlsIdentity,
     attempt: &Attempt,
-) -> Result<(Tunnel, Basis), Failed> {
+) -> Result<(Box<Tunnel>, Basis), Failed> {
     let socket = TcpStream::connect(attempt.address).await.map_err(|error| {
         let detail = format!("{} at {}: {error}", attempt.instance, attempt.address);
         let (reason, by) = match error.kind() {
@@ -267,10 +266,9 @@ async fn new_tunnel(
         };
         Failed::other_may_do(Close::new(reason, by, detail))
     })?;
-    socket::prepare(&socket);
+    socket::prepare(&socket, attempt.address.ip());
     let connected = worker.connectors.connect(identity, &attempt.instance, socket).await;
-    let (tunnel, basis, negotiated) = connected.map_err(Failed::other_may_do)?;
-    connection.facts().negotiated(&negotiated);
+    let (tunnel, basis, _) = connected.map_err(Failed::other_may_do)?;
     Ok((tunnel, basis))
 }
 
@@ -288,11 +286,13 @@ async fn ask(
     connection: &Connection,
     target: &Target,
     attempt: &Attempt,
-    tunnel: &mut Tunnel,
+    (tunnel, basis): (&mut Tunnel, &Basis),
     reused: bool,
 ) -> Asked {
     let open = {
         let mut facts = connection.facts();
+        facts.tls = basis.tls;
+        facts.key_exchange = basis.key_exchange;
         facts.tunnel_reused = Some(reused);
         Frame::Open(Open {
             service: target.service.clone(),

@@ -20,6 +20,13 @@ use weft_model::CloseReason;
 /// Most records that wait for the writer: some seconds of connections at a very high rate, about 8 MiB.
 const WAITING_MAX: usize = 8192;
 
+/// How long the writer gathers records after it has written some: a few system calls for many records, and data-plane threads
+/// wake nobody meanwhile.
+const GATHER: Duration = Duration::from_millis(5);
+
+/// What one system call writes at most: about a hundred records.
+const WRITE_BYTES: usize = 64 * 1024;
+
 /// How long a stop waits for the last records: a disk takes milliseconds, a pipe that nobody reads takes for ever.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -44,6 +51,8 @@ pub(crate) struct Record {
 struct Queue {
     waiting: VecDeque<Record>,
     closed: bool,
+    /// The writer sleeps until it is woken.
+    asleep: bool,
 }
 
 #[derive(Debug, Default)]
@@ -65,8 +74,11 @@ impl RecordSender {
             metrics::records_dropped(1);
         }
         queue.waiting.push_back(record);
+        let wake = std::mem::take(&mut queue.asleep);
         drop(queue);
-        self.0.filled.notify_one();
+        if wake {
+            self.0.filled.notify_one();
+        }
     }
 }
 
@@ -115,11 +127,12 @@ impl Writer {
 }
 
 fn write_all(channel: &Channel, output: Box<dyn Write + Send>) {
-    let mut output = BufWriter::new(output);
+    let mut output = BufWriter::with_capacity(WRITE_BYTES, output);
     let mut failing = false;
     loop {
         let mut queue = channel.queue.lock().unwrap_or_else(PoisonError::into_inner);
         while queue.waiting.is_empty() && !queue.closed {
+            queue.asleep = true;
             queue = channel.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         let batch = std::mem::take(&mut queue.waiting);
@@ -143,6 +156,7 @@ fn write_all(channel: &Channel, output: Box<dyn Write + Send>) {
         if closed {
             return;
         }
+        std::thread::sleep(GATHER);
     }
 }
 

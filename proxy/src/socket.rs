@@ -8,7 +8,7 @@
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -83,17 +83,19 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Prepares a connection of the data path: no delay for small writes, and a vanished peer is noticed. What is set on a listener
-/// holds for the connections that it accepts.
-pub(crate) fn prepare<'s>(socket: impl Into<SockRef<'s>>) {
+/// Prepares a connection of the data path with this peer: no delay for small writes, and a peer that vanished is noticed; one on this
+/// machine cannot. What is set on a listener holds for the connections that it accepts.
+pub(crate) fn prepare<'s>(socket: impl Into<SockRef<'s>>, peer: IpAddr) {
     let socket = socket.into();
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_PROBES);
     // Both fail only on a socket that is broken already, which the next read says better.
     let _ = socket.set_tcp_nodelay(true);
-    let _ = socket.set_tcp_keepalive(&keepalive);
+    if !peer.is_loopback() {
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_PROBES);
+        let _ = socket.set_tcp_keepalive(&keepalive);
+    }
 }
 
 /// Makes the connection end with a reset whenever and for whatever reason it is dropped, a panic and the end of the

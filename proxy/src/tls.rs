@@ -17,9 +17,10 @@ use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
+use weft_identity::certificate::PeerIdentity;
 use weft_identity::credential::Credential;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, HandshakeFault, TlsIdentity};
-use weft_model::{CloseReason, InstanceId, Timestamp};
+use weft_model::{CloseReason, InstanceId};
 
 /// Most endpoints whose client configuration a thread keeps. Making one costs microseconds, keeping one about 1 KiB.
 const CONNECTORS_MAX: usize = 4096;
@@ -57,7 +58,10 @@ impl Tls {
     }
 
     /// Takes a connection of another sidecar. Also tells what the tunnel rests on.
-    pub(crate) async fn accept(&self, mut socket: TcpStream) -> Result<(Tunnel, Basis, Negotiated), Close> {
+    pub(crate) async fn accept(
+        &self,
+        mut socket: TcpStream,
+    ) -> Result<(Box<Tunnel>, Basis, PeerIdentity), Close> {
         let identified = self.0.get().ok_or_else(no_identity)?;
         let own = identified.identity.current();
         let accepted = handshake::accept(Arc::clone(&identified.server), &mut socket).await;
@@ -71,13 +75,14 @@ fn agreed(
     socket: TcpStream,
     established: Established,
     own: Arc<Credential>,
-) -> Result<(Tunnel, Basis, Negotiated), Close> {
+) -> Result<(Box<Tunnel>, Basis, PeerIdentity), Close> {
     let Established { session, negotiated, received, unsent } = established;
     if negotiated.protocol.as_deref() != Some(ALPN) {
         return Err(Close::local(CloseReason::TlsFailed, "the peer does not speak weft/1"));
     }
-    let peer_expires = negotiated.peer.as_ref().map_or(Timestamp::default(), |peer| peer.not_after);
-    Ok((Tunnel::new(socket, session, received, unsent), Basis { own, peer_expires }, negotiated))
+    let Negotiated { tls, key_exchange, peer, .. } = negotiated;
+    let basis = Basis { own, peer_expires: peer.not_after, tls, key_exchange };
+    Ok((Box::new(Tunnel::new(socket, session, received, unsent)), basis, peer))
 }
 
 pub(crate) fn no_identity() -> Close {
@@ -95,7 +100,7 @@ impl Connectors {
         identity: &TlsIdentity,
         instance: &InstanceId,
         mut socket: TcpStream,
-    ) -> Result<(Tunnel, Basis, Negotiated), Close> {
+    ) -> Result<(Box<Tunnel>, Basis, PeerIdentity), Close> {
         let own = identity.current();
         let config = self.config(identity, instance);
         let connected = handshake::connect(config, server_name(instance), &mut socket).await;
@@ -126,12 +131,6 @@ fn server_name(instance: &InstanceId) -> ServerName<'static> {
     let name = format!("{}.{}", instance.service.name, instance.service.namespace);
     // Two labels of letters, digits and dashes are a DNS name.
     ServerName::try_from(name).unwrap_or_else(|_| ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into()))
-}
-
-/// Who the other end is.
-pub(crate) fn peer(negotiated: &Negotiated) -> Result<InstanceId, Close> {
-    let instance = negotiated.peer.as_ref().and_then(|peer| peer.id.as_instance().cloned());
-    instance.ok_or_else(|| Close::local(CloseReason::TlsFailed, "the peer is no instance of the mesh"))
 }
 
 /// A TLS stream that failed before it carried the application's bytes: in the handshake, or in the first frame, which

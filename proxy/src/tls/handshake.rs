@@ -38,8 +38,7 @@ pub(crate) struct Negotiated {
     pub(crate) tls: Option<&'static str>,
     pub(crate) key_exchange: Option<&'static str>,
     pub(crate) protocol: Option<Vec<u8>>,
-    /// None if it is no leaf of the mesh, which no verifier lets pass.
-    pub(crate) peer: Option<PeerIdentity>,
+    pub(crate) peer: PeerIdentity,
 }
 
 /// Connects: a client's handshake.
@@ -124,8 +123,8 @@ async fn drive<H: Handshake>(mut handshake: H, socket: &mut TcpStream) -> io::Re
         let (used, step) = match step(&mut handshake, &mut input[..shown], &mut output) {
             Ok(stepped) => stepped,
             Err(error) => {
-                // The peer shall hear why, if it still listens.
-                while matches!(step(&mut handshake, &mut [], &mut output), Ok((_, Step::Again))) {}
+                // The peer shall hear why, if it still listens. The alert comes before anything else is looked at.
+                let _ = step(&mut handshake, &mut input[..shown], &mut output);
                 let _ = socket.write_all(&output).await;
                 return Err(broken(error));
             }
@@ -148,22 +147,23 @@ async fn drive<H: Handshake>(mut handshake: H, socket: &mut TcpStream) -> io::Re
             }
         }
     }
-    let negotiated = negotiated(handshake.common());
-    let suite = handshake.common().negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete);
-    let session = suite.and_then(|suite| {
-        let (secrets, keys) = handshake.finish()?;
-        Session::new(secrets, keys, suite)
-    });
-    Ok(Established { session: session.map_err(broken)?, negotiated, received: input, unsent: output })
+    let (session, negotiated) = finish(handshake).map_err(broken)?;
+    Ok(Established { session, negotiated, received: input, unsent: output })
 }
 
-fn negotiated(common: &CommonState) -> Negotiated {
-    Negotiated {
+fn finish<H: Handshake>(handshake: H) -> Result<(Session, Negotiated), Error> {
+    let common = handshake.common();
+    let suite = common.negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete)?;
+    // The verifiers let nobody pass whose leaf cannot be read.
+    let peer = peer_identity(common.peer_certificates()).ok().flatten();
+    let negotiated = Negotiated {
         tls: common.protocol_version().and_then(|version| version.as_str()),
         key_exchange: common.negotiated_key_exchange_group().and_then(|group| group.name().as_str()),
         protocol: common.alpn_protocol().map(<[u8]>::to_vec),
-        peer: peer_identity(common.peer_certificates()).ok().flatten(),
-    }
+        peer: peer.ok_or(Error::NoCertificatesPresented)?,
+    };
+    let (secrets, keys) = handshake.finish()?;
+    Ok((Session::new(secrets, keys, suite)?, negotiated))
 }
 
 /// One step. Returns how many bytes of the input are done with.

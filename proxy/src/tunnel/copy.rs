@@ -140,7 +140,7 @@ pub(crate) async fn copy(
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
-        let received = match receiving.poll(cx, app, tunnel, count_received) {
+        let received = match receiving.poll(cx, app, tunnel, sent, count_received) {
             Poll::Ready(Err(fault)) => return Poll::Ready(fault.ended(app_is.other(), app_is)),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
@@ -349,23 +349,23 @@ struct Receiving {
 }
 
 impl Receiving {
-    /// Moves what can be moved. Ready when the end was passed on.
+    /// Moves what can be moved. Ready when the end was passed on; the `last` thing to do is left to who closes the connection.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
         app: &mut TcpStream,
         tunnel: &mut Tunnel,
+        last: bool,
         count: impl Fn(usize),
     ) -> Poll<Result<(), Fault>> {
         for _ in 0..MOVES_MAX {
             ready!(self.poll_held(cx, app)).map_err(Fault::Writing)?;
-            match self.stage {
-                Stage::Open => {}
-                Stage::Ending => {
+            if self.stage == Stage::Ending {
+                // If nothing comes from the application any more, its connection is closed next, which says the same.
+                if !last {
                     ready!(Pin::new(&mut *app).poll_shutdown(cx)).map_err(Fault::Writing)?;
-                    self.stage = Stage::Ended;
                 }
-                Stage::Ended => {}
+                self.stage = Stage::Ended;
             }
             if self.stage == Stage::Ended {
                 return Poll::Ready(Ok(()));

@@ -3,6 +3,7 @@
 
 use crate::support::sidecar::upstream;
 use crate::support::{App, Controller, LIMIT, Sidecar};
+use serde_json::json;
 use socket2::SockRef;
 use std::fmt;
 use std::io::ErrorKind;
@@ -248,7 +249,9 @@ async fn all_orders(reused: bool) {
         assert_eq!(found, expected, "{order:?}");
         ended += 1;
         wait_until("a record", LIMIT, async || web.records().len() == ended).await;
-        assert_eq!(web.records().pop().unwrap()["tunnel_reused"], reused, "{order:?}");
+        let record = web.records().pop().unwrap();
+        assert_eq!(record["tunnel_reused"], reused, "{order:?}");
+        assert_eq!((&record["tls"], &record["key_exchange"]), (&json!("TLSv1_3"), &json!("X25519MLKEM768")));
     }
     drop(db);
 }

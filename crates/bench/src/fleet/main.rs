@@ -57,6 +57,10 @@ const AIMS: &[Aim] = &[
 /// What every measurement needs.
 type Bench = run::Bench<Plan>;
 
+/// As in the controller: the fleet shares its cores with it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let Cli { common } = Cli::parse();
     let json = common.json.clone();

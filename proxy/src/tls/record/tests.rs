@@ -47,10 +47,7 @@ async fn sessions() -> (Session, Session) {
     let accepting = async {
         let Established { session, received, unsent, negotiated } = accept(server, &mut far).await.unwrap();
         assert!(received.is_empty() && unsent.is_empty());
-        assert_eq!(
-            negotiated.peer.unwrap().id.to_string(),
-            "spiffe://weft.test/ns/default/svc/web/inst/web-1"
-        );
+        assert_eq!(negotiated.peer.id.to_string(), "spiffe://weft.test/ns/default/svc/web/inst/web-1");
         session
     };
     tokio::join!(connecting, accepting)
