@@ -104,7 +104,7 @@ impl Session {
         keys: Keys,
         suite: SupportedCipherSuite,
     ) -> Result<Self, Error> {
-        let SupportedCipherSuite::Tls13(suite) = suite else { return Err(Error::HandshakeNotComplete) };
+        let suite = suite.tls13().ok_or(Error::HandshakeNotComplete)?;
         Ok(Self {
             sealing: Protection::new(secrets.tx)?,
             opening: Protection::new(secrets.rx)?,
