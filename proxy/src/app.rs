@@ -13,6 +13,7 @@ use crate::discovery::witness::Witnesses;
 use crate::discovery::{Session, disk};
 use crate::drain;
 use crate::health;
+use crate::limits::{self, Limits};
 use crate::listeners::{self, Bound, Loopback};
 use crate::metrics;
 use crate::outbound::Target;
@@ -70,6 +71,7 @@ pub enum StartError {
 pub struct Proxy {
     config: Arc<Config>,
     shared: Arc<Shared>,
+    limits: Limits,
     status: Arc<Status>,
     metrics: PrometheusHandle,
     inbound: Bound,
@@ -107,13 +109,27 @@ impl Proxy {
         let admin_address = admin.local_addr().map_err(StartError::System)?;
         let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
         let (demand, asker) = demand::channel(&config.on_demand);
+        let listeners = (outbound.len() + 1) * config.threads.get() + 1;
+        let limits = Limits::new(limits::open_files(), listeners, config.tunnels_idle_max);
         let (own, apps) = (config.instance.clone(), config.apps.clone());
-        let shared = Shared::new(own, apps, records, demand, config.tunnels_idle_max);
+        let shared = Shared::new(own, apps, records, demand, limits);
         let status = Arc::new(Status::default());
         status
             .set_listeners(outbound.iter().map(|(bound, target)| (bound.address, target.clone())).collect());
         let config = Arc::new(config);
-        Ok(Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer, asker })
+        Ok(Self {
+            config,
+            shared,
+            limits,
+            status,
+            metrics,
+            inbound,
+            outbound,
+            admin,
+            admin_address,
+            writer,
+            asker,
+        })
     }
 
     /// Where other sidecars connect to.
@@ -141,14 +157,25 @@ impl Proxy {
     /// # Errors
     /// If the sidecar gets no identity and waiting does not help, or the system gives it no threads.
     pub async fn run(self, stop: CancellationToken) -> Result<(), StartError> {
-        let Self { config, shared, status, metrics, inbound, outbound, admin, admin_address, writer, asker } =
-            self;
+        let Self {
+            config,
+            shared,
+            limits,
+            status,
+            metrics,
+            inbound,
+            outbound,
+            admin,
+            admin_address,
+            writer,
+            asker,
+        } = self;
         let advertised = config.advertise.unwrap_or(inbound.address);
-        tracing::info!(instance = %config.instance, inbound = %inbound.address, admin = %admin_address, "starting");
+        tracing::info!(instance = %config.instance, inbound = %inbound.address, admin = %admin_address, connections_max = limits.connections, "starting");
 
         // The data path: it accepts from here on, and refuses until there is an identity and a snapshot.
         let halt = CancellationToken::new();
-        let threads = start_threads(&config, &shared, &halt).map_err(StartError::System)?;
+        let threads = start_threads(&config, limits, &shared, &halt).map_err(StartError::System)?;
         let senders: Vec<_> = threads.iter().map(|thread| thread.listeners.clone()).collect();
         let (stop_inbound, stop_outbound) = (CancellationToken::new(), CancellationToken::new());
         listeners::hand_over(inbound, &senders, &stop_inbound).await;
@@ -304,9 +331,14 @@ impl Control {
     }
 }
 
-fn start_threads(config: &Config, shared: &Arc<Shared>, halt: &CancellationToken) -> io::Result<Vec<Thread>> {
+fn start_threads(
+    config: &Config,
+    limits: Limits,
+    shared: &Arc<Shared>,
+    halt: &CancellationToken,
+) -> io::Result<Vec<Thread>> {
     let threads = config.threads.get();
-    let tunnels = config.tunnels_idle_max.div_ceil(threads);
+    let tunnels = limits.idle_tunnels.div_ceil(threads);
     (0..threads).map(|index| worker::start(index, Arc::clone(shared), tunnels, halt.clone())).collect()
 }
 

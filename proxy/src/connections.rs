@@ -23,11 +23,6 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName, Timestamp};
 
-/// Most live connections of a sidecar. Far above what one app holds; each costs two file descriptors, so the process's
-/// limit of these is usually lower and then the one that counts. A quiet one holds some 6 KiB here, 600 MiB for all; one
-/// whose receivers take nothing up to 256 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
-pub(crate) const LIVE_MAX: usize = 100_000;
-
 /// Parts of the registry, so that threads seldom meet at one lock.
 const PARTS: usize = 16;
 
@@ -280,8 +275,10 @@ pub(crate) struct ConnectionView {
 }
 
 /// Every live connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Registry {
+    /// Most that may live at once.
+    most: usize,
     parts: [Mutex<BTreeMap<u64, Arc<Connection>>>; PARTS],
     next: AtomicU64,
     live: AtomicUsize,
@@ -291,14 +288,25 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
+    pub(crate) fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self {
+            most,
+            parts: Default::default(),
+            next: AtomicU64::new(0),
+            live: AtomicUsize::new(0),
+            inbound: AtomicUsize::new(0),
+            closed: OnceLock::new(),
+        })
+    }
+
     /// Makes a connection known until the guard is dropped.
     ///
     /// # Errors
-    /// If there are [`LIVE_MAX`] already, or the registry is closed.
+    /// If there are as many as there may be, or the registry is closed.
     pub(crate) fn register(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<Registered, Close> {
-        if self.live.fetch_add(1, Ordering::Relaxed) >= LIVE_MAX {
+        if self.live.fetch_add(1, Ordering::Relaxed) >= self.most {
             self.live.fetch_sub(1, Ordering::Relaxed);
-            return Err(Close::local(CloseReason::Overload, format!("{LIVE_MAX} connections are live")));
+            return Err(Close::local(CloseReason::Overload, format!("{} connections are live", self.most)));
         }
         if connection.direction == Direction::Inbound {
             self.inbound.fetch_add(1, Ordering::Relaxed);
@@ -379,7 +387,7 @@ mod tests {
         let (records, _writer) = crate::records::start(&ConnectionLog::File(dir.path().join("log"))).unwrap();
         let begin =
             || Connection::begin(Direction::Inbound, Facts::default(), records.clone(), Arc::default());
-        let registry = Arc::<Registry>::default();
+        let registry = Registry::new(2);
         let early = begin();
         let registered = registry.register(&early).unwrap();
         let cause = Close::local(CloseReason::DrainDeadline, "over");
@@ -389,5 +397,19 @@ mod tests {
         assert_eq!((registry.live(), registry.live_inbound()), (1, 1));
         drop(registered);
         assert_eq!((registry.live(), registry.live_inbound()), (0, 0));
+    }
+
+    #[test]
+    fn the_newest_is_refused_when_there_are_too_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, _writer) = crate::records::start(&ConnectionLog::File(dir.path().join("log"))).unwrap();
+        let begin =
+            || Connection::begin(Direction::Outbound, Facts::default(), records.clone(), Arc::default());
+        let registry = Registry::new(2);
+        let _first = registry.register(&begin()).unwrap();
+        let second = registry.register(&begin()).unwrap();
+        assert_eq!(registry.register(&begin()).unwrap_err().reason, CloseReason::Overload);
+        drop(second);
+        assert!(registry.register(&begin()).is_ok());
     }
 }

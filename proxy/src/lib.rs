@@ -17,6 +17,7 @@
 
 pub mod app;
 pub mod config;
+pub mod limits;
 pub mod metrics;
 
 mod admin;

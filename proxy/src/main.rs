@@ -27,6 +27,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     start_log(cli.log_format);
+    weft_proxy::limits::raise_open_files();
     let config = cli.into_config()?;
     let metrics = weft_proxy::metrics::install()?;
     // Control tasks are few and light; connections have threads of their own.

@@ -3,6 +3,7 @@
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registry};
 use crate::demand::Demand;
+use crate::limits::Limits;
 use crate::records::RecordSender;
 use crate::routes::Routes;
 use crate::tally::Tally;
@@ -52,18 +53,18 @@ impl Shared {
         apps: BTreeMap<Port, SocketAddr>,
         records: RecordSender,
         demand: Demand,
-        tunnels_idle_max: usize,
+        limits: Limits,
     ) -> Arc<Self> {
         Arc::new(Self {
             own,
             apps,
             tls: Tls::default(),
-            connections: Arc::default(),
+            connections: Registry::new(limits.connections),
             records,
             tally: Arc::default(),
             demand,
             unauthenticated: Semaphore::new(UNAUTHENTICATED_MAX),
-            idle_tunnels: Semaphore::new(tunnels_idle_max),
+            idle_tunnels: Semaphore::new(limits.idle_tunnels),
             retire: CancellationToken::new(),
             seen: watch::Sender::new(ConfigVersion::default()),
             routes: ArcSwapOption::empty(),

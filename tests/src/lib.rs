@@ -6,6 +6,7 @@
 //! of, so that single processes can be killed and started again; `weft up` itself has stories of its own.
 //!
 //! - [`smoke`]: the promises, tried one after the other on one mesh; the program `weft-smoke` runs it.
+//! - [`crowd`]: thousands of live connections whose policy changes; the program `weft-crowd` runs it.
 //! - [`partition`]: sidecars out of touch for as long as wanted; the program `weft-partition` runs it.
 //! - `tests/stories.rs`: what needs a mesh of its own, or a broken one.
 //!
@@ -13,6 +14,7 @@
 
 pub mod app;
 pub mod blob;
+pub mod crowd;
 pub mod footprint;
 pub mod http;
 pub mod mesh;

@@ -28,6 +28,11 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// that is killed.
 const LEASH: &str = "\"$@\" </dev/null & read -r _; kill $! 2>/dev/null; wait $!";
 
+/// The same with so few files.
+fn leash_with_files(files: u32) -> String {
+    format!("ulimit -n {files} && {LEASH}")
+}
+
 /// What a sidecar is for.
 #[derive(Clone, Debug)]
 pub enum Place {
@@ -93,6 +98,33 @@ impl OwnSidecar {
         place: &Place,
         controllers: &[String],
     ) -> anyhow::Result<Self> {
+        Self::start_leashed(mesh, weft_proxy, instance, place, controllers, LEASH).await
+    }
+
+    /// The same, but it may open so many files only.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub async fn start_with_files(
+        mesh: &Mesh,
+        weft_proxy: &Path,
+        instance: &str,
+        place: &Place,
+        files: u32,
+    ) -> anyhow::Result<Self> {
+        let controllers = mesh.local.controller_addresses();
+        Self::start_leashed(mesh, weft_proxy, instance, place, &controllers, &leash_with_files(files)).await
+    }
+
+    async fn start_leashed(
+        mesh: &Mesh,
+        weft_proxy: &Path,
+        instance: &str,
+        place: &Place,
+        controllers: &[String],
+        leash: &str,
+    ) -> anyhow::Result<Self> {
         let home = mesh.local.home();
         let (service, name) = instance.rsplit_once('/').context("an instance is ns/service/instance")?;
         let state = home.proxy(name);
@@ -101,7 +133,7 @@ impl OwnSidecar {
         let output = fs::OpenOptions::new().create(true).append(true).open(&log)?;
 
         let mut command = program("/bin/sh");
-        command.args(["-c", LEASH, "sh"]).arg(weft_proxy);
+        command.args(["-c", leash, "sh"]).arg(weft_proxy);
         command.args(["--controller", &controllers.join(",")]);
         command.args(["--instance", instance, "--state-dir"]).arg(&state);
         if !state.exists() {

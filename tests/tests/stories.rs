@@ -8,6 +8,7 @@ mod stories {
     mod archive;
     mod bad_input;
     mod controllers;
+    mod crowd;
     mod database;
     mod demand;
     mod rollout;
