@@ -7,6 +7,7 @@ use crate::clock;
 use crate::connections::ConnectionView;
 use crate::metrics;
 use crate::outbound::Target;
+use crate::routes::Routes;
 use crate::shared::Shared;
 use crate::status::{Inner, Status};
 use axum::extract::State;
@@ -19,7 +20,6 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use weft_routing::Snapshot;
 use weft_routing::shard::{EndpointsShard, InboundShard, PolicyLayer};
 
 /// What the pages show.
@@ -65,6 +65,7 @@ fn unready(shared: &Shared) -> Vec<&'static str> {
 
 async fn render_metrics(State(pages): State<Pages>) -> String {
     metrics::refresh(&pages.shared.connections);
+    metrics::endpoints_ejected(pages.shared.routes().as_ref().map_or(0, |routes| routes.ejected()));
     pages.metrics.render()
 }
 
@@ -76,7 +77,7 @@ async fn connections(State(pages): State<Pages>) -> Json<Vec<ConnectionView>> {
 
 async fn config(State(pages): State<Pages>) -> Json<Value> {
     let status = pages.status.read();
-    let snapshot = pages.shared.snapshot();
+    let routes = pages.shared.routes();
     let leaf = pages.shared.tls.identity().map(|identity| {
         let current = identity.current();
         json!({
@@ -95,7 +96,7 @@ async fn config(State(pages): State<Pages>) -> Json<Value> {
         "apps": pages.shared.apps.iter().map(|(port, app)| (port.to_string(), app)).collect::<BTreeMap<_, _>>(),
     });
     merge(&mut body, control(&status));
-    merge(&mut body, snapshot.as_deref().map_or_else(|| json!({ "version": null }), applied));
+    merge(&mut body, routes.as_deref().map_or_else(|| json!({ "version": null }), applied));
     Json(body)
 }
 
@@ -124,7 +125,8 @@ fn listeners(listeners: &BTreeMap<SocketAddr, Target>) -> Value {
     Value::Object(listeners.iter().map(entry).collect())
 }
 
-fn applied(snapshot: &Snapshot) -> Value {
+fn applied(routes: &Routes) -> Value {
+    let snapshot = &*routes.snapshot;
     let shards = snapshot.manifest.entries().map(|(key, entry)| {
         json!({ "key": key.to_string(), "hash": entry.hash.to_string(), "position": entry.position })
     });
@@ -133,14 +135,15 @@ fn applied(snapshot: &Snapshot) -> Value {
         "manifest_hash": snapshot.manifest_hash.to_string(),
         "trust_domain": snapshot.trust.trust_domain,
         "shards": shards.collect::<Vec<_>>(),
-        "endpoints": snapshot.endpoints.values().map(|shard| endpoints(shard)).collect::<Vec<_>>(),
+        "endpoints": snapshot.endpoints.values().map(|shard| endpoints(shard, routes)).collect::<Vec<_>>(),
         "inbound": inbound(&snapshot.inbound),
     })
 }
 
-fn endpoints(shard: &EndpointsShard) -> Value {
-    let list = shard.endpoints.iter().map(|endpoint| {
+fn endpoints(shard: &EndpointsShard, routes: &Routes) -> Value {
+    let list = shard.endpoints.iter().zip(routes.views(&shard.service)).map(|(endpoint, counted)| {
         json!({
+            "counted": counted,
             "instance": endpoint.instance,
             "address": endpoint.address,
             "draining": endpoint.draining,

@@ -1,6 +1,8 @@
 //! The one place that reads the wall clock. Durations are measured with `tokio::time::Instant` instead.
 
+use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::time::Instant;
 use weft_model::Timestamp;
 
 /// Now, by this machine's clock.
@@ -8,6 +10,14 @@ use weft_model::Timestamp;
 pub(crate) fn now() -> Timestamp {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// Milliseconds since this was first asked, and one more, so that 0 is never now. Never goes back, whatever happens to the
+/// machine's clock: for what threads keep in one word.
+pub(crate) fn uptime_ms() -> u64 {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let first = *FIRST.get_or_init(Instant::now);
+    u64::try_from(first.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1
 }
 
 /// A time as records show it: RFC 3339 in UTC.

@@ -221,6 +221,12 @@ impl Connection {
         self.facts().connect_ms = Some(milliseconds(took));
     }
 
+    /// It is opened to another endpoint: nobody has said anything yet, and what it was opened to has gone.
+    pub(crate) fn reopening(&self) {
+        self.facts().connect_ms = None;
+        self.tally.reopening();
+    }
+
     /// Writes its record.
     pub(crate) fn finish(&self, close: Close) {
         metrics::closed(self, close.reason);

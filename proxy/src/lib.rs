@@ -22,6 +22,7 @@ pub mod metrics;
 
 mod admin;
 mod balance;
+mod budget;
 mod clock;
 mod connections;
 mod demand;
@@ -29,8 +30,10 @@ mod discovery;
 mod drain;
 mod health;
 mod inbound;
+mod lifetime;
 mod listeners;
 mod outbound;
+mod outlier;
 mod records;
 mod routes;
 mod shared;

@@ -1,6 +1,7 @@
 //! Every metric, in one place: its name, its labels, what it counts. Names and labels are part of the surface.
 
 use crate::connections::{Connection, Direction, Registry};
+use crate::outlier::Step;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
 use std::sync::atomic::Ordering;
@@ -29,6 +30,12 @@ const SELF_DOUBT: &str = "weft_self_doubt";
 const UPSTREAMS_ADDED: &str = "weft_upstreams_added_total";
 const PANIC: &str = "weft_services_in_panic";
 const PANIC_PICKS: &str = "weft_panic_picks_total";
+const RETRIES: &str = "weft_connect_retries_total";
+const CIRCUIT_OPEN: &str = "weft_circuit_open_total";
+const EJECTED: &str = "weft_endpoints_ejected";
+const EJECTIONS: &str = "weft_endpoint_ejections_total";
+const EJECTIONS_KEPT: &str = "weft_endpoint_ejections_kept_total";
+const RETURNS: &str = "weft_endpoint_returns_total";
 
 /// From a loopback connect to the longest connect timeout that a policy may give.
 const CONNECT_BUCKETS: [f64; 12] =
@@ -84,6 +91,15 @@ fn describe() {
         PANIC_PICKS,
         "Endpoints chosen whatever their health, because their service is in panic"
     );
+    describe_counter!(RETRIES, "Failed connects that were to be tried again, by what became of that");
+    describe_counter!(CIRCUIT_OPEN, "Connections refused because a circuit limit is reached, by limit");
+    describe_gauge!(EJECTED, "Endpoints that are passed over because they fail, or tried again after it");
+    describe_counter!(EJECTIONS, "Endpoints ejected, by cause and by the state that they were in");
+    describe_counter!(
+        EJECTIONS_KEPT,
+        "Endpoints not ejected because too many of their service are, by cause"
+    );
+    describe_counter!(RETURNS, "Endpoints that work again after an ejection, by the state that they were in");
 }
 
 pub(crate) fn opened(direction: Direction) {
@@ -191,6 +207,30 @@ pub(crate) fn services_in_panic(count: usize) {
 
 pub(crate) fn panic_pick() {
     counter!(PANIC_PICKS).increment(1);
+}
+
+/// A failed connect was to be tried again.
+pub(crate) fn retry(result: &'static str) {
+    counter!(RETRIES, "result" => result).increment(1);
+}
+
+pub(crate) fn circuit_open(limit: &'static str) {
+    counter!(CIRCUIT_OPEN, "limit" => limit).increment(1);
+}
+
+pub(crate) fn endpoints_ejected(count: usize) {
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; there are at most some thousand")]
+    gauge!(EJECTED).set(count as f64);
+}
+
+pub(crate) fn outlier(step: &Step) {
+    match step {
+        Step::Ejected { from, cause, .. } => {
+            counter!(EJECTIONS, "cause" => cause.as_str(), "from" => from.as_str()).increment(1);
+        }
+        Step::Kept { cause, .. } => counter!(EJECTIONS_KEPT, "cause" => cause.as_str()).increment(1),
+        Step::Returned { from, .. } => counter!(RETURNS, "from" => from.as_str()).increment(1),
+    }
 }
 
 /// Brings what is counted on demand up to date; to be called before the metrics are rendered.

@@ -2,13 +2,16 @@
 //!
 //! Not a byte of the app is read before a tunnel is open. So the server may speak first, and an attempt that fails may be
 //! repeated on another endpoint: nothing that the app said was lost or said twice. If no attempt succeeds the app's
-//! connection is reset, because a clean end would look like an empty answer.
+//! connection is reset, because a clean end would look like an empty answer. An endpoint that opens and then resets, before anybody has said
+//! anything, failed as well.
 //!
 //! Called by [`crate::worker`] for each accepted connection.
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts};
+use crate::lifetime;
 use crate::metrics;
-use crate::routes::Load;
+use crate::outlier::{Cause, Step};
+use crate::routes::{Load, Source, Unchosen, Way};
 use crate::socket;
 use crate::tls;
 use crate::tunnel::Tunnel;
@@ -16,14 +19,16 @@ use crate::tunnel::copy::{self, Ended, Side};
 use crate::tunnel::frame::{Frame, FrameError, Open, Refused};
 use crate::tunnel::pool::Basis;
 use crate::worker::Worker;
+use rand::{Rng, RngExt};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use weft_identity::tls::TlsIdentity;
-use weft_model::traffic::Balance;
+use weft_model::traffic::{Balance, ConnectPolicy, ConnectionPolicy, TrafficPolicy};
 use weft_model::{CloseReason, InstanceId, Name, Port, ServiceName};
 
 /// What a local address leads to.
@@ -57,8 +62,39 @@ struct Opened {
     basis: Basis,
     instance: InstanceId,
     address: SocketAddr,
+    connect: ConnectPolicy,
+    lifetime: ConnectionPolicy,
     /// Counts the connection as one of the endpoint's.
-    _load: Load,
+    load: Load,
+}
+
+/// Endpoints that failed for this connection.
+#[derive(Default)]
+struct Tried {
+    names: Vec<Name>,
+    /// How the last one of them did.
+    last: Option<Close>,
+}
+
+impl Tried {
+    /// One more has failed. Whether another is tried: the policy allows it, there is one, and it is in the budget.
+    fn may_go_on(
+        &mut self,
+        worker: &Worker,
+        failed: &InstanceId,
+        connect: &ConnectPolicy,
+        load: &Load,
+    ) -> bool {
+        self.names.push(failed.instance.clone());
+        let routes = worker.shared.routes();
+        let others = routes.as_ref().is_some_and(|routes| routes.has_untried(&failed.service, &self.names));
+        if self.names.len() > connect.retries.into() || !others {
+            return false;
+        }
+        let granted = load.service().may_retry(connect, crate::clock::uptime_ms());
+        metrics::retry(if granted { "tried" } else { "over_budget" });
+        granted
+    }
 }
 
 /// `app` is reset whenever it is dropped, its listener has seen to that.
@@ -68,66 +104,122 @@ async fn relay(
     mut app: TcpStream,
     target: &Target,
 ) -> Result<Close, Close> {
-    // In a place of its own, which is given back: copying may go on for hours, and needs much less.
-    let opened = Box::pin(connection.unless_cut(open(worker, connection, target))).await?;
-    let Opened { mut tunnel, basis, instance, address, _load } = opened;
-    connection.established();
-    worker.shared.recheck(connection)?;
+    let mut tried = Tried::default();
+    loop {
+        // In a place of its own, which is given back: copying may go on for hours, and needs much less.
+        let opened = Box::pin(connection.unless_cut(open(worker, connection, target, &mut tried))).await?;
+        let Opened { mut tunnel, basis, instance, address, connect, lifetime, mut load } = opened;
+        let opened_at = Instant::now();
+        connection.established();
+        worker.shared.recheck(connection)?;
 
-    let copied = async {
-        let ended =
-            copy::copy(&mut app, Side::Downstream, &mut tunnel, &connection.counters, connection.started);
-        Ok(ended.await)
-    };
-    let ended = connection.unless_cut(copied).await;
-    match &ended {
-        Ok(Ended::Cleanly(_)) => {
-            socket::end_on_drop(&app);
-            worker.tunnels.put(instance, address, tunnel, basis);
+        let counters = &connection.counters;
+        let ended = {
+            let copying =
+                pin!(copy::copy(&mut app, Side::Downstream, &mut tunnel, counters, connection.started));
+            let lasting = lifetime::within(&lifetime, counters, connection.started, copying);
+            connection.unless_cut(lasting).await
+        };
+        let answered = counters.first_byte().is_some();
+        match ended {
+            Ok(ended @ Ended::Cleanly(_)) => {
+                load.answered();
+                socket::end_on_drop(&app);
+                worker.tunnels.put(instance, address, tunnel, basis);
+                return Ok(ended.into());
+            }
+            Ok(ended @ Ended::Broken(Side::Upstream, _)) if !answered => {
+                socket::reset_on_drop(tunnel.socket());
+                tell(load.failed(Cause::Reset), &instance);
+                // Nobody has said anything, and the endpoint did not take long to say no: as if it had not opened.
+                let in_time = opened_at.elapsed() < Duration::from_millis(connect.timeout_ms.into());
+                let unsaid = counters.total() == 0 && !counters.half_open();
+                if !unsaid || !in_time || !tried.may_go_on(worker, &instance, &connect, &load) {
+                    return Ok(ended.into());
+                }
+                connection.reopening();
+                tried.last = Some(ended.into());
+            }
+            ended => {
+                if answered {
+                    load.answered();
+                }
+                socket::reset_on_drop(tunnel.socket());
+                return ended.map(Into::into);
+            }
         }
-        Ok(Ended::Broken(..)) | Err(_) => socket::reset_on_drop(tunnel.socket()),
     }
-    ended.map(Into::into)
 }
 
-/// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries.
-async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Result<Opened, Close> {
+/// Opens a tunnel to one of the service's endpoints: another one for each attempt, within the policy's retries and their budget.
+async fn open(
+    worker: &Worker,
+    connection: &Connection,
+    target: &Target,
+    tried: &mut Tried,
+) -> Result<Opened, Close> {
     let shared = &worker.shared;
     if shared.demand.may_add(&target.service) && shared.lacks(&target.service) {
         shared.demand.wait(target, shared.subscribe()).await?;
     }
-    let mut tried = Vec::new();
-    let mut last = None;
     loop {
-        let Some(attempt) = choose(worker, connection, target, &tried)? else {
-            // Every endpoint was tried, or there is none.
-            return Err(last.unwrap_or_else(|| no_endpoint(target)));
-        };
-        let result = timeout(attempt.timeout, connect(worker, connection, target, &attempt)).await;
+        let mut attempt = choose(worker, connection, target, tried)?;
+        let limit = Duration::from_millis(attempt.policy.connect.timeout_ms.into());
+        let result = timeout(limit, connect(worker, connection, target, &attempt)).await;
         let failed = match result {
             Ok(Ok((tunnel, basis))) => {
                 metrics::attempt(None);
-                let Attempt { instance, address, load, .. } = attempt;
-                return Ok(Opened { tunnel, basis, instance, address, _load: load });
+                tell(attempt.load.opened(), &attempt.instance);
+                let Attempt { instance, address, policy, load, .. } = attempt;
+                let TrafficPolicy { connect, connection: lifetime, .. } = policy;
+                return Ok(Opened { tunnel, basis, instance, address, connect, lifetime, load });
             }
             Ok(Err(failed)) => failed,
             Err(_) => Failed::other_may_do(Close::local(
                 CloseReason::ConnectTimeout,
-                format!(
-                    "{} at {} did not answer within {:?}",
-                    attempt.instance, attempt.address, attempt.timeout
-                ),
+                format!("{} at {} did not answer within {limit:?}", attempt.instance, attempt.address),
             )),
         };
         metrics::attempt(Some(failed.close.reason));
-        if failed.retry {
-            attempt.load.failed(crate::clock::now());
+        if let Some(cause) = Cause::of(failed.close.reason).filter(|_| failed.retry) {
+            tell(attempt.load.failed(cause), &attempt.instance);
         }
-        if !failed.retry || tried.len() >= attempt.retries {
+        let connect = attempt.policy.connect;
+        if !failed.retry || !tried.may_go_on(worker, &attempt.instance, &connect, &attempt.load) {
             return Err(failed.close);
         }
-        last = Some(failed.close);
-        tried.push(attempt.instance.instance);
+        tried.last = Some(failed.close);
+        // It is not one of the endpoint's connections any more, and the next one is not chosen yet.
+        drop(attempt.load);
+        tokio::time::sleep(worker.with_rng(|rng| backoff(&connect, tried.names.len(), rng))).await;
+    }
+}
+
+/// How long a retry waits, `retry` counted from 1: any time up to the policy's, which doubles with each, up to ten times.
+fn backoff(connect: &ConnectPolicy, retry: usize, rng: &mut impl Rng) -> Duration {
+    let doubled = 1_u64 << (retry - 1).min(4);
+    let most = u64::from(connect.backoff_ms) * 1_000 * doubled.min(10);
+    Duration::from_micros(rng.random_range(0..=most))
+}
+
+/// Tells operators what became of an endpoint, and what that rests on.
+fn tell(step: Option<Step>, instance: &InstanceId) {
+    let Some(step) = step else { return };
+    metrics::outlier(&step);
+    match step {
+        Step::Ejected { from, cause, in_a_row, ejections, length_ms, until: _, share } => {
+            let (from, cause) = (from.as_str(), cause.as_str());
+            let (ejected, endpoints) =
+                share.map_or((None, None), |share| (Some(share.ejected), Some(share.endpoints)));
+            tracing::warn!(%instance, cause, in_a_row, from, ejections, length_ms, ejected, endpoints, "an endpoint is ejected: it is passed over while there are others");
+        }
+        Step::Kept { cause, in_a_row, share } => {
+            let (cause, ejected, endpoints) = (cause.as_str(), share.ejected, share.endpoints);
+            tracing::debug!(%instance, cause, in_a_row, ejected, endpoints, "an endpoint fails and is not ejected: too many are");
+        }
+        Step::Returned { from, ejections } => {
+            tracing::info!(%instance, from = from.as_str(), ejections, "an endpoint that was ejected works again");
+        }
     }
 }
 
@@ -135,18 +227,17 @@ async fn open(worker: &Worker, connection: &Connection, target: &Target) -> Resu
 struct Attempt {
     instance: InstanceId,
     address: SocketAddr,
-    timeout: Duration,
-    retries: usize,
+    policy: TrafficPolicy,
     load: Load,
 }
 
-/// Chooses an endpoint from the snapshot of the moment. None if no eligible one is left.
+/// Chooses an endpoint from the snapshot of the moment, or says why there is none.
 fn choose(
     worker: &Worker,
     connection: &Connection,
     target: &Target,
-    tried: &[Name],
-) -> Result<Option<Attempt>, Close> {
+    tried: &mut Tried,
+) -> Result<Attempt, Close> {
     let routes = worker.shared.routes();
     let Some(routes) = routes.as_ref() else {
         return Err(Close::local(CloseReason::NoSnapshot, "this sidecar has no snapshot yet"));
@@ -162,33 +253,40 @@ fn choose(
         let detail = format!("{} declares no port {}", target.service, target.port);
         return Err(Close::local(CloseReason::NoSnapshot, detail));
     }
-    let (policy, _) = shard.traffic_for(&worker.shared.own.service);
-    let chosen = worker
-        .with_rng(|rng| routes.choose(&target.service, policy.balance, tried, crate::clock::now(), rng));
-    let Some(chosen) = chosen else { return Ok(None) };
+    let own = &worker.shared.own;
+    let (policy, _) = shard.traffic_for(&own.service);
+    let address = facts.source.map_or(Ipv4Addr::LOCALHOST.into(), |source| source.ip());
+    let source = Source { address, own };
+    let chosen = worker.with_rng(|rng| routes.choose(&target.service, &policy, source, &tried.names, rng));
+    let chosen = match chosen {
+        Ok(chosen) => chosen,
+        // Every endpoint was tried, or there is none.
+        Err(Unchosen::NoneLeft) => return Err(tried.last.take().unwrap_or_else(|| no_endpoint(target))),
+        Err(Unchosen::Full(limit)) => {
+            metrics::circuit_open(limit);
+            let detail = format!("{limit} of the traffic policy for {} is reached", target.service);
+            return Err(Close::local(CloseReason::CircuitOpen, detail));
+        }
+    };
     let instance = InstanceId { service: target.service.clone(), instance: chosen.endpoint.instance.clone() };
     facts.endpoint = Some(chosen.endpoint.address);
     facts.endpoint_identity = Some(instance.clone());
-    facts.pick = Some(pick_word(policy.balance, shard.panic, tried));
+    facts.pick = Some(pick_word(policy.balance, chosen.way, shard.panic, tried));
     if shard.panic {
         metrics::panic_pick();
     }
     facts.attempts += 1;
-    Ok(Some(Attempt {
-        instance,
-        address: chosen.endpoint.address,
-        timeout: Duration::from_millis(policy.connect.timeout_ms.into()),
-        retries: policy.connect.retries.into(),
-        load: chosen.load,
-    }))
+    Ok(Attempt { instance, address: chosen.endpoint.address, policy, load: chosen.load })
 }
 
 /// Why an endpoint was chosen, for the record.
-const fn pick_word(balance: Balance, panic: bool, tried: &[Name]) -> &'static str {
-    match (tried.is_empty(), panic) {
-        (true, true) => "panic",
-        (true, false) => balance.as_str(),
-        (false, _) => "retry",
+const fn pick_word(balance: Balance, way: Way, panic: bool, tried: &Tried) -> &'static str {
+    match (way, tried.names.is_empty(), panic) {
+        (Way::Trial, ..) => "trial",
+        (Way::LastResort, ..) => "last_resort",
+        (Way::Balanced, true, true) => "panic",
+        (Way::Balanced, true, false) => balance.as_str(),
+        (Way::Balanced, false, _) => "retry",
     }
 }
 
@@ -311,11 +409,17 @@ async fn ask(
         };
         Asked::Broken(close)
     };
+    let asked = (attempt.policy.balance == Balance::PeakEwma).then(Instant::now);
     if let Err(error) = tunnel.write(&open).await {
         return broke(&error);
     }
     match tunnel.read().await {
-        Ok(Frame::Opened) => Asked::Opened,
+        Ok(Frame::Opened) => {
+            if let Some(asked) = asked {
+                attempt.load.measured(asked.elapsed());
+            }
+            Asked::Opened
+        }
         Ok(Frame::Refused(refused)) => Asked::Refused(refused_by_peer(worker, refused)),
         Ok(Frame::Open(_)) => Asked::Broken(nonsense("the peer answered with OPEN")),
         Err(FrameError::Io(error)) => broke(&error),

@@ -102,7 +102,7 @@ impl Shared {
     /// makes sure that it is newer than the one in use; there is one caller at a time.
     pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> usize {
         let previous = self.routes.load();
-        let routes = Routes::new(&snapshot, previous.as_deref());
+        let routes = Routes::new(&snapshot, previous.as_deref(), &self.own);
         routes.tell_panic(previous.as_deref());
         self.routes.store(Some(Arc::new(routes)));
         let mut cut = 0;

@@ -23,6 +23,11 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 4;
 
+/// How long what was sent may stay unacknowledged: as long as a quiet peer has. The system's own limit is a quarter of an hour,
+/// and while a peer has data to acknowledge it is not asked whether it is alive. It holds for a peer that lives and takes nothing, too:
+/// the kernel counts its full window as unacknowledged.
+const USER_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// An address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -87,7 +92,7 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
 /// machine cannot. What is set on a listener holds for the connections that it accepts.
 pub(crate) fn prepare<'s>(socket: impl Into<SockRef<'s>>, peer: IpAddr) {
     let socket = socket.into();
-    // Both fail only on a socket that is broken already, which the next read says better.
+    // All fail only on a socket that is broken already, which the next read says better.
     let _ = socket.set_tcp_nodelay(true);
     if !peer.is_loopback() {
         let keepalive = TcpKeepalive::new()
@@ -95,6 +100,7 @@ pub(crate) fn prepare<'s>(socket: impl Into<SockRef<'s>>, peer: IpAddr) {
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_PROBES);
         let _ = socket.set_tcp_keepalive(&keepalive);
+        let _ = socket.set_tcp_user_timeout(Some(USER_TIMEOUT));
     }
 }
 
@@ -161,6 +167,24 @@ mod tests {
             }
         }
         assert_eq!(seen, [true; 2]);
+    }
+
+    #[tokio::test]
+    async fn a_vanished_peer_is_noticed_on_connections_of_both_ways() {
+        let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0)), TWO).unwrap().remove(0);
+        let far = IpAddr::from([192, 0, 2, 1]);
+        prepare(&listener, far);
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let connected = TcpStream::connect(listener.local_addr().unwrap());
+        let (accepted, connected) = tokio::join!(listener.accept(), connected);
+        let (accepted, connected) = (accepted.unwrap().0, connected.unwrap());
+        prepare(&connected, far);
+        for socket in [SockRef::from(&accepted), SockRef::from(&connected)] {
+            assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
+            let asked = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_PROBES;
+            assert_eq!(asked, USER_TIMEOUT, "else the one would end what the other still asks about");
+        }
     }
 
     #[test]

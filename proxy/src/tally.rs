@@ -21,6 +21,12 @@ impl Tally {
         self.live.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// One does not any more, and is opened anew: it will be counted again.
+    pub(crate) fn reopening(&self) {
+        self.connections.fetch_sub(1, Ordering::Relaxed);
+        self.live.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// A connection ended, or never began.
     pub(crate) fn ended(&self, reason: CloseReason, established: bool) {
         if established {

@@ -23,7 +23,9 @@ use weft_model::security::{
     Action, Mode, RULE_LIST_MAX, RULES_MAX, Rule, SecurityCommand, SecurityPolicy, Sources,
 };
 use weft_model::service::{PORTS_MAX, ServiceCommand, ServiceDeclared, ServicePort};
-use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::traffic::{
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand, TrafficPolicy,
+};
 use weft_model::version::{ExpectedVersion, Version};
 use weft_model::{Command, ConfigVersion, Epoch, InstanceId, Port, Position, ServiceName};
 use weft_proto::v1 as pb;
@@ -212,22 +214,68 @@ pub(crate) fn register_instance(register: pb::RegisterInstance) -> Result<Comman
 
 /// A traffic policy.
 pub(crate) fn put_traffic_policy(put: &pb::PutTrafficPolicy) -> Result<Command, ApiError> {
-    let pb::TrafficPolicy { balance, connect_timeout_ms, connect_retries } =
-        *present("policy", put.policy.as_ref())?;
-    let balance = match pb::Balance::try_from(balance) {
+    let policy = traffic_policy(present("policy", put.policy.as_ref())?)?;
+    Ok(Command::Traffic(name("scope", &put.scope)?, TrafficCommand::Put(policy)))
+}
+
+fn traffic_policy(wire: &pb::TrafficPolicy) -> Result<TrafficPolicy, ApiError> {
+    let balance = match pb::Balance::try_from(wire.balance) {
         Ok(pb::Balance::Unspecified) => Balance::default(),
         Ok(pb::Balance::LeastConnections) => Balance::LeastConnections,
         Ok(pb::Balance::RoundRobin) => Balance::RoundRobin,
         Ok(pb::Balance::Random) => Balance::Random,
+        Ok(pb::Balance::PeakEwma) => Balance::PeakEwma,
+        Ok(pb::Balance::Maglev) => Balance::Maglev,
         Err(_) => {
             return Err(ApiError::invalid("policy.balance", "is not a way to balance that is known here"));
         }
     };
-    let retries = u8::try_from(connect_retries)
-        .map_err(|_| ApiError::invalid("policy.connect_retries", "at most 10"))?;
-    let connect = ConnectPolicy { timeout_ms: connect_timeout_ms, retries };
-    let policy = TrafficPolicy { balance, connect };
-    Ok(Command::Traffic(name("scope", &put.scope)?, TrafficCommand::Put(policy)))
+    let mut connect = ConnectPolicy { timeout_ms: wire.connect_timeout_ms, ..ConnectPolicy::default() };
+    connect.retries = small("policy.connect_retries", wire.connect_retries)?;
+    if let Some(retry) = wire.retry {
+        connect.backoff_ms = retry.backoff_ms;
+        connect.budget_percent = small("policy.retry.budget_percent", retry.budget_percent)?;
+        connect.budget_min_per_second = retry.budget_min_per_second;
+    }
+    let limits = wire.limits.map(|limits| CircuitLimits {
+        endpoint_connections: some(limits.endpoint_connections),
+        endpoint_pending: some(limits.endpoint_pending),
+        service_connections: some(limits.service_connections),
+        service_pending: some(limits.service_pending),
+    });
+    let connection = wire.connection.map(|connection| ConnectionPolicy {
+        half_open_timeout_ms: some(connection.half_open_timeout_ms),
+        idle_timeout_ms: some(connection.idle_timeout_ms),
+        max_age_ms: some(connection.max_age_ms),
+    });
+    Ok(TrafficPolicy {
+        balance,
+        slow_start_ms: wire.slow_start_ms,
+        connect,
+        limits: limits.unwrap_or_default(),
+        outlier_detection: wire.outlier_detection.map(outliers).transpose()?.unwrap_or_default(),
+        connection: connection.unwrap_or_default(),
+    })
+}
+
+fn outliers(wire: pb::OutlierDetection) -> Result<OutlierPolicy, ApiError> {
+    Ok(OutlierPolicy {
+        enabled: wire.enabled,
+        failures: small("policy.outlier_detection.failures", wire.failures)?,
+        ejection_base_ms: wire.ejection_base_ms,
+        ejection_max_ms: wire.ejection_max_ms,
+        ejected_percent_max: small("policy.outlier_detection.ejected_percent_max", wire.ejected_percent_max)?,
+    })
+}
+
+/// A number that the model bounds far below what it can hold.
+fn small(field: &str, number: u32) -> Result<u8, ApiError> {
+    u8::try_from(number).map_err(|_| ApiError::invalid(field, "at most 100"))
+}
+
+/// What is 0 on the wire is not set.
+fn some(number: u32) -> Option<u32> {
+    (number != 0).then_some(number)
 }
 
 /// A security policy.

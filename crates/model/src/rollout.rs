@@ -4,6 +4,8 @@
 //! The policies of a rollout are part of it. The scopes that they are for stay as they are until it is advanced, which changes
 //! all of them in one append; if it is aborted, nothing ever happened to them.
 
+mod past;
+
 use crate::command::Command;
 use crate::event::event_family;
 use crate::id::InstanceId;
@@ -11,6 +13,7 @@ use crate::rejection::Rejection;
 use crate::scope::{Scope, SecurityScope, TrafficScope};
 use crate::security::{SecurityCommand, SecurityPolicy};
 use crate::traffic::{TrafficCommand, TrafficPolicy};
+use past::RolloutBegunV1;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -29,7 +32,7 @@ pub const REASON_CHARS_MAX: usize = 500;
 
 event_family! {
     /// What can happen in the `rollout` scope.
-    RolloutEvent { RolloutBegun = 1, RolloutAdvanced = 1, RolloutAborted = 1 }
+    RolloutEvent { RolloutBegun = 2 from [RolloutBegunV1], RolloutAdvanced = 1, RolloutAborted = 1 }
 }
 
 /// The canaries run these policies from now on.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::rollout::{Evidence, RolloutAborted, RolloutAdvanced, RolloutState};
 use weft_model::security::{Action, Mode, SecurityPolicy};
-use weft_model::traffic::TrafficPolicy;
+use weft_model::traffic::{OutlierPolicy, TrafficPolicy};
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_routing::damping::Damping;
 use weft_routing::projection::{BuiltShard, Class};
@@ -448,11 +448,47 @@ fn variant_name(key: &ShardKey) -> String {
     format!("canary/{key}")
 }
 
-/// A traffic policy in words, for a table.
+/// A traffic policy in words, for a table. Of what seldom is said only what is not as it is by default.
 #[must_use]
 pub fn traffic_summary(policy: &TrafficPolicy) -> String {
-    let connect = &policy.connect;
-    format!("{}; connect {} ms, {} retries", policy.balance.as_str(), connect.timeout_ms, connect.retries)
+    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = policy;
+    let usual = TrafficPolicy::default();
+    let (timeout, retries) = (connect.timeout_ms, connect.retries);
+    let mut parts = vec![balance.as_str().to_owned(), format!("connect {timeout} ms, {retries} retries")];
+    let budget = (connect.budget_percent, connect.budget_min_per_second);
+    if budget != (usual.connect.budget_percent, usual.connect.budget_min_per_second) {
+        parts.push(format!("at most {} % or {}/s retries", budget.0, budget.1));
+    }
+    if connect.backoff_ms != usual.connect.backoff_ms {
+        parts.push(format!("backoff {} ms", connect.backoff_ms));
+    }
+    if *slow_start_ms != usual.slow_start_ms {
+        parts.push(format!("slow start {slow_start_ms} ms"));
+    }
+    for (name, limit) in limits.all() {
+        parts.extend(limit.map(|limit| format!("{name} {limit}")));
+    }
+    if *outlier_detection != usual.outlier_detection {
+        let OutlierPolicy { enabled, failures, ejection_base_ms, ejection_max_ms, ejected_percent_max } =
+            outlier_detection;
+        parts.push(if *enabled {
+            format!(
+                "ejects after {failures} failures for {ejection_base_ms} to {ejection_max_ms} ms, at most {ejected_percent_max} %"
+            )
+        } else {
+            "ejects nobody".to_owned()
+        });
+    }
+    for (name, set, usual) in [
+        ("half_open_timeout", connection.half_open_timeout_ms, usual.connection.half_open_timeout_ms),
+        ("idle_timeout", connection.idle_timeout_ms, usual.connection.idle_timeout_ms),
+        ("max_age", connection.max_age_ms, usual.connection.max_age_ms),
+    ] {
+        if set != usual {
+            parts.push(set.map_or_else(|| format!("{name} off"), |ms| format!("{name} {ms} ms")));
+        }
+    }
+    parts.join("; ")
 }
 
 /// A security policy in words, for a table: `default deny; allow default/api to 5432`. The first rules only.

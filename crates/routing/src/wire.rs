@@ -85,6 +85,17 @@ pub(crate) struct Traffic {
     pub(crate) version: u64,
     #[prost(uint64, tag = "6")]
     pub(crate) position: u64,
+    #[prost(uint32, tag = "7")]
+    pub(crate) slow_start_ms: u32,
+    /// Each of these is left out while it is what it is by default, so that an older sidecar refuses only what it cannot do.
+    #[prost(message, optional, tag = "8")]
+    pub(crate) retry: Option<Retry>,
+    #[prost(message, optional, tag = "9")]
+    pub(crate) limits: Option<Limits>,
+    #[prost(message, optional, tag = "10")]
+    pub(crate) outliers: Option<Outliers>,
+    #[prost(message, optional, tag = "11")]
+    pub(crate) lifetime: Option<Lifetime>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
@@ -93,6 +104,56 @@ pub(crate) enum Balance {
     LeastConnections = 0,
     RoundRobin = 1,
     Random = 2,
+    PeakEwma = 3,
+    Maglev = 4,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Retry {
+    #[prost(uint32, tag = "1")]
+    pub(crate) backoff_ms: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) budget_percent: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) budget_min_per_second: u32,
+}
+
+/// 0 for no limit.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Limits {
+    #[prost(uint32, tag = "1")]
+    pub(crate) endpoint_connections: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) endpoint_pending: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) service_connections: u32,
+    #[prost(uint32, tag = "4")]
+    pub(crate) service_pending: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Outliers {
+    #[prost(bool, tag = "1")]
+    pub(crate) enabled: bool,
+    #[prost(uint32, tag = "2")]
+    pub(crate) failures: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) ejection_base_ms: u32,
+    #[prost(uint32, tag = "4")]
+    pub(crate) ejection_max_ms: u32,
+    #[prost(uint32, tag = "5")]
+    pub(crate) ejected_percent_max: u32,
+}
+
+/// 0 for ever.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Lifetime {
+    #[prost(uint32, tag = "1")]
+    pub(crate) half_open_timeout_ms: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) idle_timeout_ms: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) max_age_ms: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

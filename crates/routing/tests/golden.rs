@@ -171,8 +171,15 @@ impl Mesh {
         }
         let sources = shard.overrides.iter().map(|(source, resolved)| (source.to_string(), resolved));
         for (source, resolved) in shard.traffic.iter().map(|wide| ("*".into(), wide)).chain(sources) {
-            let TrafficPolicy { balance, connect } = resolved.policy;
+            let policy = resolved.policy;
+            let TrafficPolicy { balance, connect, .. } = policy;
             let (ms, retries, by) = (connect.timeout_ms, connect.retries, resolved.source.position);
+            let spoken = TrafficPolicy {
+                balance,
+                connect: ConnectPolicy { timeout_ms: ms, retries, ..ConnectPolicy::default() },
+                ..TrafficPolicy::default()
+            };
+            assert_eq!(policy, spoken, "no scenario says more");
             writeln!(self.shown, "    from {source}: {} {ms}ms retries={retries} by {by}", balance.as_str())
                 .unwrap();
         }
@@ -299,9 +306,13 @@ fn command(text: &str) -> Option<Command> {
                 "random" => Balance::Random,
                 _ => Balance::LeastConnections,
             };
-            let connect =
-                ConnectPolicy { timeout_ms: timeout_ms.parse().ok()?, retries: retries.parse().ok()? };
-            Command::Traffic(scope.parse().ok()?, TrafficCommand::Put(TrafficPolicy { balance, connect }))
+            let connect = ConnectPolicy {
+                timeout_ms: timeout_ms.parse().ok()?,
+                retries: retries.parse().ok()?,
+                ..ConnectPolicy::default()
+            };
+            let policy = TrafficPolicy { balance, connect, ..TrafficPolicy::default() };
+            Command::Traffic(scope.parse().ok()?, TrafficCommand::Put(policy))
         }
         ["delete-traffic", scope] => Command::Traffic(scope.parse().ok()?, TrafficCommand::Delete),
         ["security", scope, default, mode, ref rules @ ..] => {

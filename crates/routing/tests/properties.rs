@@ -12,7 +12,9 @@ use weft_model::mesh::MeshDefaults;
 use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
-use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::traffic::{
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand, TrafficPolicy,
+};
 use weft_model::{
     Command, ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Namespace, Port, Scope, ScopeVersion,
     SecurityScope, ServiceName, Timestamp, TrafficScope, Version, ca,
@@ -547,11 +549,50 @@ fn security_scope() -> impl Strategy<Value = SecurityScope> {
 }
 
 fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
-    let balance = select(&[Balance::LeastConnections, Balance::RoundRobin, Balance::Random][..]);
-    (balance, 1..5_000_u32, 0..4_u8).prop_map(|(balance, timeout_ms, retries)| TrafficPolicy {
-        balance,
-        connect: ConnectPolicy { timeout_ms, retries },
-    })
+    let connect = (1..5_000_u32, 0..4_u8, 0..3_u32, 0..3_u8, 0..3_u32).prop_map(
+        |(timeout_ms, retries, backoff_ms, budget_percent, budget_min_per_second)| ConnectPolicy {
+            timeout_ms,
+            retries,
+            backoff_ms,
+            budget_percent,
+            budget_min_per_second,
+        },
+    );
+    let limit = || prop::option::of(1..3_u32);
+    let limits = (limit(), limit(), limit(), limit()).prop_map(
+        |(endpoint_connections, endpoint_pending, service_connections, service_pending)| CircuitLimits {
+            endpoint_connections,
+            endpoint_pending,
+            service_connections,
+            service_pending,
+        },
+    );
+    let outlier_detection = (any::<bool>(), 1..4_u8, 100..102_u32, 200..202_u32, 1..4_u8).prop_map(
+        |(enabled, failures, ejection_base_ms, ejection_max_ms, ejected_percent_max)| OutlierPolicy {
+            enabled,
+            failures,
+            ejection_base_ms,
+            ejection_max_ms,
+            ejected_percent_max,
+        },
+    );
+    let time = || prop::option::of(100..102_u32);
+    let connection =
+        (time(), time(), time()).prop_map(|(half_open_timeout_ms, idle_timeout_ms, max_age_ms)| {
+            ConnectionPolicy { half_open_timeout_ms, idle_timeout_ms, max_age_ms }
+        });
+    // As often as not a part is what it is by default, which is written in another way.
+    (
+        select(&Balance::ALL[..]),
+        0..3_u32,
+        prop_oneof![Just(ConnectPolicy::default()), connect],
+        prop_oneof![Just(CircuitLimits::default()), limits],
+        prop_oneof![Just(OutlierPolicy::default()), outlier_detection],
+        prop_oneof![Just(ConnectionPolicy::default()), connection],
+    )
+        .prop_map(|(balance, slow_start_ms, connect, limits, outlier_detection, connection)| {
+            TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection }
+        })
 }
 
 fn policy() -> impl Strategy<Value = Command> {

@@ -19,7 +19,7 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -69,12 +69,33 @@ pub(crate) struct Counters {
     pub(crate) down: AtomicU64,
     /// Microseconds from the start to the first byte for the downstream, plus one; zero if there was none yet.
     first_byte: AtomicU64,
+    /// One direction has ended.
+    half_open: AtomicBool,
 }
 
 impl Counters {
     /// How long the upstream's first byte took; none if none came.
     pub(crate) fn first_byte(&self) -> Option<Duration> {
         self.first_byte.load(Ordering::Relaxed).checked_sub(1).map(Duration::from_micros)
+    }
+
+    /// Bytes of both directions.
+    pub(crate) fn total(&self) -> u64 {
+        self.up.load(Ordering::Relaxed).wrapping_add(self.down.load(Ordering::Relaxed))
+    }
+
+    /// Whether one direction has ended.
+    pub(crate) fn half_open(&self) -> bool {
+        self.half_open.load(Ordering::Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn moved(&self, bytes: u64) {
+        self.up.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_half_open(&self) {
+        self.half_open.store(true, Ordering::Relaxed);
     }
 
     /// Bytes that came from a side.
@@ -151,6 +172,9 @@ pub(crate) async fn copy(
             } else {
                 (receiving.stage != Stage::Open).then_some(app_is.other())
             };
+            if first.is_some() {
+                counters.set_half_open();
+            }
         }
         if sent && received { Poll::Ready(Ended::Cleanly(first.unwrap_or(app_is))) } else { Poll::Pending }
     })

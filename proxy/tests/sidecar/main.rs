@@ -8,6 +8,7 @@
 mod config;
 mod demand;
 mod ends;
+mod faults;
 mod life;
 mod path;
 mod policy;

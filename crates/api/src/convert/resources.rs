@@ -117,15 +117,42 @@ const fn action(action: Option<Action>) -> pb::Action {
 }
 
 fn traffic(policy: &TrafficPolicy) -> pb::TrafficPolicy {
-    let balance = match policy.balance {
+    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = *policy;
+    let balance = match balance {
         Balance::LeastConnections => pb::Balance::LeastConnections,
         Balance::RoundRobin => pb::Balance::RoundRobin,
         Balance::Random => pb::Balance::Random,
+        Balance::PeakEwma => pb::Balance::PeakEwma,
+        Balance::Maglev => pb::Balance::Maglev,
     };
     pb::TrafficPolicy {
         balance: balance.into(),
-        connect_timeout_ms: policy.connect.timeout_ms,
-        connect_retries: u32::from(policy.connect.retries),
+        connect_timeout_ms: connect.timeout_ms,
+        connect_retries: u32::from(connect.retries),
+        slow_start_ms,
+        retry: Some(pb::RetryPolicy {
+            backoff_ms: connect.backoff_ms,
+            budget_percent: u32::from(connect.budget_percent),
+            budget_min_per_second: connect.budget_min_per_second,
+        }),
+        limits: Some(pb::CircuitLimits {
+            endpoint_connections: limits.endpoint_connections.unwrap_or_default(),
+            endpoint_pending: limits.endpoint_pending.unwrap_or_default(),
+            service_connections: limits.service_connections.unwrap_or_default(),
+            service_pending: limits.service_pending.unwrap_or_default(),
+        }),
+        outlier_detection: Some(pb::OutlierDetection {
+            enabled: outlier_detection.enabled,
+            failures: u32::from(outlier_detection.failures),
+            ejection_base_ms: outlier_detection.ejection_base_ms,
+            ejection_max_ms: outlier_detection.ejection_max_ms,
+            ejected_percent_max: u32::from(outlier_detection.ejected_percent_max),
+        }),
+        connection: Some(pb::ConnectionLifetime {
+            half_open_timeout_ms: connection.half_open_timeout_ms.unwrap_or_default(),
+            idle_timeout_ms: connection.idle_timeout_ms.unwrap_or_default(),
+            max_age_ms: connection.max_age_ms.unwrap_or_default(),
+        }),
     }
 }
 

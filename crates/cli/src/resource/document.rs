@@ -30,7 +30,15 @@ pub(crate) enum Document {
         version: u64,
         scope: String,
         balance: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        slow_start: Option<String>,
         connect: Connect,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        limits: Option<Limits>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        outlier_detection: Option<OutlierDetection>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        connection: Option<Lifetime>,
     },
     SecurityPolicy {
         version: u64,
@@ -75,6 +83,45 @@ pub(crate) enum Upstreams {
 pub(crate) struct Connect {
     timeout: String,
     retries: u32,
+    #[serde(flatten)]
+    retry: Option<Retry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Retry {
+    backoff: String,
+    budget_percent: u32,
+    budget_min_per_second: u32,
+}
+
+/// Only those that are set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Limits {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoint_connections: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoint_pending: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_connections: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_pending: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct OutlierDetection {
+    enabled: bool,
+    failures: u32,
+    ejection_base: String,
+    ejection_max: String,
+    ejected_percent_max: u32,
+}
+
+/// A duration each, or `off`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Lifetime {
+    half_open_timeout: String,
+    idle_timeout: String,
+    max_age: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -187,18 +234,7 @@ pub(crate) fn document(resource: &v1::Resource) -> Option<Document> {
                 metadata: registration.metadata.clone().into_iter().collect(),
             }
         }
-        Spec::TrafficPolicy(put) => {
-            let policy = put.policy?;
-            Document::TrafficPolicy {
-                version,
-                scope: put.scope.clone(),
-                balance: balance(policy.balance()),
-                connect: Connect {
-                    timeout: written(policy.connect_timeout_ms),
-                    retries: policy.connect_retries,
-                },
-            }
-        }
+        Spec::TrafficPolicy(put) => traffic(version, put.scope.clone(), &put.policy?),
         Spec::SecurityPolicy(put) => {
             let policy = put.policy.as_ref()?;
             Document::SecurityPolicy {
@@ -230,6 +266,44 @@ pub(crate) fn address(registration: &v1::RegisterInstance) -> String {
         format!("[{}]:{}", registration.address, registration.port)
     } else {
         format!("{}:{}", registration.address, registration.port)
+    }
+}
+
+fn traffic(version: u64, scope: String, policy: &v1::TrafficPolicy) -> Document {
+    let some = |number: u32| (number != 0).then_some(number);
+    let or_off = |milliseconds| some(milliseconds).map_or_else(|| "off".to_owned(), written);
+    Document::TrafficPolicy {
+        version,
+        scope,
+        balance: balance(policy.balance()),
+        slow_start: some(policy.slow_start_ms).map(written),
+        connect: Connect {
+            timeout: written(policy.connect_timeout_ms),
+            retries: policy.connect_retries,
+            retry: policy.retry.map(|retry| Retry {
+                backoff: written(retry.backoff_ms),
+                budget_percent: retry.budget_percent,
+                budget_min_per_second: retry.budget_min_per_second,
+            }),
+        },
+        limits: policy.limits.filter(|limits| *limits != v1::CircuitLimits::default()).map(|limits| Limits {
+            endpoint_connections: some(limits.endpoint_connections),
+            endpoint_pending: some(limits.endpoint_pending),
+            service_connections: some(limits.service_connections),
+            service_pending: some(limits.service_pending),
+        }),
+        outlier_detection: policy.outlier_detection.map(|outliers| OutlierDetection {
+            enabled: outliers.enabled,
+            failures: outliers.failures,
+            ejection_base: written(outliers.ejection_base_ms),
+            ejection_max: written(outliers.ejection_max_ms),
+            ejected_percent_max: outliers.ejected_percent_max,
+        }),
+        connection: policy.connection.map(|connection| Lifetime {
+            half_open_timeout: or_off(connection.half_open_timeout_ms),
+            idle_timeout: or_off(connection.idle_timeout_ms),
+            max_age: or_off(connection.max_age_ms),
+        }),
     }
 }
 
@@ -266,6 +340,8 @@ pub(crate) const fn balance(balance: v1::Balance) -> &'static str {
         v1::Balance::Unspecified | v1::Balance::LeastConnections => "least_connections",
         v1::Balance::RoundRobin => "round_robin",
         v1::Balance::Random => "random",
+        v1::Balance::PeakEwma => "peak_ewma",
+        v1::Balance::Maglev => "maglev",
     }
 }
 

@@ -5,12 +5,16 @@ use crate::resource::node::{FileError, Node};
 use crate::resource::{Kind, Resource};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use weft_model::damping::{self, DampingSettings};
 use weft_model::membership::{self, InstanceRegistered, MembershipCommand, MembershipState, Upstreams};
 use weft_model::mesh::{self, MeshDefaults};
 use weft_model::security::{self, Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{self, ServiceCommand, ServiceDeclared, ServicePort};
-use weft_model::traffic::{self, Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::traffic::{
+    self, Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand,
+    TrafficPolicy,
+};
 use weft_model::{Command, ExpectedVersion, Port, Rejection, Version};
 
 /// The mappings that a document consists of, and the fields of each, for the test that holds the reference against
@@ -22,6 +26,9 @@ pub(crate) const FIELDS: &[(&str, &[&str])] = &[
     ("Instance", INSTANCE),
     ("TrafficPolicy", TRAFFIC),
     ("TrafficPolicy connect", CONNECT),
+    ("TrafficPolicy limits", LIMITS),
+    ("TrafficPolicy outlier_detection", OUTLIERS),
+    ("TrafficPolicy connection", CONNECTION),
     ("SecurityPolicy", SECURITY),
     ("SecurityPolicy rules", RULE),
     ("SecurityPolicy rules from", SOURCES),
@@ -31,8 +38,22 @@ pub(crate) const FIELDS: &[(&str, &[&str])] = &[
 const SERVICE: &[&str] = &["kind", "version", "name", "ports", "address"];
 const PORT: &[&str] = &["name", "port"];
 const INSTANCE: &[&str] = &["kind", "version", "name", "address", "upstreams", "metadata"];
-const TRAFFIC: &[&str] = &["kind", "version", "scope", "balance", "connect"];
-const CONNECT: &[&str] = &["timeout", "retries"];
+const TRAFFIC: &[&str] = &[
+    "kind",
+    "version",
+    "scope",
+    "balance",
+    "slow_start",
+    "connect",
+    "limits",
+    "outlier_detection",
+    "connection",
+];
+const CONNECT: &[&str] = &["timeout", "retries", "backoff", "budget_percent", "budget_min_per_second"];
+const LIMITS: &[&str] =
+    &["endpoint_connections", "endpoint_pending", "service_connections", "service_pending"];
+const OUTLIERS: &[&str] = &["enabled", "failures", "ejection_base", "ejection_max", "ejected_percent_max"];
+const CONNECTION: &[&str] = &["half_open_timeout", "idle_timeout", "max_age"];
 const SECURITY: &[&str] = &["kind", "version", "scope", "default", "mode", "rules"];
 const RULE: &[&str] = &["name", "action", "from", "ports"];
 const SOURCES: &[&str] = &["any", "services", "namespaces"];
@@ -50,7 +71,11 @@ const ANY_FIELD: &[&str] = &[
     "upstreams",
     "metadata",
     "balance",
+    "slow_start",
     "connect",
+    "limits",
+    "outlier_detection",
+    "connection",
     "default",
     "mode",
     "rules",
@@ -63,8 +88,10 @@ const ACTIONS: &[(&str, Action)] = &[("allow", Action::Allow), ("deny", Action::
 const MODES: &[(&str, Mode)] = &[("enforce", Mode::Enforce), ("audit", Mode::Audit)];
 const BALANCES: &[(&str, Balance)] = &[
     ("least_connections", Balance::LeastConnections),
+    ("peak_ewma", Balance::PeakEwma),
     ("round_robin", Balance::RoundRobin),
     ("random", Balance::Random),
+    ("maglev", Balance::Maglev),
 ];
 const BOOLEANS: &[(&str, bool)] = &[("true", true), ("false", false)];
 
@@ -167,8 +194,20 @@ fn read_traffic(node: &Node) -> Result<Read, FileError> {
     if let Some(field) = fields.optional("balance") {
         policy.balance = field.word(BALANCES)?;
     }
+    if let Some(field) = fields.optional("slow_start") {
+        policy.slow_start_ms = field.duration_ms()?;
+    }
     if let Some(field) = fields.optional("connect") {
         policy.connect = read_connect(field)?;
+    }
+    if let Some(field) = fields.optional("limits") {
+        policy.limits = read_limits(field)?;
+    }
+    if let Some(field) = fields.optional("outlier_detection") {
+        policy.outlier_detection = read_outliers(field)?;
+    }
+    if let Some(field) = fields.optional("connection") {
+        policy.connection = read_connection(field)?;
     }
     let command = Command::Traffic(scope.clone(), TrafficCommand::Put(policy));
     Ok((scope.to_string(), expected(&fields)?, command))
@@ -181,10 +220,78 @@ fn read_connect(field: Field<'_>) -> Result<ConnectPolicy, FileError> {
         connect.timeout_ms = field.duration_ms()?;
     }
     if let Some(field) = fields.optional("retries") {
-        let retries = field.number(0..=u64::from(traffic::CONNECT_RETRIES_MAX))?;
-        connect.retries = u8::try_from(retries).unwrap_or(traffic::CONNECT_RETRIES_MAX);
+        connect.retries = small(&field, 0..=traffic::CONNECT_RETRIES_MAX)?;
+    }
+    if let Some(field) = fields.optional("backoff") {
+        connect.backoff_ms = field.duration_ms()?;
+    }
+    if let Some(field) = fields.optional("budget_percent") {
+        connect.budget_percent = small(&field, 0..=100)?;
+    }
+    if let Some(field) = fields.optional("budget_min_per_second") {
+        connect.budget_min_per_second = number(&field, 0..=traffic::BUDGET_MIN_PER_SECOND_MAX)?;
     }
     Ok(connect)
+}
+
+fn read_limits(field: Field<'_>) -> Result<CircuitLimits, FileError> {
+    let fields = field.fields(LIMITS)?;
+    let limit = |name| fields.optional(name).map(|field| number(&field, traffic::LIMIT)).transpose();
+    Ok(CircuitLimits {
+        endpoint_connections: limit("endpoint_connections")?,
+        endpoint_pending: limit("endpoint_pending")?,
+        service_connections: limit("service_connections")?,
+        service_pending: limit("service_pending")?,
+    })
+}
+
+fn read_outliers(field: Field<'_>) -> Result<OutlierPolicy, FileError> {
+    let fields = field.fields(OUTLIERS)?;
+    let mut outliers = OutlierPolicy::default();
+    if let Some(field) = fields.optional("enabled") {
+        outliers.enabled = field.word(BOOLEANS)?;
+    }
+    if let Some(field) = fields.optional("failures") {
+        outliers.failures = small(&field, 1..=traffic::OUTLIER_FAILURES_MAX)?;
+    }
+    for (name, milliseconds) in
+        [("ejection_base", &mut outliers.ejection_base_ms), ("ejection_max", &mut outliers.ejection_max_ms)]
+    {
+        if let Some(field) = fields.optional(name) {
+            *milliseconds = field.duration_ms()?;
+        }
+    }
+    if let Some(field) = fields.optional("ejected_percent_max") {
+        outliers.ejected_percent_max = small(&field, 1..=100)?;
+    }
+    Ok(outliers)
+}
+
+fn read_connection(field: Field<'_>) -> Result<ConnectionPolicy, FileError> {
+    let fields = field.fields(CONNECTION)?;
+    let mut connection = ConnectionPolicy::default();
+    for (name, milliseconds) in [
+        ("half_open_timeout", &mut connection.half_open_timeout_ms),
+        ("idle_timeout", &mut connection.idle_timeout_ms),
+        ("max_age", &mut connection.max_age_ms),
+    ] {
+        if let Some(field) = fields.optional(name) {
+            *milliseconds = if field.as_text() == Some("off") { None } else { Some(field.duration_ms()?) };
+        }
+    }
+    Ok(connection)
+}
+
+fn number(field: &Field<'_>, bounds: RangeInclusive<u32>) -> Result<u32, FileError> {
+    let most = *bounds.end();
+    let number = field.number(u64::from(*bounds.start())..=u64::from(most))?;
+    Ok(u32::try_from(number).unwrap_or(most))
+}
+
+fn small(field: &Field<'_>, bounds: RangeInclusive<u8>) -> Result<u8, FileError> {
+    let most = *bounds.end();
+    let number = field.number(u64::from(*bounds.start())..=u64::from(most))?;
+    Ok(u8::try_from(number).unwrap_or(most))
 }
 
 fn read_security(node: &Node) -> Result<Read, FileError> {

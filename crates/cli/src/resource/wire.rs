@@ -106,15 +106,42 @@ fn instance(instance: String, registration: &InstanceRegistered) -> v1::Register
 }
 
 fn traffic(policy: &TrafficPolicy) -> v1::TrafficPolicy {
-    let balance = match policy.balance {
+    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = *policy;
+    let balance = match balance {
         Balance::LeastConnections => v1::Balance::LeastConnections,
         Balance::RoundRobin => v1::Balance::RoundRobin,
         Balance::Random => v1::Balance::Random,
+        Balance::PeakEwma => v1::Balance::PeakEwma,
+        Balance::Maglev => v1::Balance::Maglev,
     };
     v1::TrafficPolicy {
         balance: balance.into(),
-        connect_timeout_ms: policy.connect.timeout_ms,
-        connect_retries: policy.connect.retries.into(),
+        connect_timeout_ms: connect.timeout_ms,
+        connect_retries: u32::from(connect.retries),
+        slow_start_ms,
+        retry: Some(v1::RetryPolicy {
+            backoff_ms: connect.backoff_ms,
+            budget_percent: u32::from(connect.budget_percent),
+            budget_min_per_second: connect.budget_min_per_second,
+        }),
+        limits: Some(v1::CircuitLimits {
+            endpoint_connections: limits.endpoint_connections.unwrap_or_default(),
+            endpoint_pending: limits.endpoint_pending.unwrap_or_default(),
+            service_connections: limits.service_connections.unwrap_or_default(),
+            service_pending: limits.service_pending.unwrap_or_default(),
+        }),
+        outlier_detection: Some(v1::OutlierDetection {
+            enabled: outlier_detection.enabled,
+            failures: u32::from(outlier_detection.failures),
+            ejection_base_ms: outlier_detection.ejection_base_ms,
+            ejection_max_ms: outlier_detection.ejection_max_ms,
+            ejected_percent_max: u32::from(outlier_detection.ejected_percent_max),
+        }),
+        connection: Some(v1::ConnectionLifetime {
+            half_open_timeout_ms: connection.half_open_timeout_ms.unwrap_or_default(),
+            idle_timeout_ms: connection.idle_timeout_ms.unwrap_or_default(),
+            max_age_ms: connection.max_age_ms.unwrap_or_default(),
+        }),
     }
 }
 

@@ -12,7 +12,9 @@ use std::str::FromStr;
 use weft_model::health::Health;
 use weft_model::security::{Action, Mode, Rule, SecurityPolicy, Sources};
 use weft_model::service::ServicePort;
-use weft_model::traffic::{Balance, ConnectPolicy, TrafficPolicy};
+use weft_model::traffic::{
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
+};
 use weft_model::{Port, Position, ScopeVersion, Version};
 
 /// Bytes are not the shard that they should be.
@@ -138,14 +140,61 @@ fn resolved_traffic(shard: &wire::Traffic) -> Result<ResolvedTraffic, ShardError
         Ok(wire::Balance::LeastConnections) => Balance::LeastConnections,
         Ok(wire::Balance::RoundRobin) => Balance::RoundRobin,
         Ok(wire::Balance::Random) => Balance::Random,
+        Ok(wire::Balance::PeakEwma) => Balance::PeakEwma,
+        Ok(wire::Balance::Maglev) => Balance::Maglev,
         Err(_) => return Err(ShardError::Field("balance")),
     };
-    let retries = u8::try_from(shard.connect_retries).map_err(|_| ShardError::Field("retries"))?;
-    let connect = ConnectPolicy { timeout_ms: shard.connect_timeout_ms, retries };
-    Ok(ResolvedTraffic {
-        policy: TrafficPolicy { balance, connect },
-        source: source(shard.version, shard.position),
+    let mut connect = ConnectPolicy { timeout_ms: shard.connect_timeout_ms, ..ConnectPolicy::default() };
+    connect.retries = small(shard.connect_retries, "retries")?;
+    if let Some(retry) = shard.retry {
+        connect.backoff_ms = retry.backoff_ms;
+        connect.budget_percent = small(retry.budget_percent, "retry budget")?;
+        connect.budget_min_per_second = retry.budget_min_per_second;
+    }
+    let policy = TrafficPolicy {
+        balance,
+        slow_start_ms: shard.slow_start_ms,
+        connect,
+        limits: shard.limits.map(circuit).unwrap_or_default(),
+        outlier_detection: shard.outliers.map_or_else(|| Ok(OutlierPolicy::default()), outliers)?,
+        connection: shard.lifetime.map(lifetime).unwrap_or_default(),
+    };
+    Ok(ResolvedTraffic { policy, source: source(shard.version, shard.position) })
+}
+
+fn small(number: u32, field: &'static str) -> Result<u8, ShardError> {
+    u8::try_from(number).map_err(|_| ShardError::Field(field))
+}
+
+fn circuit(shard: wire::Limits) -> CircuitLimits {
+    CircuitLimits {
+        endpoint_connections: some(shard.endpoint_connections),
+        endpoint_pending: some(shard.endpoint_pending),
+        service_connections: some(shard.service_connections),
+        service_pending: some(shard.service_pending),
+    }
+}
+
+fn outliers(shard: wire::Outliers) -> Result<OutlierPolicy, ShardError> {
+    Ok(OutlierPolicy {
+        enabled: shard.enabled,
+        failures: small(shard.failures, "failures")?,
+        ejection_base_ms: shard.ejection_base_ms,
+        ejection_max_ms: shard.ejection_max_ms,
+        ejected_percent_max: small(shard.ejected_percent_max, "ejected share")?,
     })
+}
+
+fn lifetime(shard: wire::Lifetime) -> ConnectionPolicy {
+    ConnectionPolicy {
+        half_open_timeout_ms: some(shard.half_open_timeout_ms),
+        idle_timeout_ms: some(shard.idle_timeout_ms),
+        max_age_ms: some(shard.max_age_ms),
+    }
+}
+
+fn some(number: u32) -> Option<u32> {
+    (number != 0).then_some(number)
 }
 
 fn layer(shard: &wire::Layer) -> Result<PolicyLayer, ShardError> {

@@ -7,7 +7,9 @@ use weft_model::ServiceName;
 use weft_model::health::Health;
 use weft_model::security::{Action, Mode, Rule};
 use weft_model::service::ServicePort;
-use weft_model::traffic::Balance;
+use weft_model::traffic::{
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
+};
 
 impl EndpointsShard {
     /// The canonical bytes.
@@ -74,18 +76,66 @@ fn endpoint(endpoint: &Endpoint) -> wire::Endpoint {
 }
 
 fn traffic(source: Option<&ServiceName>, resolved: &ResolvedTraffic) -> wire::Traffic {
-    let balance = match resolved.policy.balance {
+    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } =
+        resolved.policy;
+    let balance = match balance {
         Balance::LeastConnections => wire::Balance::LeastConnections,
         Balance::RoundRobin => wire::Balance::RoundRobin,
         Balance::Random => wire::Balance::Random,
+        Balance::PeakEwma => wire::Balance::PeakEwma,
+        Balance::Maglev => wire::Balance::Maglev,
     };
     wire::Traffic {
         source: source.map(ToString::to_string).unwrap_or_default(),
         balance: balance.into(),
-        connect_timeout_ms: resolved.policy.connect.timeout_ms,
-        connect_retries: u32::from(resolved.policy.connect.retries),
+        connect_timeout_ms: connect.timeout_ms,
+        connect_retries: u32::from(connect.retries),
         version: resolved.source.version.0,
         position: resolved.source.position.0,
+        slow_start_ms,
+        retry: unless_default(retry(&connect), &retry(&ConnectPolicy::default())),
+        limits: unless_default(circuit(&limits), &circuit(&CircuitLimits::default())),
+        outliers: unless_default(outliers(&outlier_detection), &outliers(&OutlierPolicy::default())),
+        lifetime: unless_default(lifetime(&connection), &lifetime(&ConnectionPolicy::default())),
+    }
+}
+
+fn unless_default<T: PartialEq>(message: T, default: &T) -> Option<T> {
+    (message != *default).then_some(message)
+}
+
+fn retry(connect: &ConnectPolicy) -> wire::Retry {
+    wire::Retry {
+        backoff_ms: connect.backoff_ms,
+        budget_percent: u32::from(connect.budget_percent),
+        budget_min_per_second: connect.budget_min_per_second,
+    }
+}
+
+fn circuit(limits: &CircuitLimits) -> wire::Limits {
+    wire::Limits {
+        endpoint_connections: limits.endpoint_connections.unwrap_or_default(),
+        endpoint_pending: limits.endpoint_pending.unwrap_or_default(),
+        service_connections: limits.service_connections.unwrap_or_default(),
+        service_pending: limits.service_pending.unwrap_or_default(),
+    }
+}
+
+fn outliers(policy: &OutlierPolicy) -> wire::Outliers {
+    wire::Outliers {
+        enabled: policy.enabled,
+        failures: u32::from(policy.failures),
+        ejection_base_ms: policy.ejection_base_ms,
+        ejection_max_ms: policy.ejection_max_ms,
+        ejected_percent_max: u32::from(policy.ejected_percent_max),
+    }
+}
+
+fn lifetime(policy: &ConnectionPolicy) -> wire::Lifetime {
+    wire::Lifetime {
+        half_open_timeout_ms: policy.half_open_timeout_ms.unwrap_or_default(),
+        idle_timeout_ms: policy.idle_timeout_ms.unwrap_or_default(),
+        max_age_ms: policy.max_age_ms.unwrap_or_default(),
     }
 }
 

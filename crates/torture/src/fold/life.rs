@@ -244,13 +244,14 @@ impl Life {
         if self.rng.random_bool(0.2) {
             return TrafficCommand::Delete;
         }
-        let balances = [Balance::LeastConnections, Balance::RoundRobin, Balance::Random];
         TrafficCommand::Put(TrafficPolicy {
-            balance: balances[self.rng.random_range(0..3)],
+            balance: Balance::ALL[self.rng.random_range(0..Balance::ALL.len())],
             connect: ConnectPolicy {
                 timeout_ms: self.rng.random_range(1..5_000),
                 retries: self.rng.random_range(0..4),
+                ..ConnectPolicy::default()
             },
+            ..TrafficPolicy::default()
         })
     }
 

@@ -145,8 +145,13 @@ impl Sidecar {
     }
 
     pub(crate) async fn connect(&self, service: &str, port: u16) -> TcpStream {
+        self.try_connect(service, port).await.unwrap()
+    }
+
+    /// A connection that is refused may be reset before it was told that there is one.
+    pub(crate) async fn try_connect(&self, service: &str, port: u16) -> std::io::Result<TcpStream> {
         let address = self.outbound[&(service.parse().unwrap(), Port::new(port).unwrap())];
-        TcpStream::connect(address).await.unwrap()
+        TcpStream::connect(address).await
     }
 
     /// Connects, and expects a reset: while connecting, or soon after.
@@ -176,7 +181,9 @@ impl Sidecar {
     /// Every record so far.
     pub(crate) fn records(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(&self.log).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        // The last one may be under way.
+        let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        whole.map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// The first record with this close reason, as soon as there is one.

@@ -73,8 +73,9 @@ impl Lane {
         let balances = [Balance::LeastConnections, Balance::RoundRobin, Balance::Random];
         let balance = balances[self.rng.random_range(0..balances.len())];
         // A policy that is set to what it is would not be recorded, so two in a row must differ: practically sure.
-        let connect = ConnectPolicy { timeout_ms: self.rng.random_range(1..60_000), retries: 2 };
-        let policy = TrafficPolicy { balance, connect };
+        let connect =
+            ConnectPolicy { timeout_ms: self.rng.random_range(1..60_000), ..ConnectPolicy::default() };
+        let policy = TrafficPolicy { balance, connect, ..TrafficPolicy::default() };
         TrafficEvent::from(TrafficPolicySet { policy }).into()
     }
 

@@ -46,7 +46,26 @@ fn resources() -> Vec<v1::Resource> {
         })),
         resource(Spec::TrafficPolicy(v1::PutTrafficPolicy {
             scope: "default/web->default/api".into(),
-            policy: Some(v1::TrafficPolicy { balance: 2, connect_timeout_ms: 1_500, connect_retries: 2 }),
+            policy: Some(v1::TrafficPolicy {
+                balance: 2,
+                connect_timeout_ms: 1_500,
+                connect_retries: 2,
+                slow_start_ms: 30_000,
+                retry: Some(v1::RetryPolicy { backoff_ms: 0, budget_percent: 7, budget_min_per_second: 8 }),
+                limits: Some(v1::CircuitLimits { service_pending: 9, ..v1::CircuitLimits::default() }),
+                outlier_detection: Some(v1::OutlierDetection {
+                    enabled: false,
+                    failures: 4,
+                    ejection_base_ms: 1_000,
+                    ejection_max_ms: 90_000,
+                    ejected_percent_max: 11,
+                }),
+                connection: Some(v1::ConnectionLifetime {
+                    half_open_timeout_ms: 0,
+                    idle_timeout_ms: 600_000,
+                    max_age_ms: 0,
+                }),
+            }),
         })),
         resource(Spec::SecurityPolicy(v1::PutSecurityPolicy {
             scope: "default/db".into(),
