@@ -111,7 +111,7 @@ impl Proxy {
         let (demand, asker) = demand::channel(&config.on_demand);
         let listeners = (outbound.len() + 1) * config.threads.get() + 1;
         let limits = Limits::new(limits::open_files(), listeners, config.tunnels_idle_max);
-        let (own, apps) = (config.instance.clone(), config.apps.clone());
+        let (own, apps) = (config.instance.clone(), (config.apps.clone(), config.proxy_protocol));
         let shared = Shared::new(own, apps, records, demand, limits);
         let status = Arc::new(Status::default());
         status

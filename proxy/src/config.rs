@@ -78,6 +78,10 @@ struct Args {
     /// Where the local app serves a port of the service; may be given several times
     #[arg(long = "app", env = "WEFT_APP", value_name = "PORT=IP:PORT", value_delimiter = ',')]
     apps: Vec<App>,
+    /// Tell the app who connects: each connection to it begins with a PROXY protocol header, version 2, with the client's address and,
+    /// in field 0xD0, its SPIFFE id
+    #[arg(long, env = "WEFT_PROXY_PROTOCOL")]
+    proxy_protocol: bool,
     /// A service and port to connect to, optionally with a local address for it; may be given several times
     #[arg(
         long = "upstream",
@@ -221,6 +225,8 @@ pub struct Config {
     pub advertise: Option<SocketAddr>,
     /// Where the local app serves each port of the service.
     pub apps: BTreeMap<Port, SocketAddr>,
+    /// Whether connections to the app begin with a PROXY protocol header.
+    pub proxy_protocol: bool,
     /// The services that the app connects to, some with a local address of their own.
     pub upstreams: Vec<Upstream>,
     /// The services that become upstreams when the app first connects to them; each has a local address.
@@ -290,6 +296,7 @@ impl Cli {
             },
             drain_deadline: args.drain_deadline,
             tunnels_idle_max: args.tunnels_idle_max,
+            proxy_protocol: args.proxy_protocol,
             threads: args.threads.unwrap_or(cores),
         };
         config.validate()?;

@@ -12,6 +12,7 @@ use crate::clock;
 use crate::config::Probe;
 use crate::discovery::{Session, Sessions};
 use crate::metrics;
+use crate::preface;
 use crate::shared::Shared;
 use crate::status::Status;
 use doubt::Doubt;
@@ -22,6 +23,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 use weft_client::{CallError, command};
@@ -114,7 +116,7 @@ pub(crate) async fn run(shared: Arc<Shared>, status: Arc<Status>, probe: Probe, 
 /// Connects to the app on every port. Says what failed, if something did.
 async fn probe_all(shared: &Shared, limit: Duration) -> (Probed, String) {
     for (port, address) in &shared.apps {
-        let (probed, why) = probe_one(*address, limit).await;
+        let (probed, why) = probe_one(*address, limit, shared.proxy_protocol).await;
         if probed != Probed::Good {
             return (probed, format!("port {port} at {address}: {why}"));
         }
@@ -122,8 +124,16 @@ async fn probe_all(shared: &Shared, limit: Duration) -> (Probed, String) {
     (Probed::Good, String::new())
 }
 
-async fn probe_one(address: SocketAddr, limit: Duration) -> (Probed, String) {
-    match timeout(limit, TcpStream::connect(address)).await {
+async fn probe_one(address: SocketAddr, limit: Duration, proxy_protocol: bool) -> (Probed, String) {
+    let connected = async {
+        let mut app = TcpStream::connect(address).await?;
+        if proxy_protocol {
+            // An app that waits for a header is not left to wonder.
+            app.write_all(&preface::own()?).await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    match timeout(limit, connected).await {
         Ok(Ok(_)) => (Probed::Good, String::new()),
         Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
             (Probed::Refused, error.to_string())

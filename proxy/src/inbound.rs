@@ -5,6 +5,7 @@
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registered};
 use crate::metrics;
+use crate::preface;
 use crate::shared::Shared;
 use crate::socket;
 use crate::tls;
@@ -12,9 +13,11 @@ use crate::tunnel::Tunnel;
 use crate::tunnel::copy::{self, Ended, Side};
 use crate::tunnel::frame::{Frame, FrameError, Open, Refused};
 use crate::tunnel::pool::{self, Basis};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use weft_model::{CloseReason, InstanceId};
@@ -239,13 +242,19 @@ async fn admit_and_dial(
     shared.peer_runs(open.version);
     let address = admit(shared, connection, peer, &open)?;
     connection.facts().endpoint = Some(address);
-    match timeout(APP_TIMEOUT, TcpStream::connect(address)).await {
-        Ok(Ok(app)) => {
-            socket::prepare(&app, address.ip());
-            // From here on an end might cut short what somebody said.
-            socket::reset_on_drop(&app);
-            Ok(app)
+    let dialled = async {
+        let mut app = TcpStream::connect(address).await?;
+        socket::prepare(&app, address.ip());
+        // From here on an end might cut short what somebody said.
+        socket::reset_on_drop(&app);
+        if shared.proxy_protocol {
+            let identity = connection.facts().source_identity.clone().unwrap_or_default();
+            app.write_all(&preface::proxied(open.source, address, &identity)?).await?;
         }
+        Ok::<_, io::Error>(app)
+    };
+    match timeout(APP_TIMEOUT, dialled).await {
+        Ok(Ok(app)) => Ok(app),
         Ok(Err(error)) => {
             let detail = format!("the app does not accept connections at {address}: {error}");
             Err(Close::new(CloseReason::ConnectRefused, ClosedBy::Server, detail))

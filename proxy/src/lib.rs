@@ -34,6 +34,7 @@ mod lifetime;
 mod listeners;
 mod outbound;
 mod outlier;
+mod preface;
 mod records;
 mod routes;
 mod shared;

@@ -27,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) own: InstanceId,
     /// Where the local app serves each port.
     pub(crate) apps: BTreeMap<Port, SocketAddr>,
+    /// Whether the app is told who connects, by a header before the first byte.
+    pub(crate) proxy_protocol: bool,
     pub(crate) tls: Tls,
     pub(crate) connections: Arc<Registry>,
     pub(crate) records: RecordSender,
@@ -50,7 +52,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(
         own: InstanceId,
-        apps: BTreeMap<Port, SocketAddr>,
+        (apps, proxy_protocol): (BTreeMap<Port, SocketAddr>, bool),
         records: RecordSender,
         demand: Demand,
         limits: Limits,
@@ -58,6 +60,7 @@ impl Shared {
         Arc::new(Self {
             own,
             apps,
+            proxy_protocol,
             tls: Tls::default(),
             connections: Registry::new(limits.connections),
             records,

@@ -386,3 +386,46 @@ async fn connections_spread_over_instances() {
     // Of two endpoints, the one with fewer connections is always taken.
     assert_eq!((to("default/db/db-1"), to("default/db/db-2")), (4, 4));
 }
+
+#[tokio::test]
+async fn an_app_that_asks_is_told_who_connects() {
+    let (tell, mut heard) = mpsc::unbounded_channel();
+    let app = App::serve(move |mut stream| {
+        let tell = tell.clone();
+        async move {
+            let mut said = Vec::new();
+            let _ = stream.read_to_end(&mut said).await;
+            tell.send(said).unwrap();
+        }
+    });
+    let app = app.await;
+    let controller = Controller::start();
+    controller.declare("default/db", &[5432]);
+    controller.declare("default/web", &[8080]);
+    controller.allow("default/db", &["default/web"]);
+    let db = Sidecar::start(&controller, "default/db/db-1", |config| {
+        config.apps.insert(Port::new(5432).unwrap(), app.address);
+        config.proxy_protocol = true;
+    })
+    .await;
+    let web = Sidecar::calling(&controller, "default/web/web-1", "default/db", 5432, 1).await;
+    let mut client = web.connect("default/db", 5432).await;
+    client.write_all(b"hello").await.unwrap();
+    client.shutdown().await.unwrap();
+    let said = loop {
+        let said = timeout(LIMIT, heard.recv()).await.unwrap().unwrap();
+        // Version 2, and LOCAL: a probe. It says nothing else.
+        assert_eq!(&said[..12], b"\r\n\r\n\0\r\nQUIT\n");
+        match said[12] {
+            0x20 => assert_eq!(said.len(), 16),
+            _ => break said,
+        }
+    };
+    let source = client.local_addr().unwrap();
+    assert_eq!(said[12..14], [0x21, 0x11]);
+    assert_eq!(said[16..20], [127, 0, 0, 1]);
+    assert_eq!(said[24..26], source.port().to_be_bytes());
+    let rest = &said[28..];
+    assert_eq!(&rest[3..], b"spiffe://weft.test/ns/default/svc/web/inst/web-1hello");
+    drop(db);
+}

@@ -37,6 +37,7 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
         inbound_listen: any,
         advertise: None,
         apps: BTreeMap::new(),
+        proxy_protocol: false,
         upstreams: Vec::new(),
         on_demand: Vec::new(),
         all_upstreams: false,
