@@ -151,7 +151,7 @@ async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> R
 async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, open: Open) -> Relayed {
     let Client { tunnel, peer, .. } = client;
     let dialled = Box::pin(connection.unless_cut(admit_and_dial(shared, connection, peer, open))).await;
-    let mut app = match dialled {
+    let app = match dialled {
         Ok(app) => app,
         Err(close) => {
             return if refuse(shared, tunnel, &close).await {
@@ -167,7 +167,7 @@ async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, op
             .map_err(|_| client_left("did not take OPENED within 5 s"))?
             .map_err(|error| client_left(&error.to_string()))?;
         connection.established();
-        Ok(copy::copy(&mut app, Side::Upstream, tunnel, &connection.counters, connection.started).await)
+        Ok(copy::copy(&app, Side::Upstream, tunnel, &connection.counters, connection.started).await)
     };
     match connection.unless_cut(relayed).await {
         Ok(ended @ Ended::Cleanly(_)) => {
@@ -223,7 +223,16 @@ async fn next_open(shared: &Shared, client: &mut Client) -> Option<Open> {
     let frame = tokio::select! {
         biased;
         () = shared.retire.cancelled() => return None,
-        frame = timeout(IDLE_MAX, client.tunnel.read()) => frame.ok()?.ok()?,
+        frame = timeout(IDLE_MAX, client.tunnel.read()) => frame.ok()?,
+    };
+    let frame = match frame {
+        Ok(frame) => frame,
+        // It was closed, which is how a tunnel ends that is not needed.
+        Err(FrameError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return None,
+        Err(error) => {
+            tracing::debug!(peer = %client.peer, %error, "a tunnel broke between two streams");
+            return None;
+        }
     };
     let own = shared.tls.identity()?.current();
     match frame {

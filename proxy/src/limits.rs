@@ -13,7 +13,7 @@ const RESERVED: usize = 256;
 const CONNECTIONS_MIN: usize = 16;
 
 /// Most live connections of a sidecar, however many files it may open: far above what one app holds. A quiet one holds some 6 KiB here,
-/// 600 MiB for all; one whose receivers take nothing up to 256 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
+/// 600 MiB for all; one whose receivers take nothing up to 300 KiB more ([`crate::tunnel::copy`]) and the kernel's buffers.
 const CONNECTIONS_MAX: usize = 100_000;
 
 /// Raises the limit of open files of this process to what the system allows.

@@ -31,6 +31,9 @@ use weft_identity::tls::TlsIdentity;
 use weft_model::traffic::{Balance, ConnectPolicy, ConnectionPolicy, TrafficPolicy};
 use weft_model::{CloseReason, InstanceId, Name, Port, ServiceName};
 
+/// How long a tunnel that was used before may take to answer; then a new one is opened. Far above a round trip and an accept.
+const REUSED_ANSWERS: Duration = Duration::from_millis(250);
+
 /// What a local address leads to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Target {
@@ -101,7 +104,7 @@ impl Tried {
 async fn relay(
     worker: &Worker,
     connection: &Arc<Connection>,
-    mut app: TcpStream,
+    app: TcpStream,
     target: &Target,
 ) -> Result<Close, Close> {
     let mut tried = Tried::default();
@@ -115,8 +118,7 @@ async fn relay(
 
         let counters = &connection.counters;
         let ended = {
-            let copying =
-                pin!(copy::copy(&mut app, Side::Downstream, &mut tunnel, counters, connection.started));
+            let copying = pin!(copy::copy(&app, Side::Downstream, &mut tunnel, counters, connection.started));
             let lasting = lifetime::within(&lifetime, counters, connection.started, copying);
             connection.unless_cut(lasting).await
         };
@@ -276,6 +278,8 @@ fn choose(
         metrics::panic_pick();
     }
     facts.attempts += 1;
+    // What a former attempt got to know of its endpoint.
+    (facts.tls, facts.key_exchange, facts.tunnel_reused) = (None, None, None);
     Ok(Attempt { instance, address: chosen.endpoint.address, policy, load: chosen.load })
 }
 
@@ -325,14 +329,17 @@ async fn connect(
     let now = crate::clock::now();
     let waiting = worker.tunnels.take(&attempt.instance, attempt.address, &identity.current(), now);
     if let Some((mut tunnel, basis)) = waiting {
-        match ask(worker, connection, target, attempt, (&mut tunnel, &basis), true).await {
-            Asked::Opened => return Ok((tunnel, basis)),
-            Asked::Refused(failed) => {
+        let asked = ask(worker, connection, target, attempt, (&mut tunnel, &basis), true);
+        let limit = REUSED_ANSWERS.min(Duration::from_millis(attempt.policy.connect.timeout_ms.into()) / 3);
+        match timeout(limit, asked).await {
+            Ok(Asked::Opened) => return Ok((tunnel, basis)),
+            Ok(Asked::Refused(failed)) => {
                 worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
                 return Err(failed);
             }
-            // The other end had closed it, or was gone: which of the two, a new one tells.
-            Asked::Broken(_) => {}
+            // The other end had closed it, is gone, or still has a former stream's bytes to give to an app that does not read
+            // them: nobody's fault, and a new one tells more.
+            Ok(Asked::Broken(_)) | Err(_) => {}
         }
     }
     let (mut tunnel, basis) = new_tunnel(worker, identity, attempt).await?;

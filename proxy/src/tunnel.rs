@@ -7,15 +7,15 @@
 
 pub(crate) mod copy;
 pub(crate) mod frame;
+mod nonblocking;
 pub(crate) mod pool;
 
 use crate::tls::handshake::broken;
 use crate::tls::record::{self, Opened, Session};
 use frame::{Frame, FrameError, Head, Kind};
 use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// What two sidecars agree to speak inside TLS.
@@ -48,7 +48,7 @@ impl Tunnel {
     }
 
     /// Whether it lies between two streams and nothing has come: what came would be no answer to what is asked next, or
-    /// the news that the other end closed it.
+    /// the news that the other end closed it. If not, it is of no use any more.
     pub(crate) fn is_quiet(&self) -> bool {
         let nothing = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
         self.received.is_empty()
@@ -126,11 +126,7 @@ impl Tunnel {
     /// Gives the socket what is sealed.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.unsent.len() {
-            let taken = ready!(Pin::new(&mut self.socket).poll_write(cx, &self.unsent[self.sent..]))?;
-            if taken == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.sent += taken;
+            self.sent += ready!(nonblocking::poll_write(cx, &self.socket, &self.unsent[self.sent..]))?;
         }
         self.emptied();
         Poll::Ready(Ok(()))

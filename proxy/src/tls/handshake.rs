@@ -3,6 +3,7 @@
 //! rustls is shown record by record and never one that follows the handshake: those are opened by [`Session`] alone.
 
 use super::record::{self, Keys, Session};
+use bytes::BufMut;
 use rustls_pki_types::ServerName;
 use std::io;
 use std::sync::Arc;
@@ -17,10 +18,11 @@ use tokio_rustls::rustls::{ClientConfig, CommonState, Error, ExtractedSecrets, S
 use weft_identity::certificate::PeerIdentity;
 use weft_identity::tls::peer_identity;
 
-/// Most bytes of a handshake that are held: a few records of the longest. Flights of sidecars have some 2 KiB.
-const INPUT_MAX: usize = 4 * record::RECORD_MAX;
+/// Most bytes of a handshake that are held: one record of the longest, and what one read may bring behind it. Flights of sidecars have
+/// some 2 KiB.
+pub(crate) const INPUT_MAX: usize = record::RECORD_MAX + READ_BYTES;
 
-/// First read: more than the other end's flight has.
+/// What is read at once: more than the other end's flight has.
 const READ_BYTES: usize = 4096;
 
 /// What a handshake has left.
@@ -208,11 +210,12 @@ fn encode<Data>(mut data: EncodeTlsData<'_, Data>, output: &mut Vec<u8>) -> Resu
 }
 
 async fn read(socket: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<()> {
-    if input.len() > INPUT_MAX {
+    let room = READ_BYTES.min(INPUT_MAX.saturating_sub(input.len()));
+    if room == 0 {
         return Err(broken(Error::PeerSentOversizedRecord));
     }
-    input.reserve(READ_BYTES);
-    match socket.read_buf(input).await? {
+    input.reserve_exact(room);
+    match socket.read_buf(&mut input.limit(room)).await? {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
         _ => Ok(()),
     }

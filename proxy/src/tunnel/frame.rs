@@ -139,6 +139,8 @@ pub(crate) enum FrameError {
     Data,
     #[error("message within a stream")]
     Message,
+    #[error("something behind the end of a stream that the other direction has not ended")]
+    AfterEnd,
     #[error("connection broke in a frame")]
     Io(#[from] io::Error),
 }

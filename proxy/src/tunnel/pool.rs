@@ -1,8 +1,9 @@
 //! Tunnels that have carried a stream and wait for the next one: it begins without a handshake. Each thread has its own.
 //!
 //! A tunnel is taken again only by the identity that opened it: a renewed leaf or other roots retire it, and so does the end of the
-//! peer's leaf, so that no stream begins on what a new handshake would refuse. What became of the other end while it was idle is found out
-//! by using it: nothing of the application is sent before the answer to OPEN, so a tunnel that turns out to be dead costs a new one.
+//! peer's leaf, so that no stream begins on what a new handshake would refuse. If the other end has closed it, that is
+//! seen before it is used; what else became of the other end meanwhile is found out by using it: nothing of the application is sent before
+//! the answer to OPEN, so a tunnel that turns out to be dead, or does not answer at once, costs a new one.
 
 use super::Tunnel;
 use std::collections::BTreeMap;
@@ -61,6 +62,20 @@ struct Waiting {
     count: usize,
 }
 
+impl Waiting {
+    fn close_oldest(&mut self) {
+        let oldest = self.tunnels.iter().filter_map(|(peer, idle)| Some((idle.first()?.since, peer)));
+        let Some(peer) = oldest.min_by_key(|(since, _)| *since).map(|(_, peer)| peer.clone()) else { return };
+        if let Some(idle) = self.tunnels.get_mut(&peer) {
+            idle.remove(0);
+            self.count -= 1;
+            if idle.is_empty() {
+                self.tunnels.remove(&peer);
+            }
+        }
+    }
+}
+
 impl Pool {
     /// Keeps at most this many.
     pub(crate) fn new(most: usize) -> Self {
@@ -96,11 +111,14 @@ impl Pool {
         found
     }
 
-    /// Keeps a tunnel whose stream ended cleanly. If there are too many already, it is closed.
+    /// Keeps a tunnel whose stream ended cleanly. If there are too many already, the one that has waited longest is closed.
     pub(crate) fn put(&self, peer: InstanceId, address: SocketAddr, tunnel: Box<Tunnel>, basis: Basis) {
+        if self.most == 0 {
+            return;
+        }
         let mut waiting = self.lock();
         if waiting.count >= self.most {
-            return;
+            waiting.close_oldest();
         }
         waiting.count += 1;
         let idle = Idle { tunnel, basis, since: Instant::now() };

@@ -66,6 +66,8 @@ const ORDERS: &[&[Step]] = &[
     &[Fin(Server), Hears(Client), Reset(Client)],
     &[Send(Client, FEW), Fin(Client), Hears(Server), Send(Server, FEW), Reset(Server)],
     &[Send(Server, FEW), Fin(Server), Hears(Client), Send(Client, FEW), Reset(Client)],
+    &[Fin(Client), Hears(Server), Reset(Client)],
+    &[Fin(Server), Hears(Client), Reset(Server)],
     &[Send(Client, FEW), Leave(Server)],
     &[Send(Server, FEW), Leave(Client)],
 ];

@@ -429,3 +429,31 @@ async fn an_app_that_asks_is_told_who_connects() {
     assert_eq!(&rest[3..], b"spiffe://weft.test/ns/default/svc/web/inst/web-1hello");
     drop(db);
 }
+
+#[tokio::test]
+async fn a_reset_behind_an_end_is_noticed_though_nobody_speaks() {
+    let release = CancellationToken::new();
+    let held = release.clone();
+    let (tell, mut heard) = mpsc::channel(64);
+    // Reads to the end and says nothing, for as long as it is held.
+    let app = App::serve(move |mut stream| {
+        let (held, tell) = (held.clone(), tell.clone());
+        async move {
+            let mut said = String::new();
+            if stream.read_to_string(&mut said).await.is_ok_and(|bytes| bytes > 0) {
+                tell.send(said).await.unwrap();
+                held.cancelled().await;
+            }
+        }
+    });
+    let app = app.await;
+    let (_controller, db, web) = pair(&app).await;
+    let mut client = web.connect("default/db", 5432).await;
+    client.write_all(b"over and").await.unwrap();
+    client.shutdown().await.unwrap();
+    assert_eq!(timeout(LIMIT, heard.recv()).await.unwrap().unwrap(), "over and");
+    reset(client);
+    assert_eq!(web.record("client_reset").await["closed_by"], "client");
+    db.record("client_reset").await;
+    release.cancel();
+}

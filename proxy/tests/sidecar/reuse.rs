@@ -84,6 +84,8 @@ enum After {
     Closes,
     /// Takes the next OPEN, and closes then.
     ClosesWhenAsked,
+    /// Does not answer the next OPEN: it still has to do with the stream before.
+    IsSilent,
 }
 
 /// A `db` whose tunnels carry one stream each. Counts them.
@@ -98,8 +100,12 @@ async fn one_stream_each(controller: &Controller, after: After) -> (App, Arc<Ato
             let mut peer = tls.accept(stream).await.unwrap();
             count.fetch_add(1, Ordering::SeqCst);
             stream_by_hand(&mut peer).await;
-            if matches!(after, After::ClosesWhenAsked) {
-                assert!(tunnel::read(&mut peer).await.unwrap().open.is_some());
+            match after {
+                After::Closes => {}
+                After::ClosesWhenAsked => assert!(tunnel::read(&mut peer).await.unwrap().open.is_some()),
+                After::IsSilent => {
+                    let _ = peer.read_to_end(&mut Vec::new()).await;
+                }
             }
         }
     });
@@ -122,8 +128,8 @@ async fn stream_by_hand(peer: &mut TlsStream<TcpStream>) {
 }
 
 #[tokio::test]
-async fn a_tunnel_that_was_closed_while_it_waited_costs_nothing() {
-    for after in [After::Closes, After::ClosesWhenAsked] {
+async fn a_tunnel_that_is_of_no_use_any_more_costs_no_connection() {
+    for after in [After::Closes, After::ClosesWhenAsked, After::IsSilent] {
         let controller = mesh();
         let (_app, tunnels) = one_stream_each(&controller, after).await;
         let web = calling(&controller).await;
