@@ -42,16 +42,17 @@ pub(crate) fn router(pages: Pages) -> Router {
 }
 
 async fn ready(State(pages): State<Pages>) -> Response {
-    let reasons = unready(&pages.shared);
     let told = pages.status.read();
+    let reasons = unready(&pages.shared, &told);
     let warnings: Vec<_> = told.failures.into_values().chain(told.rewound).collect();
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({ "ready": reasons.is_empty(), "reasons": reasons, "warnings": warnings });
     (status, Json(body)).into_response()
 }
 
-/// Why the sidecar cannot serve. Listeners are bound before any page is served, so they are no reason here.
-fn unready(shared: &Shared) -> Vec<&'static str> {
+/// Why the sidecar cannot serve. Fixed listeners are bound before any page is served; of those that follow from the snapshot it counts
+/// that they were tried, since one that somebody else holds is no reason to hold up an app.
+fn unready(shared: &Shared, told: &Inner) -> Vec<&'static str> {
     let identity = shared.tls.identity().map(|identity| identity.current().expires_at());
     let leaf = match identity {
         None => Some("no identity yet: it has not joined the mesh"),
@@ -59,8 +60,10 @@ fn unready(shared: &Shared) -> Vec<&'static str> {
         Some(_) => None,
     };
     let snapshot = shared.snapshot().is_none().then_some("no snapshot yet: no controller has sent one");
+    let addresses = (told.addresses_due && snapshot.is_none())
+        .then_some("its local addresses for upstream services are not there yet");
     let draining = shared.draining().then_some("it is stopping");
-    [leaf, snapshot, draining].into_iter().flatten().collect()
+    [leaf, snapshot, addresses, draining].into_iter().flatten().collect()
 }
 
 async fn render_metrics(State(pages): State<Pages>) -> String {

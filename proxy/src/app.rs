@@ -11,13 +11,15 @@ use crate::discovery::own::{self, Own};
 use crate::discovery::subscribe::Subscriber;
 use crate::discovery::witness::Witnesses;
 use crate::discovery::{Session, disk};
+use crate::dns;
 use crate::drain;
 use crate::health;
 use crate::limits::{self, Limits};
-use crate::listeners::{self, Bound, Loopback};
+use crate::listeners::{self, Bound, Loopback, Reach};
 use crate::metrics;
 use crate::outbound::Target;
 use crate::records::{self, Writer};
+use crate::redirect::Redirect;
 use crate::shared::Shared;
 use crate::socket::ListenError;
 use crate::status::Status;
@@ -78,6 +80,9 @@ pub struct Proxy {
     outbound: Vec<(Bound, Target)>,
     admin: TcpListener,
     admin_address: SocketAddr,
+    dns: Option<dns::Bound>,
+    redirect: Arc<Redirect>,
+    redirected: Vec<Bound>,
     writer: Writer,
     asker: Asker,
 }
@@ -107,6 +112,14 @@ impl Proxy {
             .ok_or_else(|| StartError::System(io::ErrorKind::AddrNotAvailable.into()))?;
         let admin = TcpListener::from_std(admin).map_err(StartError::System)?;
         let admin_address = admin.local_addr().map_err(StartError::System)?;
+        let dns = config.dns_listen.map(|address| dns::bind(address).map_err(failed("--dns-listen")));
+        let dns = dns.transpose()?;
+        let redirect = Redirect::new(config.outside, Reach::of(&config));
+        let redirected = config.redirect_listen.iter().map(|address| {
+            let purpose = Purpose::Redirected(Arc::clone(&redirect));
+            listeners::bind(*address, purpose, config.threads).map_err(failed("--redirect-listen"))
+        });
+        let redirected = redirected.collect::<Result<Vec<_>, _>>()?;
         let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
         let (demand, asker) = demand::channel(&config.on_demand);
         let listeners = (outbound.len() + 1) * config.threads.get() + 1;
@@ -114,6 +127,9 @@ impl Proxy {
         let (own, apps) = (config.instance.clone(), (config.apps.clone(), config.proxy_protocol));
         let shared = Shared::new(own, apps, records, demand, limits);
         let status = Arc::new(Status::default());
+        if config.loopback_addresses {
+            status.expect_loopback();
+        }
         status
             .set_listeners(outbound.iter().map(|(bound, target)| (bound.address, target.clone())).collect());
         let config = Arc::new(config);
@@ -127,6 +143,9 @@ impl Proxy {
             outbound,
             admin,
             admin_address,
+            dns,
+            redirect,
+            redirected,
             writer,
             asker,
         })
@@ -142,6 +161,18 @@ impl Proxy {
     #[must_use]
     pub const fn admin_addr(&self) -> SocketAddr {
         self.admin_address
+    }
+
+    /// Where redirected connections are taken.
+    #[must_use]
+    pub fn redirect_addrs(&self) -> Vec<SocketAddr> {
+        self.redirected.iter().map(|bound| bound.address).collect()
+    }
+
+    /// Where names are answered, if they are.
+    #[must_use]
+    pub fn dns_addr(&self) -> Option<SocketAddr> {
+        self.dns.as_ref().map(|bound| bound.address)
     }
 
     /// The explicit local addresses, by what they lead to.
@@ -167,6 +198,9 @@ impl Proxy {
             outbound,
             admin,
             admin_address,
+            dns,
+            redirect,
+            redirected,
             writer,
             asker,
         } = self;
@@ -179,7 +213,8 @@ impl Proxy {
         let senders: Vec<_> = threads.iter().map(|thread| thread.listeners.clone()).collect();
         let (stop_inbound, stop_outbound) = (CancellationToken::new(), CancellationToken::new());
         listeners::hand_over(inbound, &senders, &stop_inbound).await;
-        for (bound, _) in outbound {
+        let redirects = !redirected.is_empty();
+        for bound in outbound.into_iter().map(|(bound, _)| bound).chain(redirected) {
             listeners::hand_over(bound, &senders, &stop_outbound).await;
         }
 
@@ -192,6 +227,13 @@ impl Proxy {
         };
         tasks.spawn(serve_admin(admin, pages));
         tasks.spawn(keep_metrics_small(metrics));
+        if redirects {
+            tasks.spawn(redirect.follow(shared.subscribe()));
+        }
+        if let Some(bound) = dns {
+            let upstreams = dns::upstreams(&config.dns_upstreams, bound.address);
+            tasks.spawn(dns::Responder::run(Arc::clone(&shared), Reach::of(&config), upstreams, bound));
+        }
 
         // What it runs by: who it is, what it ran last, what it is to run.
         let (sessions, session) = watch::channel(None);
@@ -253,7 +295,7 @@ impl Control {
         });
         if self.config.loopback_addresses {
             let loopback = Loopback {
-                upstreams: (!self.config.all_upstreams).then(|| self.config.upstreams.clone()),
+                reach: Reach::of(&self.config),
                 threads: self.senders.clone(),
                 count: self.config.threads,
                 status: Arc::clone(&self.status),

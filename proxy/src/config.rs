@@ -3,7 +3,7 @@
 
 use clap::{Args as ClapArgs, Parser, ValueEnum};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -44,6 +44,26 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// What becomes of redirected connections to what is not in the mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Outside {
+    /// They go there, as plain TCP, with a record.
+    Allow,
+    /// They are refused, with a record.
+    Refuse,
+}
+
+impl Outside {
+    /// As records name it: the setting that decided.
+    pub(crate) fn rule(self) -> String {
+        let word = match self {
+            Self::Allow => "allow",
+            Self::Refuse => "refuse",
+        };
+        format!("--outside {word}")
+    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -105,6 +125,20 @@ struct Args {
     /// Listen on the stable loopback address of every upstream service, on each of its ports
     #[arg(long, env = "WEFT_LOOPBACK_ADDRESSES")]
     loopback_addresses: bool,
+    /// Answer DNS queries here, over UDP and TCP: <service>.<namespace>.weft with the service's loopback address, all else as the machine's
+    /// nameservers answer it
+    #[arg(long, env = "WEFT_DNS_LISTEN", value_name = "IP:PORT")]
+    dns_listen: Option<SocketAddr>,
+    /// A nameserver that answers what is not in the mesh; may be given several times [default: those of /etc/resolv.conf]
+    #[arg(long = "dns-upstream", env = "WEFT_DNS_UPSTREAM", value_name = "IP[:PORT]", value_delimiter = ',')]
+    dns_upstreams: Vec<Nameserver>,
+    /// Take connections here that `weft-proxy redirect install` leads to the sidecar; may be given several times, once for IPv4 and once for
+    /// IPv6
+    #[arg(long, env = "WEFT_REDIRECT_LISTEN", value_name = "IP:PORT", value_delimiter = ',')]
+    redirect_listen: Vec<SocketAddr>,
+    /// What becomes of redirected connections to what is not in the mesh
+    #[arg(long, env = "WEFT_OUTSIDE", value_enum, default_value_t = Outside::Refuse)]
+    outside: Outside,
     /// Where /ready, /live, /metrics, /config and /connections are served; a loopback address
     #[arg(long, env = "WEFT_ADMIN_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:15000")]
     admin_listen: SocketAddr,
@@ -141,6 +175,10 @@ struct App {
     port: Port,
     address: SocketAddr,
 }
+
+/// A nameserver: `IP[:PORT]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Nameserver(SocketAddr);
 
 /// A port of a service that the local app connects to: `NS/SERVICE:PORT[=IP:PORT]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -235,6 +273,14 @@ pub struct Config {
     pub all_upstreams: bool,
     /// Whether upstream services' stable loopback addresses are listened on.
     pub loopback_addresses: bool,
+    /// Where DNS queries are answered, if they are. Port 0 picks a free one.
+    pub dns_listen: Option<SocketAddr>,
+    /// The nameservers that answer what is not in the mesh; those of the machine if none.
+    pub dns_upstreams: Vec<SocketAddr>,
+    /// Where redirected connections are taken: loopback only. Port 0 picks a free one.
+    pub redirect_listen: Vec<SocketAddr>,
+    /// What becomes of those to what is not in the mesh.
+    pub outside: Outside,
     /// Where the admin endpoints are served: loopback only.
     pub admin_listen: SocketAddr,
     /// Where connection records go.
@@ -286,6 +332,10 @@ impl Cli {
             on_demand: args.on_demand,
             all_upstreams: args.all_upstreams,
             loopback_addresses: args.loopback_addresses,
+            dns_listen: args.dns_listen,
+            dns_upstreams: args.dns_upstreams.into_iter().map(|Nameserver(address)| address).collect(),
+            redirect_listen: args.redirect_listen,
+            outside: args.outside,
             admin_listen: args.admin_listen,
             connection_log,
             probe: Probe {
@@ -330,6 +380,12 @@ impl Config {
             return Err(rule("probe-interval", "at least 10ms, with a timeout above zero".into()));
         }
         self.validate_on_demand()?;
+        self.validate_dns()?;
+        if let Some(address) = self.redirect_listen.iter().find(|address| !address.ip().is_loopback()) {
+            let why =
+                "is no loopback address: whoever reaches it would act as this workload; use 127.0.0.1 or ::1";
+            return Err(rule("redirect-listen", format!("{address} {why}")));
+        }
         let mut taken = BTreeMap::new();
         let named = self.upstreams.iter().map(|upstream| ("upstream", upstream));
         for (flag, upstream) in named.chain(self.on_demand.iter().map(|it| ("upstream-on-demand", it))) {
@@ -345,6 +401,26 @@ impl Config {
             if taken.insert(address, upstream).is_some() || address == self.inbound_listen {
                 return Err(rule(flag, format!("{address} is used twice; give each its own")));
             }
+        }
+        Ok(())
+    }
+
+    fn validate_dns(&self) -> Result<(), ConfigError> {
+        let Some(listen) = self.dns_listen else {
+            let unused =
+                self.dns_upstreams.first().map(|_| "nobody would ask it; add --dns-listen".to_owned());
+            return unused.map_or(Ok(()), |why| Err(rule("dns-upstream", why)));
+        };
+        if listen.ip().is_unspecified() {
+            let why = "is every address of this machine, and names are for its own apps; use 127.0.0.1";
+            return Err(rule("dns-listen", format!("{listen} {why}")));
+        }
+        if !self.loopback_addresses && self.redirect_listen.is_empty() {
+            let why = "the addresses that it answers with would lead nowhere; add --loopback-addresses or --redirect-listen";
+            return Err(rule("dns-listen", why.into()));
+        }
+        if self.dns_upstreams.contains(&listen) {
+            return Err(rule("dns-upstream", format!("{listen} is this sidecar's own; it would ask itself")));
         }
         Ok(())
     }
@@ -378,6 +454,16 @@ impl FromStr for App {
         let error = || form(s, "PORT=IP:PORT, such as 5432=127.0.0.1:5433");
         let (port, address) = s.split_once('=').ok_or_else(error)?;
         Ok(Self { port: port.parse().map_err(|_| error())?, address: address.parse().map_err(|_| error())? })
+    }
+}
+
+impl FromStr for Nameserver {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, ConfigError> {
+        const PORT: u16 = 53;
+        let with_port = s.parse().or_else(|_| s.parse().map(|ip: IpAddr| SocketAddr::new(ip, PORT)));
+        with_port.map(Self).map_err(|_| form(s, "IP or IP:PORT, such as 192.0.2.53 or 192.0.2.53:5353"))
     }
 }
 
@@ -460,6 +546,16 @@ mod tests {
             (vec![local, "--upstream=a:1", "--upstream-on-demand=a:2=127.0.0.1:5"], "--upstream-on-demand"),
             (vec![local, "--all-upstreams", "--upstream-on-demand=a:2=127.0.0.1:5"], "--upstream-on-demand"),
             (vec![local, "--upstream=a:1=127.0.0.1:5", "--upstream-on-demand=b:1=127.0.0.1:5"], "twice"),
+            (vec![local, "--dns-listen=127.0.0.1:53"], "--loopback-addresses"),
+            (vec![local, "--loopback-addresses", "--dns-listen=0.0.0.0:53"], "--dns-listen"),
+            (vec![local, "--redirect-listen=0.0.0.0:15002"], "--redirect-listen"),
+            (vec![local, "--outside=maybe"], "--outside"),
+            (vec![local, "--dns-upstream=192.0.2.1"], "--dns-listen"),
+            (vec![local, "--dns-upstream=ns.example.org"], "--dns-upstream"),
+            (
+                vec![local, "--loopback-addresses", "--dns-listen=127.0.0.1:53", "--dns-upstream=127.0.0.1"],
+                "--dns-upstream",
+            ),
             (vec![local, "--probe-rise=0"], "--probe-rise"),
             (vec![local, "--join-token-file=/nonexistent"], "/nonexistent"),
         ] {

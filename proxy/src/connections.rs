@@ -217,8 +217,20 @@ impl Connection {
     pub(crate) fn established(&self) {
         let took = self.started.elapsed();
         metrics::connected(self.direction, took);
-        self.tally.established();
-        self.facts().connect_ms = Some(milliseconds(took));
+        let mut facts = self.facts();
+        if self.tells_of_policies(&facts) {
+            self.tally.established();
+        }
+        facts.connect_ms = Some(milliseconds(took));
+    }
+
+    /// Whether how it goes says anything about policies: not if it comes from whoever did not say who it is, who may be anybody, nor if it
+    /// goes where there is no mesh.
+    fn tells_of_policies(&self, facts: &Facts) -> bool {
+        match self.direction {
+            Direction::Inbound => facts.source_service.is_some(),
+            Direction::Outbound => facts.destination.is_some(),
+        }
     }
 
     /// It is opened to another endpoint: nobody has said anything yet, and what it was opened to has gone.
@@ -231,8 +243,7 @@ impl Connection {
     pub(crate) fn finish(&self, close: Close) {
         metrics::closed(self, close.reason);
         let mut facts = self.facts().clone();
-        // Whoever did not say who it is may be anybody, and says nothing about policies.
-        if self.direction == Direction::Outbound || facts.source_service.is_some() {
+        if self.tells_of_policies(&facts) {
             self.tally.ended(close.reason, facts.connect_ms.is_some());
         }
         facts.rule = close.rule.or(facts.rule);

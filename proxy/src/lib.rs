@@ -4,6 +4,9 @@
 //! and a tunnel opened to it ([`outbound`], [`routes`], [`balance`], [`tls`]), the other sidecar checks the policy and
 //! dials its app ([`inbound`]), bytes move ([`tunnel`]), a record is written ([`connections`], [`records`]).
 //!
+//! Other ways in than a listener of its own: the kernel redirects ([`redirect`]), and names lead to addresses ([`dns`]). An app waits
+//! at the [`gate`] until there is something behind them.
+//!
 //! Data path and control are apart. Data-plane threads ([`worker`]) read the snapshot through an atomic pointer
 //! ([`shared`]); they take no lock that control tasks hold for long and ask nobody. Control tasks ([`discovery`],
 //! [`health`], [`admin`], [`drain`]) run on the caller's runtime, and the data path goes on when all of them fail.
@@ -16,7 +19,9 @@
 //! [`outbound`]. The tests in `tests/` run two sidecars against a scripted controller.
 
 pub mod app;
+pub mod cli;
 pub mod config;
+pub mod gate;
 pub mod limits;
 pub mod metrics;
 
@@ -27,6 +32,7 @@ mod clock;
 mod connections;
 mod demand;
 mod discovery;
+mod dns;
 mod drain;
 mod health;
 mod inbound;
@@ -36,6 +42,7 @@ mod outbound;
 mod outlier;
 mod preface;
 mod records;
+mod redirect;
 mod routes;
 mod shared;
 mod socket;
@@ -48,4 +55,5 @@ mod worker;
 pub use app::{Proxy, StartError};
 pub use config::{Cli, Config};
 pub use discovery::join::JoinError;
+pub use redirect::rules;
 pub use socket::ListenError;

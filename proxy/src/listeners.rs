@@ -4,14 +4,14 @@
 //! An address that cannot be bound at run time is reported and tried again with every snapshot; it never stops anything
 //! else.
 
-use crate::config::Upstream;
+use crate::config::Config;
 use crate::metrics;
 use crate::outbound::Target;
 use crate::socket::{self, ListenError};
 use crate::status::Status;
 use crate::worker::{Listener, Purpose};
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub(crate) fn bind(
     for listener in &sockets {
         // Who connects to a loopback address is on this machine.
         socket::prepare(listener, address.ip());
-        if matches!(purpose, Purpose::Outbound(_)) {
+        if matches!(purpose, Purpose::Outbound(_) | Purpose::Redirected(_)) {
             socket::reset_on_drop(listener);
         }
     }
@@ -68,13 +68,40 @@ pub(crate) async fn hand_over(bound: Bound, threads: &[mpsc::Sender<Listener>], 
     }
 }
 
+/// The services that the app is led to by their own addresses: the upstreams that were asked for, those on demand included once they
+/// are there.
+#[derive(Clone, Debug)]
+pub(crate) struct Reach(Option<BTreeSet<ServiceName>>);
+
+impl Reach {
+    /// What a configuration asks for.
+    pub(crate) fn of(config: &Config) -> Self {
+        let named = config.upstreams.iter().chain(&config.on_demand);
+        Self((!config.all_upstreams).then(|| named.map(|upstream| upstream.service.clone()).collect()))
+    }
+
+    /// Whether it includes a service.
+    pub(crate) fn contains(&self, service: &ServiceName) -> bool {
+        self.0.as_ref().is_none_or(|services| services.contains(service))
+    }
+
+    #[cfg(test)]
+    pub(crate) const fn everything() -> Self {
+        Self(None)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn only(services: impl IntoIterator<Item = ServiceName>) -> Self {
+        Self(Some(services.into_iter().collect()))
+    }
+}
+
 /// Open addresses: where each leads, and what closes it.
 type Open = BTreeMap<SocketAddr, (Target, CancellationToken)>;
 
 /// The loopback addresses of upstream services.
 pub(crate) struct Loopback {
-    /// Upstreams that were asked for; none means all.
-    pub(crate) upstreams: Option<Vec<Upstream>>,
+    pub(crate) reach: Reach,
     pub(crate) threads: Vec<mpsc::Sender<Listener>>,
     pub(crate) count: NonZeroUsize,
     pub(crate) status: Arc<Status>,
@@ -90,12 +117,12 @@ impl Loopback {
         let mut open = Open::new();
         loop {
             let snapshot = snapshots.borrow_and_update().clone();
-            let failures = match snapshot {
-                Some(snapshot) => self.follow(&mut open, self.wanted(&snapshot), &stop).await,
-                None => BTreeMap::new(),
-            };
-            let failed = !failures.is_empty();
-            self.report(&open, failures);
+            let mut failed = false;
+            if let Some(snapshot) = snapshot {
+                let failures = self.follow(&mut open, self.wanted(&snapshot), &stop).await;
+                failed = !failures.is_empty();
+                self.report(&open, failures);
+            }
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = snapshots.changed() => if changed.is_err() { return },
@@ -147,12 +174,7 @@ impl Loopback {
     }
 
     fn wanted(&self, snapshot: &Snapshot) -> BTreeMap<SocketAddr, Target> {
-        let asked = |service: &ServiceName| {
-            self.upstreams
-                .as_ref()
-                .is_none_or(|list| list.iter().any(|upstream| upstream.service == *service))
-        };
-        let services = snapshot.endpoints.values().filter(|shard| asked(&shard.service));
+        let services = snapshot.endpoints.values().filter(|shard| self.reach.contains(&shard.service));
         let addresses = services.flat_map(|shard| {
             let address = shard.address;
             shard.ports.iter().filter_map(move |port| {

@@ -1,22 +1,31 @@
-//! `weft-proxy`: reads the command line, starts the sidecar, and stops it at SIGTERM or SIGINT.
+//! `weft-proxy`: reads the command line and does what it says; without a command it starts the sidecar, and stops it at SIGTERM or
+//! SIGINT.
 
 use anyhow::Context;
-use clap::Parser;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing_subscriber::EnvFilter;
+use weft_model::Chain;
+use weft_proxy::cli::{Command, Invocation};
 use weft_proxy::config::LogFormat;
+use weft_proxy::gate::Gate;
+use weft_proxy::rules::Redirect;
 use weft_proxy::{Cli, Proxy};
 
 /// How long blocking work may go on after everything has stopped. What writes to a healthy disk ends in milliseconds.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let done = match Invocation::parse() {
+        Invocation::Sidecar(cli) => sidecar(*cli),
+        Invocation::Command(Command::Gate(command)) => return gate(command),
+        Invocation::Command(Command::Redirect(command)) => redirect(command),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weft-proxy: {error:#}");
@@ -25,7 +34,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+/// Statuses tell the gate's own failures from the app's.
+fn gate(command: Gate) -> ExitCode {
+    command.run().unwrap_or_else(|error| {
+        eprintln!("weft-proxy gate: {}", Chain(&error));
+        ExitCode::from(error.exit_status())
+    })
+}
+
+fn redirect(command: Redirect) -> anyhow::Result<()> {
+    let said = command.run()?;
+    io::stdout().write_all(said.as_bytes()).context("standard output cannot be written")
+}
+
+fn sidecar(cli: Cli) -> anyhow::Result<()> {
     start_log(cli.log_format);
     weft_proxy::limits::raise_open_files();
     let config = cli.into_config()?;

@@ -36,6 +36,8 @@ const EJECTED: &str = "weft_endpoints_ejected";
 const EJECTIONS: &str = "weft_endpoint_ejections_total";
 const EJECTIONS_KEPT: &str = "weft_endpoint_ejections_kept_total";
 const RETURNS: &str = "weft_endpoint_returns_total";
+const REDIRECTED: &str = "weft_redirected_total";
+const DNS_QUERIES: &str = "weft_dns_queries_total";
 
 /// From a loopback connect to the longest connect timeout that a policy may give.
 const CONNECT_BUCKETS: [f64; 12] =
@@ -100,6 +102,8 @@ fn describe() {
         "Endpoints not ejected because too many of their service are, by cause"
     );
     describe_counter!(RETURNS, "Endpoints that work again after an ejection, by the state that they were in");
+    describe_counter!(REDIRECTED, "Connections that the kernel redirected here, by what became of them");
+    describe_counter!(DNS_QUERIES, "DNS queries, by transport and by what became of them");
 }
 
 pub(crate) fn opened(direction: Direction) {
@@ -231,6 +235,14 @@ pub(crate) fn outlier(step: &Step) {
         Step::Kept { cause, .. } => counter!(EJECTIONS_KEPT, "cause" => cause.as_str()).increment(1),
         Step::Returned { from, .. } => counter!(RETURNS, "from" => from.as_str()).increment(1),
     }
+}
+
+pub(crate) fn redirected(result: &'static str) {
+    counter!(REDIRECTED, "result" => result).increment(1);
+}
+
+pub(crate) fn dns_query(transport: &'static str, result: &'static str) {
+    counter!(DNS_QUERIES, "transport" => transport, "result" => result).increment(1);
 }
 
 /// Brings what is counted on demand up to date; to be called before the metrics are rendered.

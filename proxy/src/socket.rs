@@ -8,7 +8,7 @@
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -114,6 +114,25 @@ pub(crate) fn reset_on_drop<'s>(socket: impl Into<SockRef<'s>>) {
 /// Everything was said: what is on its way is delivered, and the end is clean.
 pub(crate) fn end_on_drop(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(None);
+}
+
+/// No more is said on this connection; the other end may go on.
+///
+/// # Errors
+/// If the connection broke.
+pub(crate) fn end_sending(stream: &TcpStream) -> io::Result<()> {
+    SockRef::from(stream).shutdown(Shutdown::Write)
+}
+
+/// Where a connection was meant to go before the kernel redirected it; where it came, if the kernel tracks it and did not.
+///
+/// # Errors
+/// If the kernel does not know.
+pub(crate) fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let address =
+        if stream.local_addr()?.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    address?.as_socket().ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
 }
 
 #[cfg(test)]

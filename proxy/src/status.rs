@@ -34,6 +34,8 @@ pub(crate) struct Inner {
     pub(crate) loopback: BTreeMap<SocketAddr, Target>,
     /// Loopback addresses that cannot be listened on.
     pub(crate) failures: BTreeMap<SocketAddr, String>,
+    /// Local addresses that follow from the snapshot were asked for, and the first snapshot's are not there yet.
+    pub(crate) addresses_due: bool,
 }
 
 impl Status {
@@ -118,6 +120,12 @@ impl Status {
         self.lock().listeners = listeners;
     }
 
+    /// The sidecar is not ready before its loopback addresses were seen to.
+    pub(crate) fn expect_loopback(&self) {
+        self.lock().addresses_due = true;
+    }
+
+    /// What became of the loopback addresses of a snapshot.
     pub(crate) fn set_loopback(
         &self,
         loopback: BTreeMap<SocketAddr, Target>,
@@ -126,6 +134,7 @@ impl Status {
         let mut inner = self.lock();
         inner.loopback = loopback;
         inner.failures = failures;
+        inner.addresses_due = false;
     }
 
     pub(crate) fn listener_failures(&self) -> BTreeMap<SocketAddr, String> {

@@ -7,6 +7,7 @@
 use crate::inbound;
 use crate::metrics;
 use crate::outbound::{self, Target};
+use crate::redirect::{self, Redirect};
 use crate::shared::Shared;
 use crate::tls::Connectors;
 use crate::tunnel::pool::{self, Pool};
@@ -42,6 +43,8 @@ pub(crate) enum Purpose {
     Inbound,
     /// The app connects here, to reach this.
     Outbound(Arc<Target>),
+    /// The kernel leads connections here that the app opened to anywhere.
+    Redirected(Arc<Redirect>),
 }
 
 /// A listening socket for one thread.
@@ -185,6 +188,9 @@ impl Worker {
             }
             Purpose::Outbound(target) => {
                 self.tasks.spawn(outbound::serve(Arc::clone(self), stream, source, Arc::clone(target)));
+            }
+            Purpose::Redirected(redirect) => {
+                self.tasks.spawn(redirect::serve(Arc::clone(self), stream, source, Arc::clone(redirect)));
             }
         }
     }

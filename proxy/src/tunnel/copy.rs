@@ -106,7 +106,7 @@ impl Counters {
     }
 
     /// Bytes that came from a side.
-    fn count(&self, from: Side, bytes: u64, started: Instant) {
+    pub(crate) fn count(&self, from: Side, bytes: u64, started: Instant) {
         match from {
             Side::Downstream => {
                 self.up.fetch_add(bytes, Ordering::Relaxed);
@@ -131,7 +131,7 @@ pub(crate) enum Side {
 }
 
 impl Side {
-    const fn other(self) -> Self {
+    pub(crate) const fn other(self) -> Self {
         match self {
             Self::Downstream => Self::Upstream,
             Self::Upstream => Self::Downstream,

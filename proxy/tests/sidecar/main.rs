@@ -7,11 +7,14 @@
 
 mod config;
 mod demand;
+mod dns;
 mod ends;
 mod faults;
+mod gate;
 mod life;
 mod path;
 mod policy;
+mod redirect;
 mod reuse;
 mod support;
 mod trust;

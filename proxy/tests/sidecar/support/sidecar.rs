@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weft_model::{ConfigVersion, Port, ServiceName};
-use weft_proxy::config::{ConnectionLog, Probe, Upstream};
+use weft_proxy::config::{ConnectionLog, Outside, Probe, Upstream};
 use weft_proxy::{Config, Proxy, StartError};
 use weft_testkit::wait_until;
 
@@ -42,6 +42,10 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
         on_demand: Vec::new(),
         all_upstreams: false,
         loopback_addresses: false,
+        dns_listen: None,
+        dns_upstreams: Vec::new(),
+        redirect_listen: Vec::new(),
+        outside: Outside::Refuse,
         admin_listen: any,
         connection_log: ConnectionLog::File(dir.join("connections.jsonl")),
         probe: Probe {
@@ -69,6 +73,8 @@ pub(crate) fn upstream(service: &str, port: u16) -> Upstream {
 pub(crate) struct Sidecar {
     pub(crate) inbound: SocketAddr,
     pub(crate) admin: SocketAddr,
+    pub(crate) dns: Option<SocketAddr>,
+    pub(crate) redirected: Vec<SocketAddr>,
     pub(crate) config: Config,
     outbound: BTreeMap<(ServiceName, Port), SocketAddr>,
     log: PathBuf,
@@ -96,6 +102,8 @@ impl Sidecar {
         Self {
             inbound: proxy.inbound_addr(),
             admin: proxy.admin_addr(),
+            dns: proxy.dns_addr(),
+            redirected: proxy.redirect_addrs(),
             config,
             outbound: proxy.outbound_addrs(),
             log: dir.path().join("connections.jsonl"),
