@@ -232,7 +232,9 @@ impl Proxy {
         }
         if let Some(bound) = dns {
             let upstreams = dns::upstreams(&config.dns_upstreams, bound.address);
-            tasks.spawn(dns::Responder::run(Arc::clone(&shared), Reach::of(&config), upstreams, bound));
+            let (shared, reach) = (Arc::clone(&shared), Reach::of(&config));
+            let listening = (!redirects).then(|| Arc::clone(&status));
+            tasks.spawn(dns::Responder::run(shared, listening, reach, upstreams, bound));
         }
 
         // What it runs by: who it is, what it ran last, what it is to run.

@@ -16,6 +16,7 @@ use crate::listeners::Reach;
 use crate::metrics;
 use crate::shared::Shared;
 use crate::socket::{self, ListenError};
+use crate::status::Status;
 use answer::{Asked, Question};
 use forward::Forwarder;
 use std::io;
@@ -105,6 +106,8 @@ pub(crate) fn upstreams(given: &[SocketAddr], own: SocketAddr) -> Vec<SocketAddr
 /// See the module's documentation.
 pub(crate) struct Responder {
     shared: Arc<Shared>,
+    /// Which services' addresses cannot be listened on, if they have to be.
+    status: Option<Arc<Status>>,
     reach: Reach,
     forwarder: Forwarder,
     own: SocketAddr,
@@ -127,11 +130,18 @@ impl Transport {
 }
 
 impl Responder {
-    /// Serves until it is dropped.
-    pub(crate) async fn run(shared: Arc<Shared>, reach: Reach, upstreams: Vec<SocketAddr>, bound: Bound) {
+    /// Serves until it is dropped. `status` tells which addresses are somebody else's; none if connections to them are redirected and
+    /// it does not matter.
+    pub(crate) async fn run(
+        shared: Arc<Shared>,
+        status: Option<Arc<Status>>,
+        reach: Reach,
+        upstreams: Vec<SocketAddr>,
+        bound: Bound,
+    ) {
         let Bound { address: own, udp, tcp } = bound;
         tracing::info!(address = %own, ?upstreams, "answering DNS queries");
-        let responder = Arc::new(Self { shared, reach, forwarder: Forwarder::new(upstreams), own });
+        let responder = Arc::new(Self { shared, status, reach, forwarder: Forwarder::new(upstreams), own });
         let udp = Arc::new(udp);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         // Ended with this future, however it ends.
@@ -238,7 +248,8 @@ impl Responder {
     }
 
     fn ask(&self, query: &[u8]) -> Asked {
-        answer::answer(query, self.shared.snapshot().as_deref(), &self.reach)
+        let taken = |address| self.status.as_ref().is_some_and(|status| status.is_taken(address));
+        answer::answer(query, self.shared.snapshot().as_deref(), &self.reach, taken)
     }
 
     /// Room for a query that is forwarded, if there is.

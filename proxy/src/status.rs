@@ -3,7 +3,7 @@
 use crate::metrics;
 use crate::outbound::Target;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use weft_model::{ConfigVersion, Timestamp};
 
@@ -135,6 +135,11 @@ impl Status {
         inner.loopback = loopback;
         inner.failures = failures;
         inner.addresses_due = false;
+    }
+
+    /// Whether a service's loopback address cannot be listened on, on any of its ports.
+    pub(crate) fn is_taken(&self, address: Ipv4Addr) -> bool {
+        self.lock().failures.keys().any(|failed| failed.ip() == address)
     }
 
     pub(crate) fn listener_failures(&self) -> BTreeMap<SocketAddr, String> {

@@ -14,6 +14,7 @@ mod stories {
     mod rollout;
     mod smoke;
     mod up;
+    mod ways_in;
 }
 
 /// A file that nobody declares is a story that nobody runs.

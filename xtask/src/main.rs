@@ -8,6 +8,7 @@ mod cargo;
 mod check;
 mod simulate;
 mod test;
+mod tools;
 mod torture;
 mod up;
 

@@ -10,7 +10,7 @@ use anyhow::Context;
 use weft_pgserver::{Cluster, Server};
 
 use crate::cargo::{Stream, cargo, has, must, run_seeing};
-use crate::{Database, bench, postgres, say, torture};
+use crate::{Database, bench, postgres, say, tools, torture};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Test {
@@ -22,6 +22,7 @@ pub(crate) struct Test {
 
 impl Test {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        tools::provide()?;
         let (own_server, url) = match self.database.given() {
             Some(url) => (None, url.to_owned()),
             None => {

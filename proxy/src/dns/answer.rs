@@ -57,7 +57,14 @@ impl Question {
 }
 
 /// Answers a query, or tells that it is not the mesh's to answer.
-pub(super) fn answer(message: &[u8], snapshot: Option<&Snapshot>, reach: &Reach) -> Asked {
+///
+/// `taken` says which addresses lead to somebody else: they are not given away, for what listens there would act in another name.
+pub(super) fn answer(
+    message: &[u8],
+    snapshot: Option<&Snapshot>,
+    reach: &Reach,
+    taken: impl Fn(Ipv4Addr) -> bool,
+) -> Asked {
     let mut decoder = BinDecoder::new(message);
     let Ok(Header { metadata: header, counts, .. }) = Header::read(&mut decoder) else {
         return Asked::Nothing("malformed");
@@ -78,7 +85,7 @@ pub(super) fn answer(message: &[u8], snapshot: Option<&Snapshot>, reach: &Reach)
     let Ok(whole) = Message::from_vec(message) else {
         return Asked::Answer(encode(&reply(&header, Some(query), ResponseCode::FormErr)), "malformed");
     };
-    let (mut reply, result) = mesh_answer(&header, query, &labels, snapshot, reach);
+    let (mut reply, result) = mesh_answer(&header, query, &labels, snapshot, reach, taken);
     if whole.edns.is_some() {
         let mut edns = Edns::new();
         edns.set_max_payload(PAYLOAD);
@@ -103,6 +110,7 @@ fn mesh_answer(
     labels: &[Vec<u8>],
     snapshot: Option<&Snapshot>,
     reach: &Reach,
+    taken: impl Fn(Ipv4Addr) -> bool,
 ) -> (Message, &'static str) {
     if header.op_code != OpCode::Query {
         return (reply(header, Some(query), ResponseCode::NotImp), "refused");
@@ -115,6 +123,9 @@ fn mesh_answer(
     };
     let (name, kind) = (query.name().clone(), query.query_type());
     let found = find(labels, snapshot, reach);
+    if matches!(found, Found::Service(address) if taken(address)) {
+        return (reply(header, Some(query), ResponseCode::ServFail), "taken");
+    }
     let code = if matches!(found, Found::Nothing) { ResponseCode::NXDomain } else { ResponseCode::NoError };
     let mut reply = reply(header, Some(query), code);
     reply.metadata.authoritative = true;
@@ -200,7 +211,7 @@ mod tests {
     }
 
     fn asked(message: &Message) -> Message {
-        match answer(&message.to_vec().unwrap(), Some(&snapshot()), &Reach::everything()) {
+        match answer(&message.to_vec().unwrap(), Some(&snapshot()), &Reach::everything(), |_| false) {
             Asked::Answer(bytes, _) => Message::from_vec(&bytes).unwrap(),
             other => panic!("{other:?}"),
         }
@@ -253,16 +264,29 @@ mod tests {
     fn a_service_that_is_no_upstream_is_none() {
         let (service, _) = service();
         let message = query(&format!("{service}.weft."), RecordType::A).to_vec().unwrap();
-        let Asked::Answer(_, result) = answer(&message, Some(&snapshot()), &Reach::only([])) else {
+        let Asked::Answer(_, result) = answer(&message, Some(&snapshot()), &Reach::only([]), |_| false)
+        else {
             panic!("forwarded")
         };
         assert_eq!(result, "nxdomain");
     }
 
     #[test]
+    fn an_address_that_leads_to_somebody_else_is_not_given_away() {
+        let (service, address) = service();
+        let message = query(&format!("{service}.weft."), RecordType::A).to_vec().unwrap();
+        let everything = Reach::everything();
+        let asked = answer(&message, Some(&snapshot()), &everything, |taken| taken == address);
+        let Asked::Answer(bytes, "taken") = asked else { panic!("{asked:?}") };
+        let reply = Message::from_vec(&bytes).unwrap();
+        assert_eq!((reply.metadata.response_code, reply.answers.len()), (ResponseCode::ServFail, 0));
+    }
+
+    #[test]
     fn before_a_snapshot_nothing_is_denied() {
         let message = query("db.default.weft.", RecordType::A).to_vec().unwrap();
-        let Asked::Answer(bytes, "no_snapshot") = answer(&message, None, &Reach::everything()) else {
+        let Asked::Answer(bytes, "no_snapshot") = answer(&message, None, &Reach::everything(), |_| false)
+        else {
             panic!("answered")
         };
         assert_eq!(Message::from_vec(&bytes).unwrap().metadata.response_code, ResponseCode::ServFail);
@@ -272,7 +296,7 @@ mod tests {
     fn everything_else_is_forwarded_as_it_came() {
         for name in ["example.org.", "weft.example.org.", "default.weft.example.", "."] {
             let message = query(name, RecordType::A).to_vec().unwrap();
-            let Asked::Forward(question) = answer(&message, None, &Reach::everything()) else {
+            let Asked::Forward(question) = answer(&message, None, &Reach::everything(), |_| false) else {
                 panic!("{name}")
             };
             assert_eq!((question.message, question.end), (message.clone(), message.len()));
@@ -292,7 +316,7 @@ mod tests {
         let everything = Reach::everything();
         let own = asked(&query("weft.", RecordType::A)).to_vec().unwrap();
         for bytes in [&b""[..], b"short", &own] {
-            assert!(matches!(answer(bytes, None, &everything), Asked::Nothing(_)), "{bytes:?}");
+            assert!(matches!(answer(bytes, None, &everything, |_| false), Asked::Nothing(_)), "{bytes:?}");
         }
         let mut two = query("weft.", RecordType::A);
         two.add_query(Query::query(Name::root(), RecordType::NS));
@@ -306,7 +330,7 @@ mod tests {
         #[test]
         fn nothing_that_comes_breaks_it(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
             let snapshot = snapshot();
-            if let Asked::Answer(reply, _) = answer(&bytes, Some(&snapshot), &Reach::everything()) {
+            if let Asked::Answer(reply, _) = answer(&bytes, Some(&snapshot), &Reach::everything(), |_| false) {
                 // Who can make the sidecar answer somebody else gains nothing by it.
                 proptest::prop_assert!(reply.len() <= bytes.len() + 200);
             }

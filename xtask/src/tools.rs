@@ -1,0 +1,70 @@
+//! Programs of the system that tests run, installed if they are absent, as PostgreSQL is: only what a person would type, only where it
+//! needs no password, and said before it runs.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::ensure;
+
+use crate::cargo::run;
+use crate::say;
+
+/// Programs, and the packages of Debian, Fedora, Alpine, Arch and SUSE that have them, which all name them alike.
+const TOOLS: [(&str, &str); 3] = [("nft", "nftables"), ("ip", "iproute2"), ("curl", "curl")];
+
+/// Folders beside the PATH, which a plain user's often lacks.
+const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// How packages are installed; the first of these that there is.
+const MANAGERS: [(&str, &str); 4] = [
+    (
+        "apt-get",
+        "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends",
+    ),
+    ("dnf", "dnf install -y"),
+    ("apk", "apk add"),
+    ("pacman", "pacman -Sy --noconfirm --needed"),
+];
+
+/// Sees to it that the tests of the network find what they run.
+pub(crate) fn provide() -> anyhow::Result<()> {
+    let absent: Vec<_> = TOOLS.iter().filter(|(program, _)| !there(program)).collect();
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let programs = absent.iter().map(|(program, _)| *program).collect::<Vec<_>>().join(", ");
+    let packages = absent.iter().map(|(_, package)| *package).collect::<Vec<_>>().join(" ");
+    let manager = MANAGERS.iter().find(|(program, _)| there(program));
+    let command = manager.map(|(_, install)| format!("{install} {packages}"));
+    let Some(command) = command else {
+        anyhow::bail!("tests need {programs}; install the packages {packages}")
+    };
+    let mut shell = if nix::unistd::geteuid().is_root() {
+        Command::new("sh")
+    } else {
+        ensure!(
+            sudo_needs_no_password(),
+            "tests need {programs}; install them with `sudo sh -c '{command}'`"
+        );
+        let mut sudo = Command::new("sudo");
+        sudo.args(["-n", "sh"]);
+        sudo
+    };
+    say(&format!("tests need {programs}; installing now, as root: {command}"));
+    let status = run(shell.args(["-e", "-c", &format!("exec 1>&2; {command}")]).stdin(Stdio::null()))?;
+    ensure!(status.success(), "`{command}` ended with {status}; see its output above, then run it by hand");
+    Ok(())
+}
+
+fn there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders =
+        std::env::split_paths(&path).chain(FOLDERS.iter().map(|folder| Path::new(folder).to_owned()));
+    folders.into_iter().any(|folder| folder.join(program).is_file())
+}
+
+fn sudo_needs_no_password() -> bool {
+    let mut sudo = Command::new("sudo");
+    sudo.args(["-n", "true"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    sudo.status().is_ok_and(|status| status.success())
+}
