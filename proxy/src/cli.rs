@@ -55,7 +55,11 @@ impl Invocation {
     /// All that there is on the command line.
     #[must_use]
     pub fn command() -> clap::Command {
-        Command::augment_subcommands(Cli::command())
+        let sidecar = Cli::command();
+        let about = sidecar.get_about().cloned();
+        Command::augment_subcommands(sidecar)
+            // The sidecar's, not that of the list of commands.
+            .about(about.unwrap_or_default())
             .subcommand_negates_reqs(true)
             .args_conflicts_with_subcommands(true)
     }
@@ -68,6 +72,7 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Invocation::command().debug_assert();
+        assert!(Invocation::command().render_help().to_string().starts_with("The Weft sidecar"));
     }
 
     #[test]

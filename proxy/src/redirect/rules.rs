@@ -70,7 +70,8 @@ pub struct Install {
     /// Leave these destination ports alone; may be given several times
     #[arg(long = "exclude-port", value_name = "PORT", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
     excluded_ports: Vec<u16>,
-    /// The port of the sidecar's --dns-listen: DNS queries, to whichever nameserver, are led there as well
+    /// The port of the sidecar's --dns-listen: DNS queries, to whichever nameserver, are led there as well. The nameserver that the
+    /// sidecar itself asks must not be one on this machine
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     dns_port: Option<u16>,
     /// Leave IPv6 alone; otherwise --redirect-listen needs an address of each family
