@@ -215,15 +215,16 @@ async fn streams_of_one_tunnel_stay_apart_whatever_the_network_does() {
     const STREAMS: usize = 700;
     let controller = mesh();
     let app = App::echo().await;
+    // What peers are told is not where this sidecar listens.
+    let inbound = SocketAddr::from(([127, 0, 0, 1], weft_testkit::reserve_loopback_port()));
+    let (between, _passing) = chaos(inbound, 7).await;
     let db = Sidecar::start(&controller, "default/db/db-1", |config| {
         config.apps.insert(weft_model::Port::new(5432).unwrap(), app.address);
-        // Where peers connect to is not this sidecar's own address.
-        config.inbound_listen = SocketAddr::from(([127, 0, 0, 1], weft_testkit::reserve_loopback_port()));
-        config.probe.interval = Duration::from_secs(600);
+        config.inbound_listen = inbound;
+        config.advertise = Some(between);
     });
     let db = db.await;
-    let (between, _passing) = chaos(db.inbound, 7).await;
-    controller.pretend("default/db/db-1", between);
+    db.ready().await;
     let web = calling(&controller).await;
     let web = Arc::new(web);
     let tasks = TaskTracker::new();
