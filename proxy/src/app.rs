@@ -122,10 +122,11 @@ impl Proxy {
         let redirected = redirected.collect::<Result<Vec<_>, _>>()?;
         let (records, writer) = records::start(&config.connection_log).map_err(StartError::ConnectionLog)?;
         let (demand, asker) = demand::channel(&config.on_demand);
-        let listeners = (outbound.len() + 1) * config.threads.get() + 1;
+        // A socket for each thread; the admin pages have one, and names two.
+        let per_thread = 1 + outbound.len() + redirected.len();
+        let listeners = per_thread * config.threads.get() + 1 + dns.as_ref().map_or(0, |_| 2);
         let limits = Limits::new(limits::open_files(), listeners, config.tunnels_idle_max);
-        let (own, apps) = (config.instance.clone(), (config.apps.clone(), config.proxy_protocol));
-        let shared = Shared::new(own, apps, records, demand, limits);
+        let shared = Shared::new(&config, limits, records, demand);
         let status = Arc::new(Status::default());
         if config.loopback_addresses {
             status.expect_loopback();

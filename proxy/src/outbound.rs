@@ -329,27 +329,39 @@ async fn connect(
     let now = crate::clock::now();
     let waiting = worker.tunnels.take(&attempt.instance, attempt.address, &identity.current(), now);
     if let Some((mut tunnel, basis)) = waiting {
-        let asked = ask(worker, connection, target, attempt, (&mut tunnel, &basis), true);
+        let asked = ask(connection, target, attempt, &mut tunnel, &basis, true);
         let limit = REUSED_ANSWERS.min(Duration::from_millis(attempt.policy.connect.timeout_ms.into()) / 3);
-        match timeout(limit, asked).await {
-            Ok(Asked::Opened) => return Ok((tunnel, basis)),
-            Ok(Asked::Refused(failed)) => {
-                worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
-                return Err(failed);
-            }
-            // The other end had closed it, is gone, or still has a former stream's bytes to give to an app that does not read
-            // them: nobody's fault, and a new one tells more.
-            Ok(Asked::Broken(_)) | Err(_) => {}
+        // Otherwise the other end had closed it, is gone, or still has a former stream's bytes to give to an app that does not read
+        // them: nobody's fault, and a new one tells more.
+        if let Ok(Ok(answer @ (Frame::Opened | Frame::Refused(_)))) = timeout(limit, asked).await {
+            return answered(worker, attempt, tunnel, basis, answer);
         }
     }
     let (mut tunnel, basis) = new_tunnel(worker, identity, attempt).await?;
-    match ask(worker, connection, target, attempt, (&mut tunnel, &basis), false).await {
-        Asked::Opened => Ok((tunnel, basis)),
-        Asked::Refused(failed) => {
-            worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
-            Err(failed)
+    match ask(connection, target, attempt, &mut tunnel, &basis, false).await {
+        Ok(answer) => answered(worker, attempt, tunnel, basis, answer),
+        Err(FrameError::Io(error)) => {
+            Err(Failed::other_may_do(tls::handshake_failed(Direction::Outbound, &error)))
         }
-        Asked::Broken(failed) => Err(failed),
+        Err(error) => Err(nonsense(&error.to_string())),
+    }
+}
+
+/// What becomes of a tunnel on which OPEN was answered: one that was refused is free for another stream.
+fn answered(
+    worker: &Worker,
+    attempt: &Attempt,
+    tunnel: Box<Tunnel>,
+    basis: Basis,
+    answer: Frame,
+) -> Result<(Box<Tunnel>, Basis), Failed> {
+    match answer {
+        Frame::Opened => Ok((tunnel, basis)),
+        Frame::Refused(refused) => {
+            worker.tunnels.put(attempt.instance.clone(), attempt.address, tunnel, basis);
+            Err(refused_by_peer(worker, refused))
+        }
+        Frame::Open(_) => Err(nonsense("the peer answered with OPEN")),
     }
 }
 
@@ -377,23 +389,15 @@ async fn new_tunnel(
     Ok((tunnel, basis))
 }
 
-/// What a server's sidecar says to OPEN.
-enum Asked {
-    Opened,
-    /// The tunnel can be used for another stream.
-    Refused(Failed),
-    /// It cannot.
-    Broken(Failed),
-}
-
+/// Sends OPEN, and reads what the server's sidecar says to it.
 async fn ask(
-    worker: &Worker,
     connection: &Connection,
     target: &Target,
     attempt: &Attempt,
-    (tunnel, basis): (&mut Tunnel, &Basis),
+    tunnel: &mut Tunnel,
+    basis: &Basis,
     reused: bool,
-) -> Asked {
+) -> Result<Frame, FrameError> {
     let open = {
         let mut facts = connection.facts();
         facts.tls = basis.tls;
@@ -407,31 +411,13 @@ async fn ask(
             version: facts.config_version.unwrap_or_default(),
         })
     };
-    let broke = |error: &io::Error| {
-        // Nobody's fault if it was idle.
-        let close = if reused {
-            nonsense("")
-        } else {
-            Failed::other_may_do(tls::handshake_failed(Direction::Outbound, error))
-        };
-        Asked::Broken(close)
-    };
     let asked = (attempt.policy.balance == Balance::PeakEwma).then(Instant::now);
-    if let Err(error) = tunnel.write(&open).await {
-        return broke(&error);
+    tunnel.write(&open).await?;
+    let answer = tunnel.read().await?;
+    if let (Some(asked), Frame::Opened) = (asked, &answer) {
+        attempt.load.measured(asked.elapsed());
     }
-    match tunnel.read().await {
-        Ok(Frame::Opened) => {
-            if let Some(asked) = asked {
-                attempt.load.measured(asked.elapsed());
-            }
-            Asked::Opened
-        }
-        Ok(Frame::Refused(refused)) => Asked::Refused(refused_by_peer(worker, refused)),
-        Ok(Frame::Open(_)) => Asked::Broken(nonsense("the peer answered with OPEN")),
-        Err(FrameError::Io(error)) => broke(&error),
-        Err(error) => Asked::Broken(nonsense(&error.to_string())),
-    }
+    Ok(answer)
 }
 
 /// The peer's refusal becomes this end's reason, so that both records say the same.

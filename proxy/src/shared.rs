@@ -1,6 +1,7 @@
 //! What the data-plane threads and the control tasks share. Threads read it without a lock; only the control tasks
 //! change it.
 
+use crate::config::Config;
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registry};
 use crate::demand::Demand;
 use crate::limits::Limits;
@@ -50,17 +51,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(
-        own: InstanceId,
-        (apps, proxy_protocol): (BTreeMap<Port, SocketAddr>, bool),
-        records: RecordSender,
-        demand: Demand,
-        limits: Limits,
-    ) -> Arc<Self> {
+    pub(crate) fn new(config: &Config, limits: Limits, records: RecordSender, demand: Demand) -> Arc<Self> {
         Arc::new(Self {
-            own,
-            apps,
-            proxy_protocol,
+            own: config.instance.clone(),
+            apps: config.apps.clone(),
+            proxy_protocol: config.proxy_protocol,
             tls: Tls::default(),
             connections: Registry::new(limits.connections),
             records,

@@ -10,7 +10,7 @@
 //! for the pipe.
 
 use crate::socket;
-use crate::tunnel::copy::{Counters, Ended, Side};
+use crate::tunnel::copy::{Counters, Ended, Fault, Side, Stage};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, splice};
 use nix::unistd::pipe2;
@@ -81,29 +81,6 @@ pub(super) async fn copy(
         }
     })
     .await
-}
-
-/// Which of a direction's two connections broke.
-enum Fault {
-    Reading(io::Error),
-    Writing(io::Error),
-}
-
-impl Fault {
-    fn ended(self, from: Side) -> Ended {
-        match self {
-            Self::Reading(error) => Ended::Broken(from, error),
-            Self::Writing(error) => Ended::Broken(from.other(), error),
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Open,
-    /// The sender ended; the receiver is to be told after what is held.
-    Ending,
-    Ended,
 }
 
 /// How bytes get across.

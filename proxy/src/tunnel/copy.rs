@@ -165,7 +165,7 @@ pub(crate) async fn copy(
     let count_received = |bytes: usize| counters.count(app_is.other(), bytes as u64, started);
     poll_fn(|cx| {
         let sent = match sending.poll(cx, app, tunnel, count_sent) {
-            Poll::Ready(Err(fault)) => return Poll::Ready(fault.ended(app_is, app_is.other())),
+            Poll::Ready(Err(fault)) => return Poll::Ready(fault.ended(app_is)),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
@@ -174,7 +174,7 @@ pub(crate) async fn copy(
             counters.set_half_open();
         }
         let received = match receiving.poll(cx, app, tunnel, sent, count_received) {
-            Poll::Ready(Err(fault)) => return Poll::Ready(fault.ended(app_is.other(), app_is)),
+            Poll::Ready(Err(fault)) => return Poll::Ready(fault.ended(app_is.other())),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
@@ -215,22 +215,24 @@ fn after_end(read: io::Result<usize>) -> io::Error {
 }
 
 /// Which of a direction's two connections broke.
-enum Fault {
+pub(crate) enum Fault {
     Reading(io::Error),
     Writing(io::Error),
 }
 
 impl Fault {
-    fn ended(self, from: Side, to: Side) -> Ended {
+    /// How it ends a direction that goes from a side to the other one.
+    pub(crate) fn ended(self, from: Side) -> Ended {
         match self {
             Self::Reading(error) => Ended::Broken(from, error),
-            Self::Writing(error) => Ended::Broken(to, error),
+            Self::Writing(error) => Ended::Broken(from.other(), error),
         }
     }
 }
 
+/// How far a direction is.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Stage {
+pub(crate) enum Stage {
     #[default]
     Open,
     /// The sender ended; the receiver is to be told after what is held.

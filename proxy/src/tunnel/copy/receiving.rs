@@ -1,14 +1,13 @@
 //! From the tunnel to the application.
 
 use super::{Fault, MOVES_MAX, SCRATCH, Scratch, Stage, malformed, reading};
+use crate::socket;
 use crate::tls::handshake::broken;
 use crate::tls::record::{self, Opened};
 use crate::tunnel::frame::{FrameError, HEADER as FRAME_HEADER, Head, Kind};
 use crate::tunnel::{Tunnel, nonblocking};
-use socket2::SockRef;
 use std::array;
 use std::io::{self, IoSlice};
-use std::net::Shutdown;
 use std::ops::Range;
 use std::task::{Context, Poll, ready};
 use tokio::net::TcpStream;
@@ -45,7 +44,7 @@ impl Receiving {
             if self.stage == Stage::Ending {
                 // If nothing comes from the application any more, its connection is closed next, which says the same.
                 if !last {
-                    SockRef::from(app).shutdown(Shutdown::Write).map_err(Fault::Writing)?;
+                    socket::end_sending(app).map_err(Fault::Writing)?;
                 }
                 self.stage = Stage::Ended;
             }
