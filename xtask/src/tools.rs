@@ -2,7 +2,6 @@
 //! needs no password, and said before it runs.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use anyhow::ensure;
 
@@ -16,7 +15,7 @@ const TOOLS: [(&str, &str); 3] = [("nft", "nftables"), ("ip", "iproute2"), ("cur
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// How packages are installed; the first of these that there is.
-const MANAGERS: [(&str, &str); 4] = [
+const MANAGERS: [(&str, &str); 5] = [
     (
         "apt-get",
         "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends",
@@ -24,6 +23,7 @@ const MANAGERS: [(&str, &str); 4] = [
     ("dnf", "dnf install -y"),
     ("apk", "apk add"),
     ("pacman", "pacman -Sy --noconfirm --needed"),
+    ("zypper", "zypper --non-interactive install"),
 ];
 
 /// Sees to it that the tests of the network find what they run.
@@ -39,19 +39,11 @@ pub(crate) fn provide() -> anyhow::Result<()> {
     let Some(command) = command else {
         anyhow::bail!("tests need {programs}; install the packages {packages}")
     };
-    let mut shell = if nix::unistd::geteuid().is_root() {
-        Command::new("sh")
-    } else {
-        ensure!(
-            sudo_needs_no_password(),
-            "tests need {programs}; install them with `sudo sh -c '{command}'`"
-        );
-        let mut sudo = Command::new("sudo");
-        sudo.args(["-n", "sh"]);
-        sudo
+    let Some(mut shell) = weft_pgserver::root_shell() else {
+        anyhow::bail!("tests need {programs}; install them with `sudo sh -c '{command}'`")
     };
     say(&format!("tests need {programs}; installing now, as root: {command}"));
-    let status = run(shell.args(["-e", "-c", &format!("exec 1>&2; {command}")]).stdin(Stdio::null()))?;
+    let status = run(shell.args(["-e", "-c", &format!("exec 1>&2; {command}")]))?;
     ensure!(status.success(), "`{command}` ended with {status}; see its output above, then run it by hand");
     Ok(())
 }
@@ -61,10 +53,4 @@ fn there(program: &str) -> bool {
     let folders =
         std::env::split_paths(&path).chain(FOLDERS.iter().map(|folder| Path::new(folder).to_owned()));
     folders.into_iter().any(|folder| folder.join(program).is_file())
-}
-
-fn sudo_needs_no_password() -> bool {
-    let mut sudo = Command::new("sudo");
-    sudo.args(["-n", "true"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    sudo.status().is_ok_and(|status| status.success())
 }

@@ -103,22 +103,16 @@ pub(crate) fn install(absent: FindError, say: Say<'_>) -> Result<Binaries, Insta
         return Err(InstallError::UnknownSystem(absent));
     };
     let command = manager.command;
-    let is_root = nix::unistd::geteuid().is_root();
-    if !is_root && !sudo_needs_no_password() {
+    let Some(mut shell) = root_shell() else {
         return Err(InstallError::NotAllowed { command, absent });
-    }
+    };
 
     say(&format!(
         "PostgreSQL {MIN_MAJOR} or newer is not on this machine; installing it now, as root: {command}"
     ));
-    let mut shell = if is_root { Command::new("sh") } else { Command::new("sudo") };
-    if !is_root {
-        shell.args(["-n", "sh"]);
-    }
     // The package manager talks on our stderr, so that our stdout stays for what the caller prints there.
     let status = shell
         .args(["-e", "-c", &format!("exec 1>&2; {}", manager.script.unwrap_or(command))])
-        .stdin(Stdio::null())
         .status()
         .map_err(|source| InstallError::Run { command, source })?;
     if !status.success() {
@@ -128,6 +122,20 @@ pub(crate) fn install(absent: FindError, say: Say<'_>) -> Result<Binaries, Insta
     let binaries = Binaries::find().map_err(|absent| InstallError::StillAbsent { command, absent })?;
     say(&format!("PostgreSQL {} is installed in {}", binaries.major(), binaries.dir().display()));
     Ok(binaries)
+}
+
+/// A shell that runs as root and reads nothing; none if that takes a password.
+#[must_use]
+pub fn root_shell() -> Option<Command> {
+    let mut shell = if nix::unistd::geteuid().is_root() {
+        Command::new("sh")
+    } else {
+        let mut sudo = sudo_needs_no_password().then(|| Command::new("sudo"))?;
+        sudo.args(["-n", "sh"]);
+        sudo
+    };
+    shell.stdin(Stdio::null());
+    Some(shell)
 }
 
 fn in_system_path(program: &str) -> bool {

@@ -36,7 +36,7 @@ mod watchdog;
 
 pub use binaries::{Binaries, FindError, MIN_MAJOR};
 pub use cluster::{Cluster, ClusterConfig, OpenError, SUPERUSER};
-pub use install::InstallError;
+pub use install::{InstallError, root_shell};
 pub use port::reserve_loopback_port;
 pub use server::{Server, StartError, StopError};
 
