@@ -228,6 +228,7 @@ impl Proxy {
         };
         tasks.spawn(serve_admin(admin, pages));
         tasks.spawn(keep_metrics_small(metrics));
+        tasks.spawn(Arc::clone(&shared).end_graces());
         if redirects {
             tasks.spawn(redirect.follow(shared.subscribe()));
         }

@@ -12,6 +12,12 @@ pub(crate) fn now() -> Timestamp {
     Timestamp(i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// When a coming moment is by this machine's clock, if nobody sets that meanwhile.
+pub(crate) fn at(moment: Instant, since: Instant) -> Timestamp {
+    let ahead = moment.saturating_duration_since(since).as_millis();
+    Timestamp(now().0.saturating_add(i64::try_from(ahead).unwrap_or(i64::MAX)))
+}
+
 /// Milliseconds since this was first asked, and one more, so that 0 is never now. Never goes back, whatever happens to the
 /// machine's clock: for what threads keep in one word.
 pub(crate) fn uptime_ms() -> u64 {

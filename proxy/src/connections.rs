@@ -10,12 +10,13 @@
 use crate::clock;
 use crate::metrics;
 use crate::records::{Record, RecordSender};
+use crate::standing::Standing;
 use crate::tally::Tally;
 use crate::tunnel::copy::{Counters, Ended, Side};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -124,6 +125,12 @@ pub(crate) struct Facts {
     pub(crate) rule: Option<String>,
     /// `enforce`, or `audit` if a policy in audit mode would have refused.
     pub(crate) mode: Option<&'static str>,
+    /// Policies have permitted it: snapshots are held against it from here on.
+    #[serde(skip)]
+    pub(crate) admitted: bool,
+    /// That they do not any more, and what spares it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) forbidden: Option<Box<Forbidden>>,
     pub(crate) tls: Option<&'static str>,
     pub(crate) key_exchange: Option<&'static str>,
     /// Whether the tunnel had carried another connection before; none while there is none.
@@ -131,6 +138,27 @@ pub(crate) struct Facts {
     /// From accepting to carrying bytes; none before.
     pub(crate) connect_ms: Option<f64>,
     pub(crate) attempts: u32,
+}
+
+/// A live connection that policies do not permit any more, and that is not cut yet.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Forbidden {
+    /// `grace` or `keep`.
+    pub(crate) on_change: &'static str,
+    /// What forbids it.
+    pub(crate) rule: String,
+    /// The first version that did.
+    #[serde(serialize_with = "display")]
+    pub(crate) as_of: ConfigVersion,
+    /// When it is cut; none if it is kept.
+    pub(crate) ends: Option<String>,
+    #[serde(skip)]
+    pub(crate) standing: Standing,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn display<S: serde::Serializer>(version: &ConfigVersion, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(version)
 }
 
 fn as_text<S: serde::Serializer>(version: &Option<ConfigVersion>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -151,6 +179,8 @@ pub(crate) struct Connection {
     pub(crate) reported: (AtomicU64, AtomicU64),
     opened_at: Timestamp,
     facts: Mutex<Facts>,
+    /// That policies forbid it was counted already.
+    told_forbidden: AtomicBool,
     cut: CancellationToken,
     cause: OnceLock<Close>,
     records: RecordSender,
@@ -173,6 +203,7 @@ impl Connection {
             reported: (AtomicU64::new(0), AtomicU64::new(0)),
             opened_at: clock::now(),
             facts: Mutex::new(facts),
+            told_forbidden: AtomicBool::new(false),
             cut: CancellationToken::new(),
             cause: OnceLock::new(),
             records,
@@ -190,6 +221,27 @@ impl Connection {
         // Set before the token, so that who sees the token sees the cause.
         let _ = self.cause.set(cause);
         self.cut.cancel();
+    }
+
+    /// Policies forbid it, and it is spared. Whoever watches a rollout learns it now and not when it ends, which may be much later.
+    pub(crate) fn spared(&self) {
+        if !self.told_forbidden.swap(true, Ordering::Relaxed) {
+            self.tally.forbidden();
+        }
+    }
+
+    /// Cuts it if its grace is over. Returns when that will be if it is not.
+    pub(crate) fn end_grace(&self, now: Instant) -> Option<Instant> {
+        let facts = self.facts();
+        let forbidden = facts.forbidden.as_ref()?;
+        let ends = forbidden.standing.ends()?;
+        if ends > now {
+            return Some(ends);
+        }
+        let detail = format!("refused as of version {}, and its grace is over", forbidden.as_of);
+        let close = Close::local(CloseReason::PolicyChanged, detail).with_rule(forbidden.rule.clone());
+        self.cut(close);
+        None
     }
 
     /// Waits until it is cut, and says why.
@@ -244,7 +296,8 @@ impl Connection {
         metrics::closed(self, close.reason);
         let mut facts = self.facts().clone();
         if self.tells_of_policies(&facts) {
-            self.tally.ended(close.reason, facts.connect_ms.is_some());
+            let told = self.told_forbidden.load(Ordering::Relaxed);
+            self.tally.ended(close.reason, facts.connect_ms.is_some(), told);
         }
         facts.rule = close.rule.or(facts.rule);
         self.records.send(Record {

@@ -275,17 +275,18 @@ async fn admit_and_dial(
     }
 }
 
-/// Whether the connection may be, and where the app serves it. Looks at the snapshot once (I3).
+/// Whether the connection may be, and where the app serves it. Looks at the snapshot once (I3), and while it has the lock under which
+/// live connections are checked again: a snapshot that comes meanwhile is either seen here or finds a connection that is admitted.
 fn admit(
     shared: &Shared,
     connection: &Connection,
     peer: &InstanceId,
     open: &Open,
 ) -> Result<SocketAddr, Close> {
+    let mut facts = connection.facts();
     let Some(snapshot) = shared.snapshot() else {
         return Err(Close::local(CloseReason::NoSnapshot, "this sidecar has no snapshot yet"));
     };
-    let mut facts = connection.facts();
     facts.config_version = Some(snapshot.version);
     if open.service != shared.own.service {
         let detail = format!("this sidecar stands before {}", shared.own.service);
@@ -305,6 +306,7 @@ fn admit(
         let detail = format!("{} may not connect to port {} of {}", peer.service, open.port, open.service);
         return Err(Close::local(CloseReason::PolicyDenied, detail).with_rule(verdict.ruling.by.to_string()));
     }
+    facts.admitted = true;
     shared.apps.get(&open.port).copied().ok_or_else(|| {
         let detail = format!("no --app is given for port {}", open.port);
         Close::local(CloseReason::ConnectRefused, detail)

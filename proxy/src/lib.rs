@@ -46,6 +46,7 @@ mod redirect;
 mod routes;
 mod shared;
 mod socket;
+mod standing;
 mod status;
 mod tally;
 mod tls;

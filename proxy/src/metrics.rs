@@ -11,6 +11,7 @@ use weft_model::{CloseReason, ConfigVersion, Timestamp};
 const OPENED: &str = "weft_connections_opened_total";
 const CLOSED: &str = "weft_connections_closed_total";
 const LIVE: &str = "weft_connections_live";
+const FORBIDDEN: &str = "weft_connections_forbidden";
 const BYTES: &str = "weft_bytes_total";
 const CONNECT_SECONDS: &str = "weft_connect_seconds";
 const ATTEMPTS: &str = "weft_connect_attempts_total";
@@ -60,6 +61,10 @@ fn describe() {
     describe_counter!(UPSTREAMS_ADDED, "Upstreams on demand that were asked for, by result");
     describe_counter!(CLOSED, "Connections ended or refused, by direction and close reason");
     describe_gauge!(LIVE, "Connections that are open now, by direction");
+    describe_gauge!(
+        FORBIDDEN,
+        "Live inbound connections that policies do not permit any more, by what spares them"
+    );
     describe_counter!(
         BYTES,
         "Application bytes, by direction of the connection and of the bytes, while they move"
@@ -248,11 +253,21 @@ pub(crate) fn dns_query(transport: &'static str, result: &'static str) {
 /// Brings what is counted on demand up to date; to be called before the metrics are rendered.
 pub(crate) fn refresh(registry: &Registry) {
     let mut live = [0_u32; 2];
+    let mut forbidden = [("grace", 0_u32), ("keep", 0_u32)];
     registry.for_each(|connection| {
         moved(connection);
+        if let Some(spared) = &connection.facts().forbidden {
+            forbidden
+                .iter_mut()
+                .filter(|(word, _)| *word == spared.on_change)
+                .for_each(|(_, count)| *count += 1);
+        }
         live[usize::from(connection.direction == Direction::Outbound)] += 1;
     });
     for (direction, count) in [Direction::Inbound, Direction::Outbound].into_iter().zip(live) {
         gauge!(LIVE, "direction" => direction.as_str()).set(f64::from(count));
+    }
+    for (on_change, count) in forbidden {
+        gauge!(FORBIDDEN, "on_change" => on_change).set(f64::from(count));
     }
 }

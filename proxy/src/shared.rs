@@ -1,12 +1,14 @@
 //! What the data-plane threads and the control tasks share. Threads read it without a lock; only the control tasks
 //! change it.
 
+use crate::clock;
 use crate::config::Config;
-use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registry};
+use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Forbidden, Registry};
 use crate::demand::Demand;
 use crate::limits::Limits;
 use crate::records::RecordSender;
 use crate::routes::Routes;
+use crate::standing::Standing;
 use crate::tally::Tally;
 use crate::tls::Tls;
 use arc_swap::{ArcSwapOption, Guard};
@@ -15,6 +17,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName};
 use weft_routing::{Snapshot, verdict};
@@ -47,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) seen: watch::Sender<ConfigVersion>,
     routes: ArcSwapOption<Routes>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    /// When the next grace of a live connection ends; perhaps earlier.
+    graces: watch::Sender<Option<Instant>>,
     draining: AtomicBool,
 }
 
@@ -67,6 +72,7 @@ impl Shared {
             seen: watch::Sender::new(ConfigVersion::default()),
             routes: ArcSwapOption::empty(),
             snapshots: watch::Sender::new(None),
+            graces: watch::Sender::new(None),
             draining: AtomicBool::new(false),
         })
     }
@@ -96,28 +102,68 @@ impl Shared {
         self.snapshots.subscribe()
     }
 
-    /// Swaps a snapshot in, then cuts what it does not allow any more. Returns how many connections that were. The caller
-    /// makes sure that it is newer than the one in use; there is one caller at a time.
-    pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> usize {
+    /// Swaps a snapshot in, then cuts what it does not allow any more, but for what it spares. The caller makes sure that it is newer
+    /// than the one in use; there is one caller at a time.
+    pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> Rechecked {
         let previous = self.routes.load();
         let routes = Routes::new(&snapshot, previous.as_deref(), &self.own);
         routes.tell_panic(previous.as_deref());
         self.routes.store(Some(Arc::new(routes)));
-        let mut cut = 0;
+        let now = Instant::now();
+        let mut rechecked = Rechecked::default();
+        let mut ends = None;
         self.connections.for_each(|connection| {
-            if let Some(close) = recheck(connection, &snapshot) {
+            if let Some(close) = recheck(connection, &snapshot, now) {
                 connection.cut(close);
-                cut += 1;
+                rechecked.cut += 1;
+            } else if let Some(forbidden) = &connection.facts().forbidden {
+                rechecked.spared += 1;
+                ends = earlier(ends, forbidden.standing.ends());
             }
         });
+        self.grace_ends(ends);
         self.snapshots.send_replace(Some(snapshot));
-        cut
+        rechecked
+    }
+
+    /// Cuts live connections when their grace is over, for as long as it runs. They have it by the snapshot that was installed last, and
+    /// most of them from the same moment on, so one task that looks at all of them does what a timer each would.
+    pub(crate) async fn end_graces(self: Arc<Self>) {
+        let mut graces = self.graces.subscribe();
+        loop {
+            let next = *graces.borrow_and_update();
+            let over = async {
+                match next {
+                    Some(next) => sleep_until(next).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // The other end of the channel is in `self`.
+                _ = graces.changed() => {}
+                () = over => {
+                    // Before it is looked, so that a grace which is given meanwhile is not forgotten.
+                    self.graces.send_replace(None);
+                    let (now, mut ends) = (Instant::now(), None);
+                    self.connections.for_each(|connection| ends = earlier(ends, connection.end_grace(now)));
+                    self.grace_ends(ends);
+                }
+            }
+        }
+    }
+
+    fn grace_ends(&self, ends: Option<Instant>) {
+        self.graces.send_if_modified(|next| {
+            let before = *next;
+            *next = earlier(before, ends);
+            *next != before
+        });
     }
 
     /// Checks a connection that has just become one that snapshots check. Whatever was installed before is seen here,
     /// whatever comes later sees the connection.
     pub(crate) fn recheck(&self, connection: &Connection) -> Result<(), Close> {
-        let close = self.snapshot().and_then(|snapshot| recheck(connection, &snapshot));
+        let close = self.snapshot().and_then(|snapshot| recheck(connection, &snapshot, Instant::now()));
         close.map_or(Ok(()), Err)
     }
 
@@ -143,24 +189,34 @@ impl Shared {
     }
 }
 
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
+}
+
+/// What became of the live connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Rechecked {
+    /// So many were cut.
+    pub(crate) cut: usize,
+    /// So many are not permitted, and have a grace or are kept.
+    pub(crate) spared: usize,
+}
+
 /// Why a live connection may not go on under a snapshot; none if it may.
-fn recheck(connection: &Connection, snapshot: &Snapshot) -> Option<Close> {
-    let facts = connection.facts();
+fn recheck(connection: &Connection, snapshot: &Snapshot, now: Instant) -> Option<Close> {
+    let mut facts = connection.facts();
     let (destination, port) = (facts.destination.as_ref()?, facts.port?);
     match connection.direction {
         Direction::Inbound => {
-            let source = facts.source_service.as_ref()?;
+            // Who asks to be admitted is checked against the snapshot of the moment, and has this lock meanwhile.
+            if !facts.admitted {
+                return None;
+            }
             if !snapshot.inbound.has_port(port) {
                 let detail = format!("{destination} has no port {port} any more");
                 return Some(Close::local(CloseReason::EndpointRemoved, detail));
             }
-            let verdict = verdict::authorize(&snapshot.inbound, source, port);
-            if verdict.permitted() {
-                return None;
-            }
-            let detail = format!("refused as of version {}", snapshot.version);
-            let close = Close::local(CloseReason::PolicyChanged, detail);
-            Some(close.with_rule(verdict.ruling.by.to_string()))
+            recheck_policies(connection, &mut facts, port, snapshot, now)
         }
         Direction::Outbound => {
             // Until it is established every attempt asks the snapshot of the moment, and may fail for another one.
@@ -181,4 +237,32 @@ fn recheck(connection: &Connection, snapshot: &Snapshot) -> Option<Close> {
             if listed.is_ok() { None } else { removed(instance.to_string()) }
         }
     }
+}
+
+/// What policies say of a live inbound connection, which is noted in its facts.
+fn recheck_policies(
+    connection: &Connection,
+    facts: &mut Facts,
+    port: Port,
+    snapshot: &Snapshot,
+    now: Instant,
+) -> Option<Close> {
+    let verdict = verdict::authorize_live(&snapshot.inbound, facts.source_service.as_ref()?, port);
+    let Some(refused) = verdict else {
+        facts.forbidden = None;
+        return None;
+    };
+    let rule = refused.by.to_string();
+    let before = facts.forbidden.take();
+    let standing = before.as_ref().map_or(Standing::Permitted, |before| before.standing);
+    let standing = standing.after(Some(refused.on_change), now);
+    let Some((standing, on_change)) = standing.and_then(|it| Some((it, it.spared_by()?))) else {
+        let detail = format!("refused as of version {}", snapshot.version);
+        return Some(Close::local(CloseReason::PolicyChanged, detail).with_rule(rule));
+    };
+    let as_of = before.map_or(snapshot.version, |before| before.as_of);
+    let ends = standing.ends().map(|ends| clock::rfc3339(clock::at(ends, now)));
+    facts.forbidden = Some(Box::new(Forbidden { on_change, rule, as_of, ends, standing }));
+    connection.spared();
+    None
 }

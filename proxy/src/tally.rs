@@ -27,12 +27,18 @@ impl Tally {
         self.live.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A connection ended, or never began.
-    pub(crate) fn ended(&self, reason: CloseReason, established: bool) {
+    /// A policy forbids a live connection and spares it.
+    pub(crate) fn forbidden(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A connection ended, or never began. `told`: that a policy forbids it was counted before.
+    pub(crate) fn ended(&self, reason: CloseReason, established: bool, told: bool) {
         if established {
             self.live.fetch_sub(1, Ordering::Relaxed);
         }
         let wrong = match fault(reason) {
+            Some(Fault::Refused) if told => return,
             Some(Fault::Refused) => &self.refused,
             Some(Fault::Failed) if !established => &self.failed,
             // It came to its end, or somebody ended it for reasons that no policy has to do with.
@@ -100,15 +106,26 @@ mod tests {
     fn each_connection_counts_once_and_what_went_wrong_with_it() {
         let tally = Tally::default();
         tally.established();
-        tally.ended(CloseReason::ClientFin, true);
+        tally.ended(CloseReason::ClientFin, true, false);
         tally.established();
         assert_eq!(tally.live(), 1);
-        tally.ended(CloseReason::PolicyChanged, true);
-        tally.ended(CloseReason::PolicyDenied, false);
-        tally.ended(CloseReason::ConnectTimeout, false);
+        tally.ended(CloseReason::PolicyChanged, true, false);
+        tally.ended(CloseReason::PolicyDenied, false, false);
+        tally.ended(CloseReason::ConnectTimeout, false, false);
         // A client that went away before it was connected says nothing about policies.
-        tally.ended(CloseReason::ClientReset, false);
+        tally.ended(CloseReason::ClientReset, false, false);
         assert_eq!(tally.live(), 0);
         assert_eq!(tally.totals(), Evidence { connections: 4, refused: 2, failed: 1 });
+    }
+
+    #[test]
+    fn a_connection_that_is_spared_counts_when_it_is_forbidden_and_not_again() {
+        let tally = Tally::default();
+        tally.established();
+        tally.forbidden();
+        assert_eq!(tally.totals(), Evidence { connections: 1, refused: 1, failed: 0 });
+        tally.ended(CloseReason::PolicyChanged, true, true);
+        assert_eq!(tally.totals(), Evidence { connections: 1, refused: 1, failed: 0 });
+        assert_eq!(tally.live(), 0);
     }
 }

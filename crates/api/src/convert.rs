@@ -20,7 +20,7 @@ use weft_model::membership::{
 use weft_model::mesh::MeshDefaults;
 use weft_model::rollout::{CANDIDATES_MAX, Candidate, Evidence, Plan, RolloutCommand};
 use weft_model::security::{
-    Action, Mode, RULE_LIST_MAX, RULES_MAX, Rule, SecurityCommand, SecurityPolicy, Sources,
+    Action, Mode, OnChange, RULE_LIST_MAX, RULES_MAX, Rule, SecurityCommand, SecurityPolicy, Sources,
 };
 use weft_model::service::{PORTS_MAX, ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
@@ -287,10 +287,19 @@ pub(crate) fn put_security_policy(put: pb::PutSecurityPolicy) -> Result<Command,
         Ok(pb::Mode::Audit) => Mode::Audit,
         Err(_) => return Err(ApiError::invalid("policy.mode", "enforce or audit")),
     };
+    let on_change = match (pb::OnChange::try_from(policy.on_change), policy.grace_ms) {
+        (Ok(pb::OnChange::Grace), ms) => Some(OnChange::Grace(ms)),
+        (Ok(_), 1..) => return Err(ApiError::invalid("policy.grace_ms", "only where on_change is grace")),
+        (Ok(pb::OnChange::Unspecified), 0) => None,
+        (Ok(pb::OnChange::Cut), 0) => Some(OnChange::Cut),
+        (Ok(pb::OnChange::Keep), 0) => Some(OnChange::Keep),
+        (Err(_), _) => return Err(ApiError::invalid("policy.on_change", "cut, grace or keep")),
+    };
     let rules = policy.rules.iter().enumerate().map(|(index, wire)| rule(index, wire));
     let policy = SecurityPolicy {
         default: action("policy.default", policy.default)?,
         mode,
+        on_change,
         rules: rules.collect::<Result<_, ApiError>>()?,
     };
     Ok(Command::Security(name("scope", &put.scope)?, SecurityCommand::Put(policy)))

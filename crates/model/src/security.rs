@@ -1,21 +1,28 @@
 //! The `security` scope: who may connect to what. How the policies of several scopes combine into one verdict is
 //! the evaluator's business, in the routing crate.
 
+mod past;
+
 use crate::event::event_family;
 use crate::id::{Name, Namespace, Port, ServiceName};
 use crate::rejection::Rejection;
 use crate::scope::{Scope, SecurityScope};
+use past::SecurityPolicySetV1;
+pub(crate) use past::SecurityPolicyV1;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 /// Most rules of one policy: a person can still read it, and one evaluation stays in microseconds.
 pub const RULES_MAX: usize = 256;
 /// Most services, namespaces and ports that one rule may list.
 pub const RULE_LIST_MAX: usize = 1024;
+/// Bounds of the grace that live connections may get, in milliseconds: below, it is a cut; above a day, it is forgotten.
+pub const GRACE_MS: RangeInclusive<u32> = 100..=86_400_000;
 
 event_family! {
     /// What can happen in a `security` scope.
-    SecurityEvent { SecurityPolicySet = 1, SecurityPolicyDeleted = 1 }
+    SecurityEvent { SecurityPolicySet = 2 from [SecurityPolicySetV1], SecurityPolicyDeleted = 1 }
 }
 
 /// This policy holds from now on.
@@ -41,6 +48,9 @@ pub struct SecurityPolicy {
     /// Whether its refusals refuse.
     #[serde(default)]
     pub mode: Mode,
+    /// What happens to live connections that are not permitted any more; if none, a wider scope says, and if none does they are cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_change: Option<OnChange>,
     /// The rules, in any order: a matching deny beats every allow.
     #[serde(default)]
     pub rules: Vec<Rule>,
@@ -85,6 +95,35 @@ impl Mode {
         match self {
             Self::Enforce => "enforce",
             Self::Audit => "audit",
+        }
+    }
+}
+
+/// What happens to a connection that was permitted, lives, and is not permitted any more. The stricter one is the lesser.
+///
+/// It never saves a connection whose source a deny rule names, or whose identity is not good any more: who is to be kept out
+/// goes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnChange {
+    /// It is cut at once.
+    #[default]
+    Cut,
+    /// It is cut when so many milliseconds have passed, unless it is permitted again before.
+    #[serde(rename = "grace_ms")]
+    Grace(u32),
+    /// It goes on until it ends.
+    Keep,
+}
+
+impl OnChange {
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cut => "cut",
+            Self::Grace(_) => "grace",
+            Self::Keep => "keep",
         }
     }
 }
@@ -185,6 +224,12 @@ fn validate(policy: &SecurityPolicy) -> Result<(), Rejection> {
     if policy.rules.len() > RULES_MAX {
         return Err(Rejection::invalid("rules", format!("at most {RULES_MAX}")));
     }
+    match policy.on_change {
+        Some(OnChange::Grace(ms)) if !GRACE_MS.contains(&ms) => {
+            return Err(Rejection::invalid("grace", "from 100 ms to 24 h"));
+        }
+        Some(OnChange::Cut | OnChange::Grace(_) | OnChange::Keep) | None => {}
+    }
     let mut names = BTreeSet::new();
     for (index, rule) in policy.rules.iter().enumerate() {
         let invalid =
@@ -254,12 +299,57 @@ mod tests {
     fn the_stored_form_is_what_people_write() {
         let mut api_may_query = rule("api-may-query", from_api());
         api_may_query.ports.insert(Port::new(5432).unwrap());
-        let policy =
-            SecurityPolicy { default: Some(Action::Deny), mode: Mode::Enforce, rules: vec![api_may_query] };
+        let policy = SecurityPolicy {
+            default: Some(Action::Deny),
+            mode: Mode::Enforce,
+            on_change: None,
+            rules: vec![api_may_query],
+        };
+        let graceful =
+            SecurityPolicy { on_change: Some(OnChange::Grace(30_000)), rules: Vec::new(), ..policy.clone() };
+        let event = SecurityEvent::from(SecurityPolicySet { policy: graceful });
+        assert_eq!(
+            event.payload().unwrap(),
+            r#"{"policy":{"default":"deny","mode":"enforce","on_change":{"grace_ms":30000},"rules":[]}}"#
+        );
         let event = SecurityEvent::from(SecurityPolicySet { policy });
         assert_eq!(
             event.payload().unwrap(),
             r#"{"policy":{"default":"deny","mode":"enforce","rules":[{"name":"api-may-query","action":"allow","from":{"services":["default/api"]},"ports":[5432]}]}}"#
         );
+    }
+
+    #[test]
+    fn a_grace_is_bounded_and_said() {
+        for (on_change, fits) in [
+            (OnChange::Grace(0), false),
+            (OnChange::Grace(*GRACE_MS.start()), true),
+            (OnChange::Grace(*GRACE_MS.end()), true),
+            (OnChange::Grace(*GRACE_MS.end() + 1), false),
+            (OnChange::Cut, true),
+            (OnChange::Keep, true),
+        ] {
+            let policy = SecurityPolicy { on_change: Some(on_change), ..SecurityPolicy::default() };
+            let decided = decide(&SecurityScope::Mesh, &None, &SecurityCommand::Put(policy));
+            assert_eq!(decided.is_ok(), fits, "{on_change:?}");
+        }
+        assert!(OnChange::Cut < OnChange::Grace(1) && OnChange::Grace(u32::MAX) < OnChange::Keep);
+    }
+
+    #[test]
+    fn a_past_policy_is_read_as_one_that_says_nothing_of_live_connections() {
+        let read = |schema, policy: &str| {
+            let payload = format!(r#"{{"policy":{policy}}}"#);
+            match SecurityEvent::decode("SecurityPolicySet", schema, &payload) {
+                Ok(SecurityEvent::SecurityPolicySet(set)) => Some(set.policy),
+                _ => None,
+            }
+        };
+        let said = r#"{"default":"deny","rules":[]}"#;
+        let policy = SecurityPolicy { default: Some(Action::Deny), ..SecurityPolicy::default() };
+        assert_eq!((read(1, said), read(2, said)), (Some(policy.clone()), Some(policy)));
+        let kept = r#"{"mode":"enforce","on_change":"keep","rules":[]}"#;
+        assert_eq!(read(1, kept), None, "nobody could have written that");
+        assert_eq!(read(2, kept).unwrap().on_change, Some(OnChange::Keep));
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::rollout::{Evidence, RolloutAborted, RolloutAdvanced, RolloutState};
-use weft_model::security::{Action, Mode, SecurityPolicy};
+use weft_model::security::{Action, Mode, OnChange, SecurityPolicy};
 use weft_model::traffic::{OutlierPolicy, TrafficPolicy};
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_routing::damping::Damping;
@@ -500,6 +500,11 @@ pub fn security_summary(policy: &SecurityPolicy) -> String {
         parts.push("audit only".to_owned());
     }
     parts.extend(policy.default.map(|default| format!("default {}", default.as_str())));
+    parts.extend(policy.on_change.map(|on_change| match on_change {
+        OnChange::Grace(ms) => format!("live ones get {ms} ms"),
+        OnChange::Cut => "live ones are cut".to_owned(),
+        OnChange::Keep => "live ones are kept".to_owned(),
+    }));
     parts.extend(policy.rules.iter().take(RULES_SHOWN).map(|rule| {
         let services = rule.from.services.iter().map(ToString::to_string);
         let namespaces = rule.from.namespaces.iter().map(|namespace| format!("{namespace}/*"));

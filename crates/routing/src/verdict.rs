@@ -9,10 +9,16 @@
 //!
 //! A policy in audit mode changes no verdict: the verdict is what it would be without it. Where it would have
 //! refused, that is said beside the verdict.
+//!
+//! What becomes of a live connection that is refused now ([`authorize_live`]) the policies say as well, those in audit mode left out:
+//! 1. if deny rules match, each says: *cut* if it names the source by its service or namespace, else what its policy says, and *cut* if
+//!    that says nothing. The strictest holds;
+//! 2. else, so if nothing permits it any more, the nearest policy that says anything;
+//! 3. else it is cut.
 
 use crate::shard::{InboundShard, PolicyLayer};
 use std::fmt;
-use weft_model::security::{Action, Mode};
+use weft_model::security::{Action, Mode, OnChange};
 use weft_model::{Name, Port, ScopeVersion, SecurityScope, ServiceName};
 
 /// Whether a connection passes.
@@ -38,6 +44,15 @@ pub struct Ruling<'a> {
     /// What is done.
     pub action: Action,
     /// What says so.
+    pub by: Decider<'a>,
+}
+
+/// A live connection is not permitted any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forbidden<'a> {
+    /// What is done with it.
+    pub on_change: OnChange,
+    /// What refuses it: of the rules that do, the one whose say it is.
     pub by: Decider<'a>,
 }
 
@@ -93,13 +108,43 @@ impl fmt::Display for Decider<'_> {
 /// Evaluates a connection from an instance of `source` to `port` of the shard's service.
 #[must_use]
 pub fn authorize<'a>(inbound: &'a InboundShard, source: &ServiceName, port: Port) -> Verdict<'a> {
-    let enforced = |layer: &&PolicyLayer| layer.policy.mode == Mode::Enforce;
-    let ruling = evaluate(inbound, source, port, |layer| enforced(&layer));
-    let audited = inbound.layers.iter().any(|layer| !enforced(&layer));
+    let ruling = evaluate(inbound, source, port, enforced);
+    let audited = inbound.layers.iter().any(|layer| !enforced(layer));
     let would_refuse = (audited && ruling.action == Action::Allow)
         .then(|| evaluate(inbound, source, port, |_| true))
         .filter(|with_audit| with_audit.action == Action::Deny);
     Verdict { ruling, would_refuse }
+}
+
+/// Evaluates a connection that was permitted, and lives. None if it is still permitted.
+#[must_use]
+pub fn authorize_live<'a>(
+    inbound: &'a InboundShard,
+    source: &ServiceName,
+    port: Port,
+) -> Option<Forbidden<'a>> {
+    let layers = || inbound.layers.iter().filter(|layer| enforced(layer));
+    let denies = layers().flat_map(|layer| {
+        let matching = layer
+            .policy
+            .rules
+            .iter()
+            .filter(|rule| rule.action == Action::Deny && rule.matches(source, port));
+        matching.map(move |rule| {
+            let said = if rule.from.any { layer.policy.on_change.unwrap_or_default() } else { OnChange::Cut };
+            (said, Decider::Rule { scope: &layer.scope, source: layer.source, rule: &rule.name })
+        })
+    });
+    if let Some((on_change, by)) = denies.min_by_key(|(on_change, _)| *on_change) {
+        return Some(Forbidden { on_change, by });
+    }
+    let Ruling { action, by } = evaluate(inbound, source, port, enforced);
+    let on_change = || layers().find_map(|layer| layer.policy.on_change).unwrap_or_default();
+    (action == Action::Deny).then(|| Forbidden { on_change: on_change(), by })
+}
+
+fn enforced(layer: &PolicyLayer) -> bool {
+    layer.policy.mode == Mode::Enforce
 }
 
 fn evaluate<'a>(

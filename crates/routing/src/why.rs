@@ -5,8 +5,9 @@ use crate::damping::Penalty;
 use crate::projection::Projection;
 use crate::shard::{Endpoint, EndpointsShard, InboundShard, ShardError, ShardKey};
 use crate::state::Instance;
-use crate::verdict::{Decider, authorize};
+use crate::verdict::{Decider, authorize, authorize_live};
 use weft_model::health::Health;
+use weft_model::security::OnChange;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, Scope, ScopeVersion, ServiceName};
 
 /// Whether a connection would pass, and every step of the answer.
@@ -258,6 +259,13 @@ fn allowed(inbound: &InboundShard, source: &ServiceName, port: Port) -> Step {
     let mut answer = format!("{} by {by}", verdict.ruling.action.as_str());
     if let Some(shadow) = &verdict.would_refuse {
         answer = format!("{answer}; {} in audit mode would deny", shadow.by);
+    }
+    match authorize_live(inbound, source, port).map(|forbidden| forbidden.on_change) {
+        None | Some(OnChange::Cut) => {}
+        Some(OnChange::Grace(ms)) => {
+            answer = format!("{answer}; connections that were let in before get a grace of {ms} ms");
+        }
+        Some(OnChange::Keep) => answer = format!("{answer}; connections that were let in before are kept"),
     }
     let scope = match by {
         Decider::Rule { scope, .. } | Decider::PolicyDefault { scope, .. } => {

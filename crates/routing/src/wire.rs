@@ -193,6 +193,20 @@ pub(crate) struct Layer {
     pub(crate) default: i32,
     #[prost(message, repeated, tag = "6")]
     pub(crate) rules: Vec<Rule>,
+    #[prost(enumeration = "OnChange", tag = "7")]
+    pub(crate) on_change: i32,
+    /// Of a grace.
+    #[prost(uint32, tag = "8")]
+    pub(crate) grace_ms: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum OnChange {
+    Unset = 0,
+    Cut = 1,
+    Grace = 2,
+    Keep = 3,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]

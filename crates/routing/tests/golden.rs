@@ -17,7 +17,7 @@ use weft_model::health::{FlapsSummarized, Health, HealthCommand, HealthReported}
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::rollout::{Candidate, Evidence, Plan, RolloutBegun, RolloutCommand};
-use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
 use weft_model::{Command, Epoch, Fact, InstanceId, Port, ServiceName, Timestamp, Version, ca};
@@ -197,8 +197,12 @@ impl Mesh {
             let default = layer.policy.default.map_or("unset", Action::as_str);
             let (scope, mode) = (&layer.scope, layer.policy.mode.as_str());
             let by = layer.source;
-            writeln!(self.shown, "    {scope} v{} by {} {mode} default={default}", by.version, by.position)
+            write!(self.shown, "    {scope} v{} by {} {mode} default={default}", by.version, by.position)
                 .unwrap();
+            if let Some(on_change) = layer.policy.on_change {
+                write!(self.shown, " on_change={on_change:?}").unwrap();
+            }
+            writeln!(self.shown).unwrap();
             for rule in &layer.policy.rules {
                 writeln!(self.shown, "        {} {}", rule.action.as_str(), rule.name).unwrap();
             }
@@ -318,7 +322,13 @@ fn command(text: &str) -> Option<Command> {
         ["security", scope, default, mode, ref rules @ ..] => {
             let policy = SecurityPolicy {
                 default: action(default),
-                mode: if mode == "audit" { Mode::Audit } else { Mode::Enforce },
+                mode: if mode.starts_with("audit") { Mode::Audit } else { Mode::Enforce },
+                on_change: match mode.split_once(',').map(|(_, on_change)| on_change) {
+                    Some("cut") => Some(OnChange::Cut),
+                    Some("keep") => Some(OnChange::Keep),
+                    Some(ms) => Some(OnChange::Grace(ms.parse().ok()?)),
+                    None => None,
+                },
                 rules: rules.iter().map(|text| rule(text)).collect::<Option<_>>()?,
             };
             Command::Security(scope.parse().ok()?, SecurityCommand::Put(policy))

@@ -10,7 +10,7 @@ use weft_model::health::{Health, HealthCommand, HealthReported};
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
-use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
     Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand, TrafficPolicy,
@@ -20,7 +20,7 @@ use weft_model::{
     SecurityScope, ServiceName, Timestamp, TrafficScope, Version, ca,
 };
 use weft_routing::decide::decide;
-use weft_routing::verdict::authorize;
+use weft_routing::verdict::{authorize, authorize_live};
 use weft_routing::{
     Checkpoint, CheckpointError, EndpointsShard, FOLD_VERSION, InboundShard, Manifest, Projection,
     RoutingState, ShardKey, Snapshot,
@@ -258,6 +258,12 @@ proptest! {
                     let declared = projection.state().is_declared(service);
                     prop_assert_eq!(verdict.permitted(), declared && enforced);
                     prop_assert_eq!(verdict.would_refuse.is_some(), declared && enforced && !with_audit);
+                    let forbidden = authorize_live(&inbound, &source, port);
+                    prop_assert_eq!(forbidden.is_some(), !verdict.permitted());
+                    if let Some(forbidden) = forbidden.filter(|_| declared) {
+                        let spared = spared(projection.state(), service, &source, port);
+                        prop_assert_eq!(forbidden.on_change, spared.unwrap_or(OnChange::Cut));
+                    }
                 }
             }
         }
@@ -527,15 +533,54 @@ fn rule() -> impl Strategy<Value = Rule> {
     })
 }
 
+/// What saves a live connection that is forbidden now, read naively; none if it is cut.
+fn spared(state: &RoutingState, service: &ServiceName, source: &ServiceName, port: Port) -> Option<OnChange> {
+    let mut say = None;
+    let mut denied = None;
+    for scope in [
+        SecurityScope::Service(service.clone()),
+        SecurityScope::Namespace(service.namespace.clone()),
+        SecurityScope::Mesh,
+    ] {
+        let Some(policy) = state.security_policy(&scope).and_then(|entry| entry.state.as_ref()) else {
+            continue;
+        };
+        if policy.mode == Mode::Audit {
+            continue;
+        }
+        say = say.or(policy.on_change);
+        for rule in
+            policy.rules.iter().filter(|rule| rule.action == Action::Deny && rule.matches(source, port))
+        {
+            if !rule.from.any {
+                return None;
+            }
+            let said = policy.on_change.unwrap_or(OnChange::Cut);
+            denied = Some(match (denied, said) {
+                (Some(OnChange::Cut), _) | (_, OnChange::Cut) => OnChange::Cut,
+                (Some(OnChange::Grace(one)), OnChange::Grace(other)) => OnChange::Grace(one.min(other)),
+                (Some(grace @ OnChange::Grace(_)), OnChange::Keep) => grace,
+                (Some(OnChange::Keep) | None, said) => said,
+            });
+        }
+    }
+    denied.or(say)
+}
+
 fn security_policy() -> impl Strategy<Value = SecurityPolicy> {
     let mode = prop_oneof![3 => Just(Mode::Enforce), 1 => Just(Mode::Audit)];
-    (prop::option::of(action()), mode, prop::collection::vec(rule(), 0..4)).prop_map(
-        |(default, mode, rules)| {
+    let on_change = prop::option::of(prop_oneof![
+        Just(OnChange::Cut),
+        (100..103_u32).prop_map(OnChange::Grace),
+        Just(OnChange::Keep)
+    ]);
+    (prop::option::of(action()), mode, on_change, prop::collection::vec(rule(), 0..4)).prop_map(
+        |(default, mode, on_change, rules)| {
             let named = rules
                 .into_iter()
                 .enumerate()
                 .map(|(index, rule)| Rule { name: format!("r{index}").parse::<Name>().unwrap(), ..rule });
-            SecurityPolicy { default, mode, rules: named.collect() }
+            SecurityPolicy { default, mode, on_change, rules: named.collect() }
         },
     )
 }

@@ -18,7 +18,7 @@ use super::{Session, answer};
 use crate::clock;
 use crate::config::Config;
 use crate::metrics;
-use crate::shared::Shared;
+use crate::shared::{Rechecked, Shared};
 use crate::status::Status;
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -385,11 +385,11 @@ impl Subscriber {
         // Before, so that what it cuts counts.
         let (totals, live) = (self.shared.tally.totals(), self.shared.tally.live());
         self.canary.swapped(snapshot.version, totals, live);
-        let cut = self.shared.install(Arc::clone(&snapshot));
+        let Rechecked { cut, spared } = self.shared.install(Arc::clone(&snapshot));
         let (swapped_at, took) = (Instant::now(), since.elapsed());
         metrics::config("applied", snapshot.version);
         self.status.set_refused(None);
-        tracing::info!(version = %snapshot.version, cut, ?took, "snapshot applied");
+        tracing::info!(version = %snapshot.version, cut, spared, ?took, "snapshot applied");
         self.own.trust(&snapshot.trust).await;
         session.applied(kept, took, swapped_at, self.rng.random_range(0.0..=1.0));
     }

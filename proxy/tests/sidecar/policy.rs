@@ -2,8 +2,10 @@
 
 use crate::support::app::{expect_reset, ping};
 use crate::support::{App, Controller, LIMIT, Sidecar};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use weft_model::security::{Action, Mode, SecurityPolicy};
+use tokio::time::Instant;
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityPolicy, Sources};
 use weft_testkit::wait_until;
 
 async fn three() -> (Controller, App, Sidecar, Sidecar, Sidecar) {
@@ -59,6 +61,122 @@ async fn a_policy_change_cuts_what_it_denies_and_nothing_else() {
     expect_reset(&mut allowed).await;
     db.runs(controller.wanted("default/db/db-1")).await;
     ping(&mut web.connect("default/db", 5432).await).await.unwrap();
+}
+
+fn rule(action: Action, from: Sources) -> Rule {
+    Rule { name: "named".parse().unwrap(), action, from, ports: [].into() }
+}
+
+fn from(service: &str) -> Sources {
+    Sources { services: [service.parse().unwrap()].into(), ..Sources::default() }
+}
+
+/// Nobody may connect any more, and this becomes of who is connected.
+fn closed(on_change: OnChange, rules: Vec<Rule>) -> SecurityPolicy {
+    SecurityPolicy {
+        default: Some(Action::Deny),
+        on_change: Some(on_change),
+        rules,
+        ..SecurityPolicy::default()
+    }
+}
+
+#[tokio::test]
+async fn a_grace_ends_when_it_is_over_and_not_before() {
+    const GRACE: Duration = Duration::from_millis(700);
+    let (controller, _app, db, web, api) = three().await;
+    let mut forbidden = web.connect("default/db", 5432).await;
+    let mut permitted = api.connect("default/db", 5432).await;
+    ping(&mut forbidden).await.unwrap();
+    ping(&mut permitted).await.unwrap();
+    let grace = OnChange::Grace(GRACE.as_millis().try_into().unwrap());
+    let api_may = rule(Action::Allow, from("default/api"));
+    let begun = Instant::now();
+    let version = controller.put_security("default/db", closed(grace, vec![api_may]));
+    db.runs(version).await;
+    web.refuses("default/db", 5432).await;
+    let live = db.json("/connections").await;
+    let spared: Vec<_> = live.as_array().unwrap().iter().filter_map(|it| it.get("forbidden")).collect();
+    assert_eq!(spared.len(), 1, "{live}");
+    assert_eq!(
+        (&spared[0]["on_change"], &spared[0]["as_of"]),
+        (&"grace".into(), &version.to_string().into())
+    );
+    assert!(spared[0]["ends"].is_string(), "{live}");
+    ping(&mut forbidden).await.unwrap();
+    assert!(db.page("/metrics").await.1.contains("weft_connections_forbidden{on_change=\"grace\"} "));
+
+    expect_reset(&mut forbidden).await;
+    assert!(begun.elapsed() >= GRACE, "{:?}", begun.elapsed());
+    let cut = db.record("policy_changed").await;
+    assert_eq!(
+        (&cut["rule"], &cut["forbidden"]["rule"]),
+        (&"security/default/db#default".into(), &cut["rule"])
+    );
+    assert!(cut["detail"].as_str().unwrap().ends_with("its grace is over"), "{cut}");
+    ping(&mut permitted).await.unwrap();
+    assert_eq!(db.records().iter().filter(|record| record["close_reason"] == "policy_changed").count(), 1);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_permitted_again_has_no_grace_any_more() {
+    let (controller, _app, db, web, api) = three().await;
+    let mut again = web.connect("default/db", 5432).await;
+    let mut never = api.connect("default/db", 5432).await;
+    ping(&mut again).await.unwrap();
+    ping(&mut never).await.unwrap();
+    let grace = OnChange::Grace(600);
+    db.runs(controller.put_security("default/db", closed(grace, vec![]))).await;
+    let web_may = rule(Action::Allow, from("default/web"));
+    db.runs(controller.put_security("default/db", closed(grace, vec![web_may]))).await;
+    // Both got it by the same snapshot, so when it is over for one it would be for the other.
+    expect_reset(&mut never).await;
+    ping(&mut again).await.unwrap();
+    let live = db.json("/connections").await;
+    assert!(live.as_array().unwrap().iter().all(|live| live["forbidden"].is_null()), "{live}");
+}
+
+#[tokio::test]
+async fn who_is_kept_goes_on_and_says_that_it_is_forbidden() {
+    let (controller, _app, db, web, _api) = three().await;
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    let version = controller.put_security("default/db", closed(OnChange::Keep, vec![]));
+    db.runs(version).await;
+    web.refuses("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    drop(client);
+    let record = db.record("client_fin").await;
+    assert_eq!((&record["forbidden"]["on_change"], &record["bytes_up"]), (&"keep".into(), &8.into()));
+    assert!(record["forbidden"]["ends"].is_null(), "{record}");
+    assert_eq!(record["rule"], "security/default/db#the-test-allows");
+}
+
+#[tokio::test]
+async fn who_is_denied_by_name_is_cut_whatever_is_kept() {
+    let (controller, _app, db, web, api) = three().await;
+    let mut named = web.connect("default/db", 5432).await;
+    let mut kept = api.connect("default/db", 5432).await;
+    ping(&mut named).await.unwrap();
+    ping(&mut kept).await.unwrap();
+    // The policy of the service keeps everybody; the one of its namespace denies one by name.
+    db.runs(controller.put_security("default/db", closed(OnChange::Keep, vec![]))).await;
+    let deny = rule(Action::Deny, from("default/web"));
+    controller.put_security("default", closed(OnChange::Keep, vec![deny]));
+    expect_reset(&mut named).await;
+    assert_eq!(db.record("policy_changed").await["rule"], "security/default#named");
+    ping(&mut kept).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_port_that_is_gone_takes_its_connections_along_whatever_is_kept() {
+    let (controller, _app, db, web, _api) = three().await;
+    let mut client = web.connect("default/db", 5432).await;
+    ping(&mut client).await.unwrap();
+    db.runs(controller.put_security("default/db", closed(OnChange::Keep, vec![]))).await;
+    ping(&mut client).await.unwrap();
+    controller.declare("default/db", &[1]);
+    expect_reset(&mut client).await;
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use weft_model::damping::DampingSettings;
 use weft_model::health::Health;
 use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::mesh::MeshDefaults;
-use weft_model::security::{Action, Mode, Rule, SecurityPolicy};
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityPolicy};
 use weft_model::traffic::{Balance, TrafficPolicy};
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_proto::v1 as pb;
@@ -161,6 +161,12 @@ fn security(policy: &SecurityPolicy) -> pb::SecurityPolicy {
         Mode::Enforce => pb::Mode::Enforce,
         Mode::Audit => pb::Mode::Audit,
     };
+    let (on_change, grace_ms) = match policy.on_change {
+        None => (pb::OnChange::Unspecified, 0),
+        Some(OnChange::Cut) => (pb::OnChange::Cut, 0),
+        Some(OnChange::Grace(ms)) => (pb::OnChange::Grace, ms),
+        Some(OnChange::Keep) => (pb::OnChange::Keep, 0),
+    };
     let rule = |rule: &Rule| pb::Rule {
         name: rule.name.to_string(),
         action: action(Some(rule.action)).into(),
@@ -173,5 +179,7 @@ fn security(policy: &SecurityPolicy) -> pb::SecurityPolicy {
         default: action(policy.default).into(),
         mode: mode.into(),
         rules: policy.rules.iter().map(rule).collect(),
+        on_change: on_change.into(),
+        grace_ms,
     }
 }

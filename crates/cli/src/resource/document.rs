@@ -46,6 +46,10 @@ pub(crate) enum Document {
         #[serde(skip_serializing_if = "Option::is_none")]
         default: Option<&'static str>,
         mode: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        on_change: Option<&'static str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        grace: Option<String>,
         rules: Vec<Rule>,
     },
     MeshDefaults {
@@ -242,6 +246,8 @@ pub(crate) fn document(resource: &v1::Resource) -> Option<Document> {
                 scope: put.scope.clone(),
                 default: action(policy.default()),
                 mode: mode(policy.mode()),
+                on_change: on_change(policy.on_change()),
+                grace: (policy.on_change() == v1::OnChange::Grace).then(|| written(policy.grace_ms)),
                 rules: policy.rules.iter().map(rule).collect(),
             }
         }
@@ -332,6 +338,15 @@ pub(crate) const fn mode(mode: v1::Mode) -> &'static str {
     match mode {
         v1::Mode::Unspecified | v1::Mode::Enforce => "enforce",
         v1::Mode::Audit => "audit",
+    }
+}
+
+const fn on_change(on_change: v1::OnChange) -> Option<&'static str> {
+    match on_change {
+        v1::OnChange::Unspecified => None,
+        v1::OnChange::Cut => Some("cut"),
+        v1::OnChange::Grace => Some("grace"),
+        v1::OnChange::Keep => Some("keep"),
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use weft_model::damping::{self, DampingSettings};
 use weft_model::membership::{self, InstanceRegistered, MembershipCommand, MembershipState, Upstreams};
 use weft_model::mesh::{self, MeshDefaults};
-use weft_model::security::{self, Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::security::{self, Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{self, ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
     self, Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand,
@@ -54,7 +54,7 @@ const LIMITS: &[&str] =
     &["endpoint_connections", "endpoint_pending", "service_connections", "service_pending"];
 const OUTLIERS: &[&str] = &["enabled", "failures", "ejection_base", "ejection_max", "ejected_percent_max"];
 const CONNECTION: &[&str] = &["half_open_timeout", "idle_timeout", "max_age"];
-const SECURITY: &[&str] = &["kind", "version", "scope", "default", "mode", "rules"];
+const SECURITY: &[&str] = &["kind", "version", "scope", "default", "mode", "on_change", "grace", "rules"];
 const RULE: &[&str] = &["name", "action", "from", "ports"];
 const SOURCES: &[&str] = &["any", "services", "namespaces"];
 const MESH: &[&str] = &["kind", "version", "security", "propagation_bound", "damping"];
@@ -78,6 +78,8 @@ const ANY_FIELD: &[&str] = &[
     "connection",
     "default",
     "mode",
+    "on_change",
+    "grace",
     "rules",
     "security",
     "propagation_bound",
@@ -86,6 +88,9 @@ const ANY_FIELD: &[&str] = &[
 
 const ACTIONS: &[(&str, Action)] = &[("allow", Action::Allow), ("deny", Action::Deny)];
 const MODES: &[(&str, Mode)] = &[("enforce", Mode::Enforce), ("audit", Mode::Audit)];
+/// A grace has its length beside it.
+const ON_CHANGES: &[(&str, OnChange)] =
+    &[("cut", OnChange::Cut), ("grace", OnChange::Grace(0)), ("keep", OnChange::Keep)];
 const BALANCES: &[(&str, Balance)] = &[
     ("least_connections", Balance::LeastConnections),
     ("peak_ewma", Balance::PeakEwma),
@@ -299,12 +304,22 @@ fn read_security(node: &Node) -> Result<Read, FileError> {
     let scope: weft_model::SecurityScope = fields.required("scope")?.parse()?;
     let default = fields.optional("default").map(|field| field.word(ACTIONS)).transpose()?;
     let mode = fields.optional("mode").map(|field| field.word(MODES)).transpose()?.unwrap_or_default();
+    let on_change = read_on_change(&fields)?;
     let rules = match fields.optional("rules") {
         None => Vec::new(),
         Some(field) => field.list()?.into_iter().map(read_rule).collect::<Result<_, _>>()?,
     };
-    let command = SecurityCommand::Put(SecurityPolicy { default, mode, rules });
+    let command = SecurityCommand::Put(SecurityPolicy { default, mode, on_change, rules });
     Ok((scope.to_string(), expected(&fields)?, Command::Security(scope, command)))
+}
+
+fn read_on_change(fields: &Fields<'_>) -> Result<Option<OnChange>, FileError> {
+    let on_change = fields.optional("on_change").map(|field| field.word(ON_CHANGES)).transpose()?;
+    match (on_change, fields.optional("grace")) {
+        (Some(OnChange::Grace(_)), _) => Ok(Some(OnChange::Grace(fields.required("grace")?.duration_ms()?))),
+        (_, Some(field)) => Err(field.wrong("belongs to on_change: grace, and to nothing else")),
+        (on_change, None) => Ok(on_change),
+    }
 }
 
 fn read_rule(field: Field<'_>) -> Result<Rule, FileError> {

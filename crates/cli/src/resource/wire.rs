@@ -4,7 +4,7 @@ use crate::resource::{Kind, Resource};
 use weft_model::damping::DampingSettings;
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
-use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy};
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
 use weft_model::traffic::{Balance, TrafficCommand, TrafficPolicy};
 use weft_model::{Command, ExpectedVersion};
@@ -150,10 +150,18 @@ fn security(policy: &SecurityPolicy) -> v1::SecurityPolicy {
         Mode::Enforce => v1::Mode::Enforce,
         Mode::Audit => v1::Mode::Audit,
     };
+    let (on_change, grace_ms) = match policy.on_change {
+        None => (v1::OnChange::Unspecified, 0),
+        Some(OnChange::Cut) => (v1::OnChange::Cut, 0),
+        Some(OnChange::Grace(ms)) => (v1::OnChange::Grace, ms),
+        Some(OnChange::Keep) => (v1::OnChange::Keep, 0),
+    };
     v1::SecurityPolicy {
         default: policy.default.map_or(v1::Action::Unspecified, action).into(),
         mode: mode.into(),
         rules: policy.rules.iter().map(rule).collect(),
+        on_change: on_change.into(),
+        grace_ms,
     }
 }
 

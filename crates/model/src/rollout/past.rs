@@ -3,8 +3,8 @@
 use super::{Candidate, RolloutBegun};
 use crate::id::InstanceId;
 use crate::scope::{SecurityScope, TrafficScope};
-use crate::security::SecurityPolicy;
-use crate::traffic::TrafficPolicyV1;
+use crate::security::SecurityPolicyV1;
+use crate::traffic::{TrafficPolicy, TrafficPolicyV1};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 
@@ -29,23 +29,67 @@ enum CandidateV1 {
     Security {
         scope: SecurityScope,
         #[serde(default)]
-        policy: Option<SecurityPolicy>,
+        policy: Option<SecurityPolicyV1>,
     },
 }
 
-impl From<RolloutBegunV1> for RolloutBegun {
+/// With security policies of their schema 1.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RolloutBegunV2 {
+    candidates: Vec<CandidateV2>,
+    canaries: BTreeSet<InstanceId>,
+    watch_ms: u32,
+    tolerance_ppm: u32,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum CandidateV2 {
+    Traffic {
+        scope: TrafficScope,
+        #[serde(default)]
+        policy: Option<TrafficPolicy>,
+    },
+    Security {
+        scope: SecurityScope,
+        #[serde(default)]
+        policy: Option<SecurityPolicyV1>,
+    },
+}
+
+impl From<RolloutBegunV1> for RolloutBegunV2 {
     fn from(past: RolloutBegunV1) -> Self {
         let RolloutBegunV1 { candidates, canaries, watch_ms, tolerance_ppm } = past;
+        let candidates = candidates.into_iter().map(CandidateV2::from).collect();
+        Self { candidates, canaries, watch_ms, tolerance_ppm }
+    }
+}
+
+impl From<CandidateV1> for CandidateV2 {
+    fn from(past: CandidateV1) -> Self {
+        match past {
+            CandidateV1::Traffic { scope, policy } => Self::Traffic { scope, policy: policy.map(Into::into) },
+            CandidateV1::Security { scope, policy } => Self::Security { scope, policy },
+        }
+    }
+}
+
+impl From<RolloutBegunV2> for RolloutBegun {
+    fn from(past: RolloutBegunV2) -> Self {
+        let RolloutBegunV2 { candidates, canaries, watch_ms, tolerance_ppm } = past;
         let candidates = candidates.into_iter().map(Candidate::from).collect();
         Self { candidates, canaries, watch_ms, tolerance_ppm }
     }
 }
 
-impl From<CandidateV1> for Candidate {
-    fn from(past: CandidateV1) -> Self {
+impl From<CandidateV2> for Candidate {
+    fn from(past: CandidateV2) -> Self {
         match past {
-            CandidateV1::Traffic { scope, policy } => Self::Traffic { scope, policy: policy.map(Into::into) },
-            CandidateV1::Security { scope, policy } => Self::Security { scope, policy },
+            CandidateV2::Traffic { scope, policy } => Self::Traffic { scope, policy },
+            CandidateV2::Security { scope, policy } => {
+                Self::Security { scope, policy: policy.map(Into::into) }
+            }
         }
     }
 }

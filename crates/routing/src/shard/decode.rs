@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 use weft_model::health::Health;
-use weft_model::security::{Action, Mode, Rule, SecurityPolicy, Sources};
+use weft_model::security::{Action, Mode, OnChange, Rule, SecurityPolicy, Sources};
 use weft_model::service::ServicePort;
 use weft_model::traffic::{
     Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
@@ -204,12 +204,20 @@ fn layer(shard: &wire::Layer) -> Result<PolicyLayer, ShardError> {
         Ok(wire::Action::Deny) => Some(Action::Deny),
         Err(_) => return Err(ShardError::Field("default")),
     };
+    let on_change = match wire::OnChange::try_from(shard.on_change) {
+        Ok(wire::OnChange::Unset) => None,
+        Ok(wire::OnChange::Cut) => Some(OnChange::Cut),
+        Ok(wire::OnChange::Grace) => Some(OnChange::Grace(shard.grace_ms)),
+        Ok(wire::OnChange::Keep) => Some(OnChange::Keep),
+        Err(_) => return Err(ShardError::Field("on_change")),
+    };
     Ok(PolicyLayer {
         scope: parse(&shard.scope, "policy scope")?,
         source: source(shard.version, shard.position),
         policy: SecurityPolicy {
             default,
             mode: if shard.audit { Mode::Audit } else { Mode::Enforce },
+            on_change,
             rules: shard.rules.iter().map(rule).collect::<Result<_, _>>()?,
         },
     })

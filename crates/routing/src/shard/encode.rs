@@ -5,7 +5,7 @@ use crate::wire;
 use prost::Message;
 use weft_model::ServiceName;
 use weft_model::health::Health;
-use weft_model::security::{Action, Mode, Rule};
+use weft_model::security::{Action, Mode, OnChange, Rule};
 use weft_model::service::ServicePort;
 use weft_model::traffic::{
     Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
@@ -140,6 +140,12 @@ fn lifetime(policy: &ConnectionPolicy) -> wire::Lifetime {
 }
 
 fn layer(layer: &PolicyLayer) -> wire::Layer {
+    let (on_change, grace_ms) = match layer.policy.on_change {
+        None => (wire::OnChange::Unset, 0),
+        Some(OnChange::Cut) => (wire::OnChange::Cut, 0),
+        Some(OnChange::Grace(ms)) => (wire::OnChange::Grace, ms),
+        Some(OnChange::Keep) => (wire::OnChange::Keep, 0),
+    };
     wire::Layer {
         scope: layer.scope.to_string(),
         version: layer.source.version.0,
@@ -147,6 +153,8 @@ fn layer(layer: &PolicyLayer) -> wire::Layer {
         audit: layer.policy.mode == Mode::Audit,
         default: layer.policy.default.map_or(wire::Action::Unset, action).into(),
         rules: layer.policy.rules.iter().map(rule).collect(),
+        on_change: on_change.into(),
+        grace_ms,
     }
 }
 

@@ -13,7 +13,7 @@ use weft_model::identity::LeafIssued;
 use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::{HistoryAdopted, MeshDefaults};
 use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
-use weft_model::security::{Action, Mode, Rule, SecurityCommand, SecurityPolicy, Sources};
+use weft_model::security::{self, Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::token::{JoinTokenCreated, TokenCommand};
 use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
@@ -270,7 +270,13 @@ impl Life {
         let rules = (0..self.rng.random_range(0..4)).map(|number| self.rule(number)).collect();
         let default = self.rng.random_bool(0.5).then(|| self.action());
         let mode = if self.rng.random_bool(0.2) { Mode::Audit } else { Mode::Enforce };
-        SecurityCommand::Put(SecurityPolicy { default, mode, rules })
+        let on_change = match self.rng.random_range(0..6) {
+            0 => Some(OnChange::Cut),
+            1 => Some(OnChange::Grace(self.rng.random_range(security::GRACE_MS))),
+            2 => Some(OnChange::Keep),
+            _ => None,
+        };
+        SecurityCommand::Put(SecurityPolicy { default, mode, on_change, rules })
     }
 
     fn rule(&mut self, number: usize) -> Rule {

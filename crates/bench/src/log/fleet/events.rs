@@ -87,7 +87,8 @@ impl Lane {
             from,
             ports: [port(self.rng.random_range(1..u16::MAX))?].into(),
         }];
-        let policy = SecurityPolicy { default: Some(Action::Deny), mode: Mode::Enforce, rules };
+        let policy =
+            SecurityPolicy { default: Some(Action::Deny), mode: Mode::Enforce, on_change: None, rules };
         Ok(SecurityEvent::from(SecurityPolicySet { policy }).into())
     }
 }

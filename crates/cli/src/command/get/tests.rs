@@ -69,7 +69,13 @@ fn resources() -> Vec<v1::Resource> {
         })),
         resource(Spec::SecurityPolicy(v1::PutSecurityPolicy {
             scope: "default/db".into(),
-            policy: Some(v1::SecurityPolicy { default: v1::Action::Deny.into(), mode: 1, rules: vec![rule] }),
+            policy: Some(v1::SecurityPolicy {
+                default: v1::Action::Deny.into(),
+                mode: 1,
+                rules: vec![rule],
+                on_change: v1::OnChange::Grace.into(),
+                grace_ms: 90_000,
+            }),
         })),
         resource(Spec::MeshDefaults(v1::MeshDefaults {
             security: v1::Action::Deny.into(),
