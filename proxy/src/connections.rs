@@ -131,6 +131,8 @@ pub(crate) struct Facts {
     /// That they do not any more, and what spares it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) forbidden: Option<Box<Forbidden>>,
+    /// What the two ends speak inside TLS: `weft/1`, or `plain_tls` if the client is no sidecar.
+    pub(crate) protocol: Option<&'static str>,
     pub(crate) tls: Option<&'static str>,
     pub(crate) key_exchange: Option<&'static str>,
     /// Whether the tunnel had carried another connection before; none while there is none.
@@ -156,7 +158,6 @@ pub(crate) struct Forbidden {
     pub(crate) standing: Standing,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
 fn display<S: serde::Serializer>(version: &ConfigVersion, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(version)
 }

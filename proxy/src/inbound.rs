@@ -1,18 +1,22 @@
-//! One inbound connection, from the other sidecar's first byte to the record: TLS, OPEN, verdict, the app, bytes.
+//! One inbound connection, from the other sidecar's first byte to the record: TLS, OPEN, verdict, the app, bytes. A client that is no sidecar
+//! goes the same way without frames ([`standard`]).
 //!
 //! Nothing of the application moves, and the app does not even see a connection, before the peer has proved who it is
 //! and the policy admits it. Called by [`crate::worker`] for each accepted connection.
+
+mod standard;
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts, Registered};
 use crate::metrics;
 use crate::preface;
 use crate::shared::Shared;
 use crate::socket;
-use crate::tls;
+use crate::tls::{self, Accepted};
 use crate::tunnel::Tunnel;
 use crate::tunnel::copy::{self, Ended, Side};
 use crate::tunnel::frame::{Frame, FrameError, Open, Refused};
 use crate::tunnel::pool::{self, Basis};
+use crate::worker::Worker;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,7 +24,8 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use weft_model::{CloseReason, InstanceId};
+use weft_identity::certificate::PeerIdentity;
+use weft_model::{CloseReason, DnsName, InstanceId, Port, ServiceName};
 use weft_routing::verdict;
 
 /// Longest that a peer may take for TLS, and then for OPEN. Far above any round trip; bounds what idle strangers hold.
@@ -36,33 +41,44 @@ const IDLE_MAX: Duration = pool::IDLE_MAX.saturating_add(Duration::from_secs(30)
 /// Longest that telling a refusal may take. Who does not read it learns it from the closed connection.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves a connection of another sidecar: its streams, one after the other, until one does not end cleanly.
-pub(crate) async fn serve(shared: Arc<Shared>, socket: TcpStream, source: SocketAddr) {
+/// What the records of a connection say that its two ends speak inside TLS.
+pub(crate) const TUNNEL: &str = "weft/1";
+const PLAIN_TLS: &str = "plain_tls";
+
+/// Serves a connection of another sidecar: its streams, one after the other, until one does not end cleanly. Or that of a standard
+/// client, which is one stream.
+pub(crate) async fn serve(worker: Arc<Worker>, socket: TcpStream, source: SocketAddr) {
+    let shared = &worker.shared;
     let facts = Facts {
         source: Some(source),
         peer: Some(source),
         destination: Some(shared.own.service.clone()),
         ..Facts::default()
     };
-    let Ok(mut stream) = Stream::begin(&shared, facts) else { return socket::reset_on_drop(&socket) };
+    let Ok(mut stream) = Stream::begin(shared, facts) else { return socket::reset_on_drop(&socket) };
     // In a place of its own, which is given back: what follows may go on for hours, and needs much less.
-    let (mut client, mut open) = match Box::pin(greet(&shared, &stream.connection, socket)).await {
-        Ok(greeted) => greeted,
+    let (mut client, mut open) = match Box::pin(greet(shared, &stream.connection, socket)).await {
+        Ok(Greeted::Sidecar(client, open)) => (client, open),
+        Ok(Greeted::Standard(client, wanted)) => {
+            stream.connection.facts().connection_id = worker.connection_id();
+            let close = Box::pin(standard::relay(shared, &stream.connection, client, wanted)).await;
+            return stream.end(close);
+        }
         Err(close) => return stream.end(close),
     };
     loop {
-        match relay(&shared, &stream.connection, &mut client, open).await {
+        match relay(shared, &stream.connection, &mut client, open).await {
             Relayed::Free(close) => stream.end(close),
             Relayed::Over(close) => {
                 socket::reset_on_drop(client.tunnel.socket());
                 return stream.end(close);
             }
         }
-        let Some(next) = next_open(&shared, &mut client).await else { return };
-        stream = match Stream::begin(&shared, client.facts(&next)) {
+        let Some(next) = next_open(shared, &mut client).await else { return };
+        stream = match Stream::begin(shared, client.facts(&next)) {
             Ok(stream) => stream,
             Err(close) => {
-                refuse(&shared, &mut client.tunnel, &close).await;
+                refuse(shared, &mut client.tunnel, &close).await;
                 return;
             }
         };
@@ -114,12 +130,19 @@ impl Client {
             source_service: Some(self.peer.service.clone()),
             destination: Some(open.service.clone()),
             port: Some(open.port),
+            protocol: Some(TUNNEL),
             tls: self.basis.tls,
             key_exchange: self.basis.key_exchange,
             tunnel_reused: Some(true),
             ..Facts::default()
         }
     }
+}
+
+/// Who connects, and what for.
+enum Greeted {
+    Sidecar(Client, Open),
+    Standard(Client, DnsName),
 }
 
 /// How a stream ended.
@@ -131,7 +154,7 @@ enum Relayed {
 }
 
 /// Learns who connects and what for.
-async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<(Client, Open), Close> {
+async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Greeted, Close> {
     let Ok(_permit) = shared.unauthenticated.try_acquire() else {
         socket::reset_on_drop(&socket);
         return Err(Close::local(
@@ -140,9 +163,14 @@ async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> R
         ));
     };
     let greeting = async {
-        let mut client = handshake(shared, connection, socket).await?;
-        let open = read_open(connection, &mut client.tunnel).await?;
-        Ok((client, open))
+        let (mut client, wanted) = handshake(shared, connection, socket).await?;
+        match wanted {
+            Some(wanted) => Ok(Greeted::Standard(client, wanted)),
+            None => {
+                let open = read_open(connection, &mut client.tunnel).await?;
+                Ok(Greeted::Sidecar(client, open))
+            }
+        }
     };
     connection.unless_cut(greeting).await
 }
@@ -150,7 +178,10 @@ async fn greet(shared: &Shared, connection: &Connection, socket: TcpStream) -> R
 /// Decides about a stream, and carries it.
 async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, open: Open) -> Relayed {
     let Client { tunnel, peer, .. } = client;
-    let dialled = Box::pin(connection.unless_cut(admit_and_dial(shared, connection, peer, open))).await;
+    shared.peer_runs(open.version);
+    let Open { service, port, source, .. } = open;
+    let wanted = Wanted { service, port, source };
+    let dialled = Box::pin(connection.unless_cut(admit_and_dial(shared, connection, peer, &wanted))).await;
     let app = match dialled {
         Ok(app) => app,
         Err(close) => {
@@ -179,22 +210,31 @@ async fn relay(shared: &Shared, connection: &Connection, client: &mut Client, op
     }
 }
 
-/// Learns who connects.
-async fn handshake(shared: &Shared, connection: &Connection, socket: TcpStream) -> Result<Client, Close> {
+/// Learns who connects; and what for, if it is a standard client.
+async fn handshake(
+    shared: &Shared,
+    connection: &Connection,
+    socket: TcpStream,
+) -> Result<(Client, Option<DnsName>), Close> {
     let slow = |_| Close::new(CloseReason::TlsFailed, ClosedBy::Client, "no handshake within 5 s");
     let accepted = timeout(HANDSHAKE_TIMEOUT, shared.tls.accept(socket)).await.map_err(slow)?;
-    let (tunnel, basis, leaf) = accepted?;
-    let Some(peer) = leaf.id.as_instance() else {
+    let (tunnel, basis, leaf, wanted) = match accepted? {
+        Accepted::Sidecar(tunnel, basis, leaf) => (tunnel, basis, leaf, None),
+        Accepted::Standard(tunnel, basis, leaf, wanted) => (tunnel, basis, leaf, Some(wanted)),
+    };
+    let PeerIdentity { id, .. } = leaf;
+    let Some(peer) = id.as_instance() else {
         return Err(Close::local(CloseReason::TlsFailed, "the peer is no instance of the mesh"));
     };
-    let identity: Arc<str> = leaf.id.to_string().into();
+    let identity: Arc<str> = id.to_string().into();
     let mut facts = connection.facts();
     facts.tls = basis.tls;
     facts.key_exchange = basis.key_exchange;
     facts.source_identity = Some(Arc::clone(&identity));
     facts.source_service = Some(peer.service.clone());
-    facts.tunnel_reused = Some(false);
-    Ok(Client { tunnel, basis, peer: peer.clone(), address: facts.peer, identity })
+    facts.protocol = Some(if wanted.is_some() { PLAIN_TLS } else { TUNNEL });
+    facts.tunnel_reused = wanted.is_none().then_some(false);
+    Ok((Client { tunnel, basis, peer: peer.clone(), address: facts.peer, identity }, wanted))
 }
 
 /// Learns what it wants.
@@ -241,15 +281,21 @@ async fn next_open(shared: &Shared, client: &mut Client) -> Option<Open> {
     }
 }
 
+/// What a peer wants to be connected to, and who is behind it.
+struct Wanted {
+    service: ServiceName,
+    port: Port,
+    source: SocketAddr,
+}
+
 /// Decides about the connection, and opens it to the app.
 async fn admit_and_dial(
     shared: &Shared,
     connection: &Connection,
     peer: &InstanceId,
-    open: Open,
+    wanted: &Wanted,
 ) -> Result<TcpStream, Close> {
-    shared.peer_runs(open.version);
-    let address = admit(shared, connection, peer, &open)?;
+    let address = admit(shared, connection, peer, wanted)?;
     connection.facts().endpoint = Some(address);
     let dialled = async {
         let mut app = TcpStream::connect(address).await?;
@@ -258,7 +304,7 @@ async fn admit_and_dial(
         socket::reset_on_drop(&app);
         if shared.proxy_protocol {
             let identity = connection.facts().source_identity.clone().unwrap_or_default();
-            app.write_all(&preface::proxied(open.source, address, &identity)?).await?;
+            app.write_all(&preface::proxied(wanted.source, address, &identity)?).await?;
         }
         Ok::<_, io::Error>(app)
     };
@@ -281,34 +327,35 @@ fn admit(
     shared: &Shared,
     connection: &Connection,
     peer: &InstanceId,
-    open: &Open,
+    wanted: &Wanted,
 ) -> Result<SocketAddr, Close> {
     let mut facts = connection.facts();
     let Some(snapshot) = shared.snapshot() else {
         return Err(Close::local(CloseReason::NoSnapshot, "this sidecar has no snapshot yet"));
     };
     facts.config_version = Some(snapshot.version);
-    if open.service != shared.own.service {
+    if wanted.service != shared.own.service {
         let detail = format!("this sidecar stands before {}", shared.own.service);
         return Err(Close::local(CloseReason::NoSnapshot, detail));
     }
-    if !snapshot.inbound.has_port(open.port) {
-        let detail = format!("{} declares no port {}", open.service, open.port);
+    if !snapshot.inbound.has_port(wanted.port) {
+        let detail = format!("{} declares no port {}", wanted.service, wanted.port);
         return Err(Close::local(CloseReason::NoSnapshot, detail));
     }
-    let verdict = verdict::authorize(&snapshot.inbound, &peer.service, open.port);
+    let verdict = verdict::authorize(&snapshot.inbound, &peer.service, wanted.port);
     let mode = if verdict.would_refuse.is_some() { "audit" } else { "enforce" };
     metrics::authorized(verdict.permitted(), mode);
     facts.mode = Some(mode);
     let decisive = verdict.would_refuse.as_ref().unwrap_or(&verdict.ruling);
     facts.rule = Some(decisive.by.to_string());
     if !verdict.permitted() {
-        let detail = format!("{} may not connect to port {} of {}", peer.service, open.port, open.service);
+        let detail =
+            format!("{} may not connect to port {} of {}", peer.service, wanted.port, wanted.service);
         return Err(Close::local(CloseReason::PolicyDenied, detail).with_rule(verdict.ruling.by.to_string()));
     }
     facts.admitted = true;
-    shared.apps.get(&open.port).copied().ok_or_else(|| {
-        let detail = format!("no --app is given for port {}", open.port);
+    shared.apps.get(&wanted.port).copied().ok_or_else(|| {
+        let detail = format!("no --app is given for port {}", wanted.port);
         Close::local(CloseReason::ConnectRefused, detail)
     })
 }

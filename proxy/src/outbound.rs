@@ -8,6 +8,7 @@
 //! Called by [`crate::worker`] for each accepted connection.
 
 use crate::connections::{Close, ClosedBy, Connection, Direction, Facts};
+use crate::inbound;
 use crate::lifetime;
 use crate::metrics;
 use crate::outlier::{Cause, Step};
@@ -279,7 +280,7 @@ fn choose(
     }
     facts.attempts += 1;
     // What a former attempt got to know of its endpoint.
-    (facts.tls, facts.key_exchange, facts.tunnel_reused) = (None, None, None);
+    (facts.protocol, facts.tls, facts.key_exchange, facts.tunnel_reused) = (None, None, None, None);
     Ok(Attempt { instance, address: chosen.endpoint.address, policy, load: chosen.load })
 }
 
@@ -400,6 +401,7 @@ async fn ask(
 ) -> Result<Frame, FrameError> {
     let open = {
         let mut facts = connection.facts();
+        facts.protocol = Some(inbound::TUNNEL);
         facts.tls = basis.tls;
         facts.key_exchange = basis.key_exchange;
         facts.tunnel_reused = Some(reused);

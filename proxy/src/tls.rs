@@ -4,23 +4,26 @@
 //! it never goes away; its leaf and roots are replaced in place, and live connections never notice.
 
 pub(crate) mod handshake;
+pub(crate) mod hello;
 pub(crate) mod record;
 
 use crate::connections::{Close, ClosedBy, Direction};
 use crate::metrics;
 use crate::tunnel::pool::Basis;
 use crate::tunnel::{ALPN, Tunnel};
-use handshake::{Established, Negotiated};
+use handshake::{Established, Failure, Negotiated};
+use hello::{Listening, Offered};
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::net::TcpStream;
+use tokio_rustls::rustls::server::ResolvesServerCert;
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 use weft_identity::certificate::PeerIdentity;
 use weft_identity::credential::Credential;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, HandshakeFault, TlsIdentity};
-use weft_model::{CloseReason, InstanceId};
+use weft_model::{CloseReason, DnsName, InstanceId};
 
 /// Most endpoints whose client configuration a thread keeps. Making one costs microseconds, keeping one about 1 KiB.
 const CONNECTORS_MAX: usize = 4096;
@@ -32,6 +35,8 @@ pub(crate) struct Tls(OnceLock<Identified>);
 struct Identified {
     identity: TlsIdentity,
     server: Arc<ServerConfig>,
+    /// What the server shows.
+    certificates: Arc<dyn ResolvesServerCert>,
     /// The sidecar's own full name.
     own: Arc<str>,
 }
@@ -43,8 +48,14 @@ impl Tls {
         let config = identity.server_config(ClientAuth::Required, ExpectedPeer::AnyInstance, &[ALPN]);
         let mut server = Arc::unwrap_or_clone(config);
         server.enable_secret_extraction = true;
-        let own = identity.current().spiffe_id().to_string().into();
-        let _ = self.0.set(Identified { identity, server: Arc::new(server), own });
+        let certificates = Arc::clone(&server.cert_resolver);
+        let current = identity.current();
+        if let Some(own) = current.spiffe_id().as_instance() {
+            let listening = Listening { certificates: Arc::clone(&certificates), own: own.service.clone() };
+            server.cert_resolver = Arc::new(listening);
+        }
+        let own = current.spiffe_id().to_string().into();
+        let _ = self.0.set(Identified { identity, server: Arc::new(server), certificates, own });
     }
 
     /// The identity; none before the sidecar has joined.
@@ -57,17 +68,47 @@ impl Tls {
         self.0.get().map(|identified| Arc::clone(&identified.own))
     }
 
-    /// Takes a connection of another sidecar. Also tells what the tunnel rests on.
-    pub(crate) async fn accept(
-        &self,
-        mut socket: TcpStream,
-    ) -> Result<(Box<Tunnel>, Basis, PeerIdentity), Close> {
+    /// Takes a connection of another sidecar, or of a standard client.
+    pub(crate) async fn accept(&self, mut socket: TcpStream) -> Result<Accepted, Close> {
         let identified = self.0.get().ok_or_else(no_identity)?;
         let own = identified.identity.current();
-        let accepted = handshake::accept(Arc::clone(&identified.server), &mut socket).await;
-        let established = accepted.map_err(|error| handshake_failed(Direction::Inbound, &error))?;
-        agreed(socket, established, own)
+        let server = Arc::clone(&identified.server);
+        let mut established = handshake::accept(server, |offered| identified.other(offered), &mut socket)
+            .await
+            .map_err(|failure| match failure {
+                Failure::Io(error) => handshake_failed(Direction::Inbound, &error),
+                Failure::Name(detail) => Close::local(CloseReason::NoSnapshot, detail),
+            })?;
+        match established.negotiated.wanted.take() {
+            None => agreed(socket, established, own)
+                .map(|(tunnel, basis, peer)| Accepted::Sidecar(tunnel, basis, peer)),
+            Some(wanted) => {
+                let Established { session, negotiated, received, unsent } = established;
+                let Negotiated { tls, key_exchange, peer, .. } = negotiated;
+                let basis = Basis { own, peer_expires: peer.not_after, tls, key_exchange };
+                let tunnel = Box::new(Tunnel::unframed(socket, session, received, unsent));
+                Ok(Accepted::Standard(tunnel, basis, peer, wanted))
+            }
+        }
     }
+}
+
+impl Identified {
+    /// The configuration for clients that are no sidecars and offer these protocols.
+    fn other(&self, offered: Offered) -> Arc<ServerConfig> {
+        let mut server = ServerConfig::clone(&self.server);
+        server.alpn_protocols = offered.agreed();
+        server.cert_resolver = Arc::clone(&self.certificates);
+        Arc::new(server)
+    }
+}
+
+/// Who connected, over what, and what that rests on.
+pub(crate) enum Accepted {
+    /// Another sidecar.
+    Sidecar(Box<Tunnel>, Basis, PeerIdentity),
+    /// A client that speaks TLS and nothing of the mesh, and what it asks for.
+    Standard(Box<Tunnel>, Basis, PeerIdentity, DnsName),
 }
 
 /// A tunnel over a connection whose handshake is done, unless the ends do not agree.

@@ -4,6 +4,8 @@
 //!
 //! Invariant (I9): what belongs to a stream is in its frames. A direction ends with END and in no other way: a connection that
 //! ends without it, however politely, broke. So nothing of a stream can be taken for another's, and nothing cut short for whole.
+//!
+//! A standard TLS client's connection ([`crate::inbound`]) is copied by the same code and is no tunnel: it carries one stream, without frames.
 
 pub(crate) mod copy;
 pub(crate) mod frame;
@@ -17,12 +19,16 @@ use std::io;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_rustls::rustls::AlertDescription;
 
 /// What two sidecars agree to speak inside TLS.
 pub(crate) const ALPN: &[u8] = b"weft/1";
 
 /// How much is read at once while a message is expected: more than one has.
 const READ_BYTES: usize = 2048;
+
+/// How often what comes behind a fatal alert is read, a few KiB each: a client may have said that much before it heard.
+const READS_AFTER_ALERT: usize = 32;
 
 /// One end of a tunnel. Its buffers are empty, and hold no memory, while nothing is under way.
 pub(crate) struct Tunnel {
@@ -35,12 +41,19 @@ pub(crate) struct Tunnel {
     /// What is sealed and the socket did not take yet, from `sent` on.
     unsent: Vec<u8>,
     sent: usize,
+    /// What is inside is frames. If not, it is one stream of a standard client, whose directions end with the alert close_notify.
+    framed: bool,
 }
 
 impl Tunnel {
     /// Over a connection whose handshake is done.
     pub(crate) fn new(socket: TcpStream, session: Session, received: Vec<u8>, unsent: Vec<u8>) -> Self {
-        Self { socket, session, received, plain: Vec::new(), unsent, sent: 0 }
+        Self { socket, session, received, plain: Vec::new(), unsent, sent: 0, framed: true }
+    }
+
+    /// The same for a client that knows nothing of frames.
+    pub(crate) fn unframed(socket: TcpStream, session: Session, received: Vec<u8>, unsent: Vec<u8>) -> Self {
+        Self { framed: false, ..Self::new(socket, session, received, unsent) }
     }
 
     pub(crate) const fn socket(&self) -> &TcpStream {
@@ -90,6 +103,22 @@ impl Tunnel {
             }
             self.open_next().await?;
         }
+    }
+
+    /// Breaks the session off, and tells why. What the peer has said meanwhile is taken and left, so that no reset overtakes the alert.
+    pub(crate) async fn break_off(&mut self, description: AlertDescription) -> io::Result<()> {
+        let alert = self.session.fatal_alert(description).map_err(broken)?;
+        self.unsent.extend_from_slice(&alert);
+        self.socket.write_all(&self.unsent[self.sent..]).await?;
+        self.emptied();
+        self.socket.shutdown().await?;
+        let mut left = vec![0; READ_BYTES];
+        for _ in 0..READS_AFTER_ALERT {
+            if self.socket.read(&mut left).await? == 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Opens the next record.

@@ -184,7 +184,7 @@ impl Worker {
     fn serve(self: &Arc<Self>, stream: TcpStream, source: SocketAddr, purpose: &Purpose) {
         match purpose {
             Purpose::Inbound => {
-                self.tasks.spawn(inbound::serve(Arc::clone(&self.shared), stream, source));
+                self.tasks.spawn(inbound::serve(Arc::clone(self), stream, source));
             }
             Purpose::Outbound(target) => {
                 self.tasks.spawn(outbound::serve(Arc::clone(self), stream, source, Arc::clone(target)));

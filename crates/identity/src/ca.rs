@@ -26,7 +26,8 @@ use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use std::fmt;
 use std::time::Duration;
-use weft_model::id::TrustDomain;
+use weft_model::DnsName;
+use weft_model::id::{InstanceId, TrustDomain};
 use weft_model::time::Timestamp;
 use zeroize::Zeroize;
 
@@ -212,7 +213,7 @@ impl CertificateAuthority {
         let id = SpiffeId { trust_domain: self.trust_domain().clone(), subject: subject.clone() };
         let mut params = params(now, now.after(lifetime).min(not_after)).ok_or(IssueError::Clock { now })?;
         params.serial_number = Some(SerialNumber::from_slice(&random_serial()?));
-        params.subject_alt_names = vec![uri(&id.to_string())?];
+        params.subject_alt_names = names(&id)?;
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
@@ -331,6 +332,18 @@ fn date(time: Timestamp) -> String {
         }
         _ => format!("{} ms since 1970", time.0),
     }
+}
+
+/// What a leaf names: who it is, and for clients that know nothing of SPIFFE how DNS spells the service. All of it follows from the identity;
+/// what a request asks for is never looked at.
+fn names(id: &SpiffeId) -> Result<Vec<SanType>, IssueError> {
+    let mut names = vec![uri(&id.to_string())?];
+    if let Some(InstanceId { service, .. }) = id.as_instance() {
+        for name in [DnsName::of(service.clone()).to_string(), DnsName::ports_of(service)] {
+            names.push(SanType::DnsName(name.try_into().map_err(IssueError::Crypto)?));
+        }
+    }
+    Ok(names)
 }
 
 fn uri(text: &str) -> Result<SanType, IssueError> {

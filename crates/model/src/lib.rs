@@ -12,6 +12,7 @@ pub mod ca;
 pub mod chain;
 pub mod command;
 pub mod damping;
+pub mod dns_name;
 pub mod event;
 pub mod health;
 pub mod id;
@@ -32,6 +33,7 @@ pub mod version;
 
 pub use chain::Chain;
 pub use command::Command;
+pub use dns_name::DnsName;
 pub use event::{DecodeError, Event, Fact};
 pub use id::{IdError, InstanceId, Name, Namespace, Port, ServiceName, TrustDomain};
 pub use reason::CloseReason;

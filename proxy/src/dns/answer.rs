@@ -11,11 +11,11 @@ use hickory_proto::rr::rdata::{A, SOA};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 use std::net::Ipv4Addr;
-use weft_model::ServiceName;
+use weft_model::{ServiceName, dns_name};
 use weft_routing::Snapshot;
 
 /// The last label of every mesh name.
-const ZONE: &[u8] = b"weft";
+const ZONE: &[u8] = dns_name::ZONE.as_bytes();
 
 /// How long an answer may be kept, in seconds. Addresses of services are stable; what changes is whether there is one.
 const TTL: u32 = 5;

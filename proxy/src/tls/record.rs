@@ -39,6 +39,10 @@ pub(crate) const RECORD_MAX: usize = HEADER + SEALED_MAX;
 /// Records that may come in a row without a byte of the application: padding, tickets, changes of keys.
 const FRUITLESS_MAX: u8 = 32;
 
+/// Levels of alerts. TLS 1.3 has nothing to do with them but that they are there (RFC 8446, section 6).
+const WARNING: u8 = 1;
+const FATAL: u8 = 2;
+
 const KEY_UPDATE: u8 = 24;
 const NEW_SESSION_TICKET: u8 = 4;
 
@@ -78,6 +82,11 @@ pub(crate) fn length(bytes: &[u8]) -> Result<Option<usize>, Error> {
         return Err(Error::PeerSentOversizedRecord);
     }
     Ok(Some(HEADER + sealed))
+}
+
+/// An alert in the clear: there are no keys yet.
+pub(crate) fn unsealed_alert(description: AlertDescription) -> [u8; HEADER + 2] {
+    [Content::Alert as u8, 3, 3, 0, 2, FATAL, u8::from(description)]
 }
 
 /// The keys of a connection whose handshake is done.
@@ -139,6 +148,22 @@ impl Session {
         Ok(Some(record))
     }
 
+    /// The record that says that this end says nothing more.
+    ///
+    /// # Errors
+    /// The session has sealed all that it may.
+    pub(crate) fn close_notify(&mut self) -> Result<Vec<u8>, Error> {
+        self.sealing.seal_message(&[WARNING, u8::from(AlertDescription::CloseNotify)], Content::Alert)
+    }
+
+    /// The record that says why this end breaks the session off.
+    ///
+    /// # Errors
+    /// The session has sealed all that it may.
+    pub(crate) fn fatal_alert(&mut self, description: AlertDescription) -> Result<Vec<u8>, Error> {
+        self.sealing.seal_message(&[FATAL, u8::from(description)], Content::Alert)
+    }
+
     /// Opens one record, whole and where it lies.
     ///
     /// # Errors
@@ -147,15 +172,19 @@ impl Session {
         let (content, bytes) = self.opening.open(record)?;
         let opened = match content {
             Content::Application => Opened::Data(bytes),
-            Content::Alert => return self.alert(&record[bytes]),
+            Content::Alert => Self::alert(&record[bytes])?,
             Content::Handshake => {
                 self.message(&record[bytes])?;
                 Opened::Nothing
             }
         };
-        if matches!(&opened, Opened::Data(bytes) if !bytes.is_empty()) {
-            self.fruitless = 0;
-            return Ok(opened);
+        match &opened {
+            Opened::Data(bytes) if bytes.is_empty() => {}
+            Opened::Nothing => {}
+            Opened::Data(_) | Opened::Closed => {
+                self.fruitless = 0;
+                return Ok(opened);
+            }
         }
         self.fruitless += 1;
         if self.fruitless > FRUITLESS_MAX {
@@ -164,10 +193,12 @@ impl Session {
         Ok(Opened::Nothing)
     }
 
-    fn alert(&self, alert: &[u8]) -> Result<Opened, Error> {
+    fn alert(alert: &[u8]) -> Result<Opened, Error> {
         let [_, description] = *alert else { return Err(InvalidMessage::MessageTooShort.into()) };
         match AlertDescription::from(description) {
             AlertDescription::CloseNotify => Ok(Opened::Closed),
+            // Some announce close_notify by it (RFC 8446, section 6.1).
+            AlertDescription::UserCanceled => Ok(Opened::Nothing),
             description => Err(Error::AlertReceived(description)),
         }
     }

@@ -18,6 +18,7 @@ use crate::tls::handshake::{INPUT_MAX, broken};
 use crate::tls::record::{self, CONTENT_MAX, RECORD_MAX, TRAILER};
 use receiving::Receiving;
 use sending::Sending;
+use socket2::SockRef;
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
@@ -35,10 +36,14 @@ use tokio_rustls::rustls::Error;
 const DATA_MAX: usize = CONTENT_MAX - 2 * FRAME_HEADER;
 
 /// Where the application's bytes begin in a record that is to be sealed.
-const DATA_AT: usize = record::HEADER + FRAME_HEADER;
+const fn data_at(framed: bool) -> usize {
+    if framed { record::HEADER + FRAME_HEADER } else { record::HEADER }
+}
 
 /// A full record. Records lie one behind the other in the buffer, so that they are sent in one call.
-const STRIDE: usize = DATA_AT + DATA_MAX + TRAILER;
+const fn stride(framed: bool) -> usize {
+    data_at(framed) + DATA_MAX + TRAILER
+}
 
 /// Records that are sealed at once when there is much to send, so that a system call moves much.
 const RECORDS: usize = 8;
@@ -48,7 +53,7 @@ const MOVES_MAX: usize = 8;
 
 /// What all connections of a thread read into: the records that are sealed at once, an END behind the last one, and what came
 /// before a stream, which is read outside of it.
-const SCRATCH_BYTES: usize = RECORDS * STRIDE + RECORD_MAX;
+const SCRATCH_BYTES: usize = RECORDS * stride(true) + RECORD_MAX;
 
 // What is kept of a tunnel between two messages is copied here.
 const _: () = assert!(SCRATCH_BYTES > 2 * RECORD_MAX && SCRATCH_BYTES > INPUT_MAX);
@@ -160,6 +165,7 @@ pub(crate) async fn copy(
     let mut sending = Sending::default();
     let mut receiving = Receiving::default();
     let mut watch: Option<Watch<'_>> = None;
+    let mut watch_client: Option<Watch<'static>> = None;
     let mut first = None;
     let count_sent = |bytes: usize| counters.count(app_is, bytes as u64, started);
     let count_received = |bytes: usize| counters.count(app_is.other(), bytes as u64, started);
@@ -192,6 +198,13 @@ pub(crate) async fn copy(
                 let error = error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
                 Poll::Ready(Ended::Broken(app_is, error))
             }
+            // A standard client may close its half of the TCP connection too, and read on; or break.
+            (false, true) if !tunnel.framed => {
+                let watch = watch_client.get_or_insert_with(|| broken_connection(&tunnel.socket));
+                let error = ready!(watch.as_mut().poll(cx)).err();
+                let error = error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+                Poll::Ready(Ended::Broken(app_is.other(), error))
+            }
             (false, true) => {
                 let read = ready!(nonblocking::poll_read(cx, &tunnel.socket, &mut [0]));
                 Poll::Ready(Ended::Broken(app_is.other(), after_end(read)))
@@ -204,6 +217,17 @@ pub(crate) async fn copy(
 
 /// Waits until the application's connection breaks. Made only when one of its directions has ended.
 type Watch<'a> = Pin<Box<dyn Future<Output = io::Result<Ready>> + Send + 'a>>;
+
+/// Waits until a connection breaks, beside everything else that is done with it. If the system has no descriptor for that, writing finds it out.
+fn broken_connection(socket: &TcpStream) -> Watch<'static> {
+    let also = SockRef::from(socket).try_clone().map(std::net::TcpStream::from);
+    let also = also.and_then(TcpStream::from_std);
+    Box::pin(async move {
+        let Ok(also) = also else { return std::future::pending().await };
+        let ready = also.ready(Interest::ERROR).await;
+        also.take_error()?.map_or(ready, Err)
+    })
+}
 
 /// What is wrong with what came behind an END while the other direction goes on.
 fn after_end(read: io::Result<usize>) -> io::Error {

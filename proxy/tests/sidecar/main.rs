@@ -16,6 +16,7 @@ mod path;
 mod policy;
 mod redirect;
 mod reuse;
+mod standard;
 mod support;
 mod trust;
 mod witness;

@@ -14,12 +14,13 @@ use weft_tests::programs;
 use weft_tests::weft::{program, run};
 
 /// In the order in which they are run: the preparation first.
-const PAGES: [(&str, &str); 5] = [
+const PAGES: [(&str, &str); 6] = [
     ("README.md", include_str!("../../../docs/ways-in/README.md")),
     ("explicit-port.md", include_str!("../../../docs/ways-in/explicit-port.md")),
     ("names.md", include_str!("../../../docs/ways-in/names.md")),
     ("redirect.md", include_str!("../../../docs/ways-in/redirect.md")),
     ("gate.md", include_str!("../../../docs/ways-in/gate.md")),
+    ("standard-client.md", include_str!("../../../docs/ways-in/standard-client.md")),
 ];
 /// The controller of the pages.
 const CONTROLLER: &str = "127.0.0.1:7400";

@@ -41,7 +41,28 @@ fn a_leaf_says_what_the_authority_decided() {
     assert!(parsed.key_usage().unwrap().unwrap().critical);
     assert_eq!(parsed.key_usage().unwrap().unwrap().value.flags, 1, "digitalSignature alone");
     assert_eq!(parsed.subject().iter_common_name().count(), 0);
+    assert_eq!(dns_names(&leaf), ["api.default.weft", "*.api.default.weft"]);
     assert!(leaf.to_pem().starts_with("-----BEGIN CERTIFICATE-----\n"));
+}
+
+fn dns_names(leaf: &IssuedLeaf) -> Vec<String> {
+    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(&leaf.certificate).unwrap();
+    let names = parsed.subject_alternative_name().unwrap().unwrap().value.general_names.iter();
+    names
+        .filter_map(|name| match name {
+            x509_parser::extensions::GeneralName::DNSName(name) => Some((*name).to_owned()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn who_is_no_instance_has_no_name_in_dns() {
+    let key = requested(&CertificateParams::default());
+    for id in [CONTROLLER, "spiffe://weft.test/operator/admin/ann"] {
+        let leaf = authority().issue_leaf(&subject(id), &key, NOW, LEAF_LIFETIME).unwrap();
+        assert_eq!(dns_names(&leaf), [""; 0], "{id}");
+    }
 }
 
 #[test]

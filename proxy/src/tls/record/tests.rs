@@ -35,6 +35,13 @@ async fn sockets() -> (TcpStream, TcpStream) {
     (near.unwrap(), far.unwrap().0)
 }
 
+async fn accepted(server: Arc<ServerConfig>, far: &mut TcpStream) -> Established {
+    match accept(Arc::clone(&server), |_| server, far).await {
+        Ok(established) => established,
+        Err(_) => panic!("the handshake failed"),
+    }
+}
+
 /// A client's and a server's session with each other.
 async fn sessions() -> (Session, Session) {
     let (client, server) = configs();
@@ -45,7 +52,7 @@ async fn sessions() -> (Session, Session) {
         established.session
     };
     let accepting = async {
-        let Established { session, received, unsent, negotiated } = accept(server, &mut far).await.unwrap();
+        let Established { session, received, unsent, negotiated } = accepted(server, &mut far).await;
         assert!(received.is_empty() && unsent.is_empty());
         assert_eq!(negotiated.peer.id.to_string(), "spiffe://weft.test/ns/default/svc/web/inst/web-1");
         session
@@ -187,7 +194,7 @@ async fn another_implementation_is_understood() {
         answer
     };
     let ours = async {
-        let Established { mut session, mut received, .. } = accept(server, &mut far).await.unwrap();
+        let Established { mut session, mut received, .. } = accepted(server, &mut far).await;
         let mut heard = Vec::new();
         loop {
             while let Some(length) = length(&received).unwrap().filter(|length| *length <= received.len()) {

@@ -109,10 +109,16 @@ impl Receiving {
             match tunnel.session.open(&mut bytes[at..at + length]).map_err(broken)? {
                 Opened::Data(content) => {
                     let content = at + content.start..at + content.end;
+                    if !tunnel.framed {
+                        pieces.push(content);
+                        at += length;
+                        continue;
+                    }
                     let end = self.unframe(bytes, content.clone(), pieces).map_err(malformed)?;
                     tunnel.plain.extend_from_slice(&bytes[end..content.end]);
                 }
-                Opened::Closed => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Opened::Closed if tunnel.framed => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Opened::Closed => self.stage = Stage::Ending,
                 Opened::Nothing => {}
             }
             at += length;

@@ -1,6 +1,6 @@
 //! From the application into the tunnel.
 
-use super::{DATA_AT, DATA_MAX, Fault, MOVES_MAX, RECORDS, SCRATCH, STRIDE, Stage, writing};
+use super::{DATA_MAX, Fault, MOVES_MAX, RECORDS, SCRATCH, Stage, data_at, stride, writing};
 use crate::tls::record::{self, TRAILER};
 use crate::tunnel::frame::{HEADER as FRAME_HEADER, Head};
 use crate::tunnel::{Tunnel, nonblocking};
@@ -58,10 +58,11 @@ impl Sending {
         scratch: &mut [u8],
         count: impl Fn(usize),
     ) -> Poll<Result<(), Fault>> {
+        let framed = tunnel.framed;
         let bytes = if self.bulk {
-            ready!(self.poll_read_many(cx, app, scratch))
+            ready!(self.poll_read_many(cx, app, scratch, framed))
         } else {
-            ready!(self.poll_read(cx, app, &mut scratch[DATA_AT..DATA_AT + DATA_MAX]))
+            ready!(self.poll_read(cx, app, &mut scratch[data_at(framed)..][..DATA_MAX]))
         };
         let bytes = bytes.map_err(Fault::Reading)?;
         self.bulk = bytes >= DATA_MAX;
@@ -69,7 +70,7 @@ impl Sending {
 
         let mut sealed = 0;
         let mut left = bytes;
-        while left > 0 || (sealed == 0 && self.stage == Stage::Ending) {
+        while left > 0 || (framed && sealed == 0 && self.stage == Stage::Ending) {
             let data = left.min(DATA_MAX);
             left -= data;
             let mut content = record::HEADER;
@@ -77,15 +78,24 @@ impl Sending {
                 scratch[sealed + content..][..FRAME_HEADER].copy_from_slice(&head.encode());
                 content += FRAME_HEADER + behind;
             };
-            if data > 0 {
-                head(scratch, Head::data(data), data);
-            }
-            if left == 0 && self.stage == Stage::Ending {
-                head(scratch, Head::END, 0);
+            if framed {
+                if data > 0 {
+                    head(scratch, Head::data(data), data);
+                }
+                if left == 0 && self.stage == Stage::Ending {
+                    head(scratch, Head::END, 0);
+                }
+            } else {
+                content += data;
             }
             let record = &mut scratch[sealed..][..content + TRAILER];
             tunnel.session.seal(record).map_err(writing)?;
             sealed += record.len();
+        }
+        if !framed && self.stage == Stage::Ending {
+            let closing = tunnel.session.close_notify().map_err(writing)?;
+            scratch[sealed..][..closing.len()].copy_from_slice(&closing);
+            sealed += closing.len();
         }
 
         let mut sent = 0;
@@ -132,10 +142,12 @@ impl Sending {
         cx: &mut Context<'_>,
         app: &TcpStream,
         scratch: &mut [u8],
+        framed: bool,
     ) -> Poll<io::Result<usize>> {
-        let mut records = scratch.chunks_exact_mut(STRIDE);
+        let at = data_at(framed);
+        let mut records = scratch.chunks_exact_mut(stride(framed));
         let mut slices: [_; RECORDS] = array::from_fn(|_| {
-            let record = records.next().and_then(|record| record.get_mut(DATA_AT..DATA_AT + DATA_MAX));
+            let record = records.next().and_then(|record| record.get_mut(at..at + DATA_MAX));
             IoSliceMut::new(record.unwrap_or_default())
         });
         let bytes = ready!(nonblocking::poll_read_vectored(cx, app, &mut slices))?;
