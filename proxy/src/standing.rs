@@ -5,9 +5,10 @@
 //! follows another with another length counts from the same beginning: changing the length again and again makes no connection live
 //! for ever.
 //!
-//! What policies say is not all there is: a port or a service that is gone ends connections whatever `on_change` says, and so does
-//! whatever speaks of identities: a deny rule that names the source is a cut already where policies are evaluated
-//! ([`weft_routing::verdict::authorize_live`]). Called by [`crate::shared`] for each live inbound connection on each snapshot.
+//! What policies say is not all there is. A port or a service that is gone ends connections whatever `on_change` says; that is asked before. And what is
+//! about an identity always cuts: a deny rule that names the source is a cut already where policies are evaluated
+//! ([`weft_routing::verdict::authorize_live`]). Should identities be revoked or roots be withdrawn one day, that has to be asked before
+//! as well, and never here. Called by [`crate::shared`] for each live inbound connection on each snapshot.
 
 use std::time::Duration;
 use tokio::time::Instant;

@@ -96,6 +96,16 @@ impl fmt::Display for PortLabel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_read_has_one_spelling(text in "[a-z0-9.*_-]{0,12}(\\.[a-z0-9-]{1,5}){0,3}(\\.weft)?|\\PC{0,20}") {
+            if let Ok(name) = text.parse::<DnsName>() {
+                prop_assert_eq!(name.to_string(), text.to_ascii_lowercase());
+            }
+        }
+    }
 
     #[test]
     fn names_are_read_back_as_they_are_written() {

@@ -372,6 +372,48 @@ async fn a_client_that_breaks_after_its_end_is_noticed_while_the_server_says_not
     db.record("client_reset").await;
 }
 
+#[tokio::test]
+async fn only_a_question_of_postgresql_is_answered_in_the_clear_and_only_once() {
+    const QUESTION: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+    let app = App::echo().await;
+    let (controller, db) = serving(app.address).await;
+    let ends = async |mut stream: TcpStream| {
+        let mut rest = Vec::new();
+        let _ = timeout(LIMIT, stream.read_to_end(&mut rest)).await.unwrap();
+        rest
+    };
+    // In as many pieces as there are bytes.
+    let mut stream = TcpStream::connect(db.inbound).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    for byte in QUESTION {
+        stream.write_all(&[byte]).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let mut answer = [0];
+    timeout(LIMIT, stream.read_exact(&mut answer)).await.unwrap().unwrap();
+    assert_eq!(&answer, b"S");
+    // TLS from here on.
+    let web = Identity::of(&controller, "default/web/web-9");
+    let name = ServerName::try_from(NAME).unwrap();
+    let mut client = TlsConnector::from(Arc::new(web.config(&[]))).connect(name, stream).await.unwrap();
+    ping(&mut client).await.unwrap();
+
+    let mut twice = TcpStream::connect(db.inbound).await.unwrap();
+    twice.write_all(&QUESTION).await.unwrap();
+    timeout(LIMIT, twice.read_exact(&mut answer)).await.unwrap().unwrap();
+    twice.write_all(&QUESTION).await.unwrap();
+    assert_eq!(ends(twice).await, b"");
+    // What is said in the clear behind the question is nobody's.
+    let mut hasty = TcpStream::connect(db.inbound).await.unwrap();
+    hasty.write_all(&[&QUESTION[..], b"and what I want"].concat()).await.unwrap();
+    assert_eq!(ends(hasty).await, b"");
+    for nonsense in [b"GET / HTTP/1.1\r\n\r\n".as_slice(), &[0, 0, 0, 8, 4, 210, 22, 48], &[0; 64]] {
+        let mut stream = TcpStream::connect(db.inbound).await.unwrap();
+        stream.write_all(nonsense).await.unwrap();
+        assert_eq!(ends(stream).await, b"");
+    }
+}
+
 /// Runs a program that most machines have; none, said aloud, if this one has not.
 async fn run(program: &str, arrange: impl FnOnce(&mut Command)) -> Option<Output> {
     let mut command = Command::new(program);
