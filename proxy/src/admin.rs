@@ -91,6 +91,8 @@ async fn config(State(pages): State<Pages>) -> Json<Value> {
     });
     let mut body = json!({
         "instance": pages.shared.own,
+        "region": pages.shared.home.region,
+        "zone": pages.shared.home.zone,
         "leaf": leaf,
         "draining": pages.shared.draining(),
         "listeners": listeners(&status.listeners),
@@ -152,6 +154,9 @@ fn endpoints(shard: &EndpointsShard, routes: &Routes) -> Value {
             "draining": endpoint.draining,
             "health": endpoint.health,
             "position": endpoint.position,
+            "region": endpoint.locality.region,
+            "zone": endpoint.locality.zone,
+            "labels": endpoint.labels,
         })
     });
     json!({
@@ -159,8 +164,8 @@ fn endpoints(shard: &EndpointsShard, routes: &Routes) -> Value {
         "address": shard.address,
         "ports": shard.ports,
         "endpoints": list.collect::<Vec<_>>(),
-        "traffic": shard.traffic.map(|resolved| resolved.policy),
-        "overrides": shard.overrides.iter().map(|(source, resolved)| (source.to_string(), resolved.policy))
+        "traffic": shard.traffic.as_ref().map(|resolved| &resolved.policy),
+        "overrides": shard.overrides.iter().map(|(source, resolved)| (source.to_string(), &resolved.policy))
             .collect::<BTreeMap<_, _>>(),
     })
 }

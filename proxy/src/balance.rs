@@ -10,6 +10,8 @@
 
 pub(crate) mod ewma;
 pub(crate) mod maglev;
+pub(crate) mod nearness;
+pub(crate) mod subsets;
 
 use maglev::Table;
 use rand::{Rng, RngExt};

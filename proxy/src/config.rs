@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 use weft_client::ControllerAddress;
 use weft_identity::token::JoinToken;
-use weft_model::membership::UPSTREAMS_MAX;
+use weft_model::membership::{self, UPSTREAMS_MAX};
 use weft_model::{InstanceId, Port, ServiceName};
 
 /// Most data-plane threads; more than any machine that a sidecar shares with its app gives it.
@@ -95,6 +95,10 @@ struct Args {
     /// The address that other sidecars are told, if it is not the one listened on
     #[arg(long, env = "WEFT_ADVERTISE", value_name = "IP:PORT")]
     advertise: Option<SocketAddr>,
+    /// What the mesh is to remember of this instance; may be given several times. `region` and `zone` say where it runs, and traffic
+    /// policies may prefer what is near
+    #[arg(long, env = "WEFT_METADATA", value_name = "KEY=VALUE", value_delimiter = ',')]
+    metadata: Vec<Metadata>,
     /// Where the local app serves a port of the service; may be given several times
     #[arg(long = "app", env = "WEFT_APP", value_name = "PORT=IP:PORT", value_delimiter = ',')]
     apps: Vec<App>,
@@ -174,6 +178,23 @@ struct Args {
 struct App {
     port: Port,
     address: SocketAddr,
+}
+
+/// Something that is remembered of an instance: `KEY=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Metadata {
+    key: String,
+    value: String,
+}
+
+impl FromStr for Metadata {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, ConfigError> {
+        let form = || ConfigError::Form { value: s.into(), form: "KEY=VALUE" };
+        let (key, value) = s.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or_else(form)?;
+        Ok(Self { key: key.into(), value: value.into() })
+    }
 }
 
 /// A nameserver: `IP[:PORT]`.
@@ -261,6 +282,8 @@ pub struct Config {
     pub inbound_listen: SocketAddr,
     /// What other sidecars are told; the bound inbound address if none.
     pub advertise: Option<SocketAddr>,
+    /// What the mesh is to remember of the instance.
+    pub metadata: BTreeMap<String, String>,
     /// Where the local app serves each port of the service.
     pub apps: BTreeMap<Port, SocketAddr>,
     /// Whether connections to the app begin with a PROXY protocol header.
@@ -309,6 +332,12 @@ impl Cli {
             }
         }
         let args = self.args;
+        let mut metadata = BTreeMap::new();
+        for Metadata { key, value } in args.metadata {
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(rule("metadata", format!("{key} is given twice; leave one")));
+            }
+        }
         let join_token = match (args.join_token, &args.join_token_file) {
             (Some(text), _) => Some(text),
             (None, Some(path)) => Some(read_token(path)?),
@@ -327,6 +356,7 @@ impl Cli {
             state_dir: args.state_dir,
             inbound_listen: args.inbound_listen,
             advertise: args.advertise,
+            metadata,
             apps,
             upstreams: args.upstreams,
             on_demand: args.on_demand,
@@ -379,6 +409,8 @@ impl Config {
         if self.probe.interval < Duration::from_millis(10) || self.probe.timeout.is_zero() {
             return Err(rule("probe-interval", "at least 10ms, with a timeout above zero".into()));
         }
+        membership::check_metadata(&self.metadata)
+            .map_err(|rejection| rule("metadata", rejection.to_string()))?;
         self.validate_on_demand()?;
         self.validate_dns()?;
         if let Some(address) = self.redirect_listen.iter().find(|address| !address.ip().is_loopback()) {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName, Timestamp};
+use weft_model::{CloseReason, ConfigVersion, InstanceId, Name, Port, ServiceName, Timestamp};
 
 /// Parts of the registry, so that threads seldom meet at one lock.
 const PARTS: usize = 16;
@@ -119,6 +119,10 @@ pub(crate) struct Facts {
     pub(crate) endpoint_identity: Option<InstanceId>,
     /// Why it was chosen.
     pub(crate) pick: Option<&'static str>,
+    /// How near it is, if the policy prefers near ones: `zone`, `region` or `elsewhere`.
+    pub(crate) locality: Option<&'static str>,
+    /// Which subset it belongs to, if the policy has some.
+    pub(crate) subset: Option<Name>,
     #[serde(serialize_with = "as_text")]
     pub(crate) config_version: Option<ConfigVersion>,
     /// What the verdict rests on.

@@ -31,6 +31,7 @@ const SELF_DOUBT: &str = "weft_self_doubt";
 const UPSTREAMS_ADDED: &str = "weft_upstreams_added_total";
 const PANIC: &str = "weft_services_in_panic";
 const PANIC_PICKS: &str = "weft_panic_picks_total";
+const LOCALITY_PICKS: &str = "weft_locality_picks_total";
 const RETRIES: &str = "weft_connect_retries_total";
 const CIRCUIT_OPEN: &str = "weft_circuit_open_total";
 const EJECTED: &str = "weft_endpoints_ejected";
@@ -97,6 +98,10 @@ fn describe() {
     describe_counter!(
         PANIC_PICKS,
         "Endpoints chosen whatever their health, because their service is in panic"
+    );
+    describe_counter!(
+        LOCALITY_PICKS,
+        "Endpoints chosen by a policy that prefers near ones, by how near they are"
     );
     describe_counter!(RETRIES, "Failed connects that were to be tried again, by what became of that");
     describe_counter!(CIRCUIT_OPEN, "Connections refused because a circuit limit is reached, by limit");
@@ -216,6 +221,10 @@ pub(crate) fn services_in_panic(count: usize) {
 
 pub(crate) fn panic_pick() {
     counter!(PANIC_PICKS).increment(1);
+}
+
+pub(crate) fn locality_pick(near: &'static str) {
+    counter!(LOCALITY_PICKS, "locality" => near).increment(1);
 }
 
 /// A failed connect was to be tried again.

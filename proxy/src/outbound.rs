@@ -12,7 +12,7 @@ use crate::inbound;
 use crate::lifetime;
 use crate::metrics;
 use crate::outlier::{Cause, Step};
-use crate::routes::{Load, Source, Unchosen, Way};
+use crate::routes::{Load, Near, Source, Unchosen, Way};
 use crate::socket;
 use crate::tls;
 use crate::tunnel::Tunnel;
@@ -167,14 +167,13 @@ async fn open(
     }
     loop {
         let mut attempt = choose(worker, connection, target, tried)?;
-        let limit = Duration::from_millis(attempt.policy.connect.timeout_ms.into());
+        let limit = Duration::from_millis(attempt.connect.timeout_ms.into());
         let result = timeout(limit, connect(worker, connection, target, &attempt)).await;
         let failed = match result {
             Ok(Ok((tunnel, basis))) => {
                 metrics::attempt(None);
                 tell(attempt.load.opened(), &attempt.instance);
-                let Attempt { instance, address, policy, load, .. } = attempt;
-                let TrafficPolicy { connect, connection: lifetime, .. } = policy;
+                let Attempt { instance, address, connect, lifetime, load, .. } = attempt;
                 return Ok(Opened { tunnel, basis, instance, address, connect, lifetime, load });
             }
             Ok(Err(failed)) => failed,
@@ -187,7 +186,7 @@ async fn open(
         if let Some(cause) = Cause::of(failed.close.reason).filter(|_| failed.retry) {
             tell(attempt.load.failed(cause), &attempt.instance);
         }
-        let connect = attempt.policy.connect;
+        let connect = attempt.connect;
         if !failed.retry || !tried.may_go_on(worker, &attempt.instance, &connect, &attempt.load) {
             return Err(failed.close);
         }
@@ -230,7 +229,9 @@ fn tell(step: Option<Step>, instance: &InstanceId) {
 struct Attempt {
     instance: InstanceId,
     address: SocketAddr,
-    policy: TrafficPolicy,
+    balance: Balance,
+    connect: ConnectPolicy,
+    lifetime: ConnectionPolicy,
     load: Load,
 }
 
@@ -260,7 +261,7 @@ fn choose(
     let (policy, _) = shard.traffic_for(&own.service);
     let address = facts.source.map_or(Ipv4Addr::LOCALHOST.into(), |source| source.ip());
     let source = Source { address, own };
-    let chosen = worker.with_rng(|rng| routes.choose(&target.service, &policy, source, &tried.names, rng));
+    let chosen = worker.with_rng(|rng| routes.choose(&target.service, policy, source, &tried.names, rng));
     let chosen = match chosen {
         Ok(chosen) => chosen,
         // Every endpoint was tried, or there is none.
@@ -274,6 +275,11 @@ fn choose(
     let instance = InstanceId { service: target.service.clone(), instance: chosen.endpoint.instance.clone() };
     facts.endpoint = Some(chosen.endpoint.address);
     facts.endpoint_identity = Some(instance.clone());
+    facts.subset = chosen.subset.cloned();
+    facts.locality = chosen.near.map(Near::as_str);
+    if let Some(near) = chosen.near {
+        metrics::locality_pick(near.as_str());
+    }
     facts.pick = Some(pick_word(policy.balance, chosen.way, shard.panic, tried));
     if shard.panic {
         metrics::panic_pick();
@@ -281,7 +287,9 @@ fn choose(
     facts.attempts += 1;
     // What a former attempt got to know of its endpoint.
     (facts.protocol, facts.tls, facts.key_exchange, facts.tunnel_reused) = (None, None, None, None);
-    Ok(Attempt { instance, address: chosen.endpoint.address, policy, load: chosen.load })
+    let TrafficPolicy { balance, connect, connection: lifetime, .. } = *policy;
+    let (address, load) = (chosen.endpoint.address, chosen.load);
+    Ok(Attempt { instance, address, balance, connect, lifetime, load })
 }
 
 /// Why an endpoint was chosen, for the record.
@@ -331,7 +339,7 @@ async fn connect(
     let waiting = worker.tunnels.take(&attempt.instance, attempt.address, &identity.current(), now);
     if let Some((mut tunnel, basis)) = waiting {
         let asked = ask(connection, target, attempt, &mut tunnel, &basis, true);
-        let limit = REUSED_ANSWERS.min(Duration::from_millis(attempt.policy.connect.timeout_ms.into()) / 3);
+        let limit = REUSED_ANSWERS.min(Duration::from_millis(attempt.connect.timeout_ms.into()) / 3);
         // Otherwise the other end had closed it, is gone, or still has a former stream's bytes to give to an app that does not read
         // them: nobody's fault, and a new one tells more.
         if let Ok(Ok(answer @ (Frame::Opened | Frame::Refused(_)))) = timeout(limit, asked).await {
@@ -413,7 +421,7 @@ async fn ask(
             version: facts.config_version.unwrap_or_default(),
         })
     };
-    let asked = (attempt.policy.balance == Balance::PeakEwma).then(Instant::now);
+    let asked = (attempt.balance == Balance::PeakEwma).then(Instant::now);
     tunnel.write(&open).await?;
     let answer = tunnel.read().await?;
     if let (Some(asked), Frame::Opened) = (asked, &answer) {

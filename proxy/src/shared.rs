@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use weft_model::membership::Locality;
 use weft_model::{CloseReason, ConfigVersion, InstanceId, Port, ServiceName};
 use weft_routing::{Snapshot, verdict};
 
@@ -29,6 +30,8 @@ const UNAUTHENTICATED_MAX: usize = 1024;
 /// See the module's documentation.
 pub(crate) struct Shared {
     pub(crate) own: InstanceId,
+    /// Where this sidecar runs.
+    pub(crate) home: Locality,
     /// Where the local app serves each port.
     pub(crate) apps: BTreeMap<Port, SocketAddr>,
     /// Whether the app is told who connects, by a header before the first byte.
@@ -59,6 +62,7 @@ impl Shared {
     pub(crate) fn new(config: &Config, limits: Limits, records: RecordSender, demand: Demand) -> Arc<Self> {
         Arc::new(Self {
             own: config.instance.clone(),
+            home: Locality::of(&config.metadata),
             apps: config.apps.clone(),
             proxy_protocol: config.proxy_protocol,
             tls: Tls::default(),
@@ -106,7 +110,7 @@ impl Shared {
     /// than the one in use; there is one caller at a time.
     pub(crate) fn install(&self, snapshot: Arc<Snapshot>) -> Rechecked {
         let previous = self.routes.load();
-        let routes = Routes::new(&snapshot, previous.as_deref(), &self.own);
+        let routes = Routes::new(&snapshot, previous.as_deref(), &self.own, &self.home);
         routes.tell_panic(previous.as_deref());
         self.routes.store(Some(Arc::new(routes)));
         let now = Instant::now();

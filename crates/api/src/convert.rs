@@ -24,7 +24,8 @@ use weft_model::security::{
 };
 use weft_model::service::{PORTS_MAX, ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
-    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand, TrafficPolicy,
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, Nearness, OutlierPolicy,
+    SUBSET_LABELS_MAX, SUBSETS_MAX, Subset, TrafficCommand, TrafficPolicy, WEIGHT_MAX,
 };
 use weft_model::version::{ExpectedVersion, Version};
 use weft_model::{Command, ConfigVersion, Epoch, InstanceId, Port, Position, ServiceName};
@@ -219,6 +220,7 @@ pub(crate) fn put_traffic_policy(put: &pb::PutTrafficPolicy) -> Result<Command, 
 }
 
 fn traffic_policy(wire: &pb::TrafficPolicy) -> Result<TrafficPolicy, ApiError> {
+    bounded("policy.subsets", wire.subsets.len(), SUBSETS_MAX)?;
     let balance = match pb::Balance::try_from(wire.balance) {
         Ok(pb::Balance::Unspecified) => Balance::default(),
         Ok(pb::Balance::LeastConnections) => Balance::LeastConnections,
@@ -250,12 +252,37 @@ fn traffic_policy(wire: &pb::TrafficPolicy) -> Result<TrafficPolicy, ApiError> {
     });
     Ok(TrafficPolicy {
         balance,
+        locality: wire.locality.map(locality).transpose()?.unwrap_or_default(),
+        subsets: wire.subsets.iter().enumerate().map(subset).collect::<Result<_, ApiError>>()?,
+        sticky_sources: wire.sticky_sources,
         slow_start_ms: wire.slow_start_ms,
         connect,
         limits: limits.unwrap_or_default(),
         outlier_detection: wire.outlier_detection.map(outliers).transpose()?.unwrap_or_default(),
         connection: connection.unwrap_or_default(),
     })
+}
+
+fn subset((index, wire): (usize, &pb::Subset)) -> Result<Subset, ApiError> {
+    let field = |part: &str| format!("policy.subsets[{index}].{part}");
+    bounded(&field("labels"), wire.labels.len(), SUBSET_LABELS_MAX)?;
+    let weight = u16::try_from(wire.weight);
+    Ok(Subset {
+        name: name(&field("name"), &wire.name)?,
+        labels: wire.labels.clone().into_iter().collect(),
+        weight: weight.map_err(|_| ApiError::invalid(&field("weight"), format!("at most {WEIGHT_MAX}")))?,
+    })
+}
+
+fn locality(wire: pb::LocalityPreference) -> Result<LocalityPolicy, ApiError> {
+    let prefer = match pb::Nearness::try_from(wire.prefer) {
+        Ok(pb::Nearness::Unspecified) => Nearness::Any,
+        Ok(pb::Nearness::Region) => Nearness::Region,
+        Ok(pb::Nearness::Zone) => Nearness::Zone,
+        Err(_) => return Err(ApiError::invalid("policy.locality.prefer", "any, region or zone")),
+    };
+    let threshold_percent = small("policy.locality.threshold_percent", wire.threshold_percent)?;
+    Ok(LocalityPolicy { prefer, threshold_percent })
 }
 
 fn outliers(wire: pb::OutlierDetection) -> Result<OutlierPolicy, ApiError> {

@@ -16,6 +16,12 @@ pub const METADATA_ENTRIES_MAX: usize = 16;
 /// Longest metadata key and value, in bytes.
 pub const METADATA_BYTES_MAX: usize = 256;
 
+/// The metadata that say where an instance runs: of two instances in one zone nothing but the machine differs, zones of one region are near
+/// each other. Zones of two regions may have the same name.
+pub const REGION: &str = "region";
+/// See [`REGION`].
+pub const ZONE: &str = "zone";
+
 event_family! {
     /// What can happen in a `membership` scope.
     MembershipEvent { InstanceRegistered = 1, InstanceDraining = 1, InstanceDeregistered = 1, UpstreamAdded = 1 }
@@ -44,6 +50,36 @@ pub enum Upstreams {
     All,
     /// These, declared already or not.
     Only(BTreeSet<ServiceName>),
+}
+
+/// Where an instance runs, as far as it says so: what it does not say is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locality {
+    /// Its region.
+    pub region: String,
+    /// Its zone in the region.
+    pub zone: String,
+}
+
+impl Locality {
+    /// What an instance's metadata say of it.
+    #[must_use]
+    pub fn of(metadata: &BTreeMap<String, String>) -> Self {
+        let said = |key: &str| metadata.get(key).cloned().unwrap_or_default();
+        Self { region: said(REGION), zone: said(ZONE) }
+    }
+
+    /// Whether both are in one region, and say so.
+    #[must_use]
+    pub fn shares_region(&self, other: &Self) -> bool {
+        !self.region.is_empty() && self.region == other.region
+    }
+
+    /// Whether both are in one zone, and say so. Zones of instances that say no region are told apart by their names.
+    #[must_use]
+    pub fn shares_zone(&self, other: &Self) -> bool {
+        !self.zone.is_empty() && self.zone == other.zone && self.region == other.region
+    }
 }
 
 impl InstanceRegistered {
@@ -205,10 +241,18 @@ fn validate(wanted: &InstanceRegistered) -> Result<(), Rejection> {
     {
         return Err(too_many_upstreams());
     }
-    if wanted.metadata.len() > METADATA_ENTRIES_MAX {
+    check_metadata(&wanted.metadata)
+}
+
+/// Whether an instance may have these metadata.
+///
+/// # Errors
+/// There are too many, or one is too long or not printable.
+pub fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), Rejection> {
+    if metadata.len() > METADATA_ENTRIES_MAX {
         return Err(Rejection::invalid("metadata", format!("at most {METADATA_ENTRIES_MAX} entries")));
     }
-    for (key, value) in &wanted.metadata {
+    for (key, value) in metadata {
         let printable = |s: &str| s.len() <= METADATA_BYTES_MAX && !s.chars().any(char::is_control);
         if key.is_empty() || !printable(key) || !printable(value) {
             let rule = format!("keys and values are printable, at most {METADATA_BYTES_MAX} bytes");
@@ -325,5 +369,20 @@ mod tests {
         for bad in [anywhere, control, many] {
             assert!(matches!(when(&[], &MembershipCommand::Register(bad)), Err(Rejection::Invalid { .. })));
         }
+    }
+
+    #[test]
+    fn near_is_who_says_so() {
+        let at = |region: &str, zone: &str| {
+            let metadata = [(REGION, region), (ZONE, zone)].into_iter().filter(|(_, said)| !said.is_empty());
+            Locality::of(&metadata.map(|(key, said)| (key.to_owned(), said.to_owned())).collect())
+        };
+        let here = at("eu", "1a");
+        assert!(here.shares_zone(&at("eu", "1a")) && here.shares_region(&at("eu", "1a")));
+        assert!(!here.shares_zone(&at("eu", "1b")) && here.shares_region(&at("eu", "1b")));
+        assert!(!here.shares_zone(&at("us", "1a")) && !here.shares_region(&at("us", "1a")));
+        assert!(!here.shares_zone(&at("", "1a")) && !here.shares_region(&at("", "1a")));
+        assert!(at("", "1a").shares_zone(&at("", "1a")) && !at("", "1a").shares_region(&at("", "1b")));
+        assert!(!at("", "").shares_zone(&at("", "")) && !at("", "").shares_region(&at("", "")));
     }
 }

@@ -13,7 +13,7 @@ use crate::rejection::Rejection;
 use crate::scope::{Scope, SecurityScope, TrafficScope};
 use crate::security::{SecurityCommand, SecurityPolicy};
 use crate::traffic::{TrafficCommand, TrafficPolicy};
-use past::{RolloutBegunV1, RolloutBegunV2};
+use past::{RolloutBegunV1, RolloutBegunV2, RolloutBegunV3};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub const REASON_CHARS_MAX: usize = 500;
 
 event_family! {
     /// What can happen in the `rollout` scope.
-    RolloutEvent { RolloutBegun = 3 from [RolloutBegunV1, RolloutBegunV2], RolloutAdvanced = 1, RolloutAborted = 1 }
+    RolloutEvent { RolloutBegun = 4 from [RolloutBegunV1, RolloutBegunV2, RolloutBegunV3], RolloutAdvanced = 1, RolloutAborted = 1 }
 }
 
 /// The canaries run these policies from now on.

@@ -7,11 +7,14 @@
 mod past;
 
 use crate::event::event_family;
+use crate::id::Name;
+use crate::membership;
 use crate::rejection::Rejection;
 use crate::scope::{Scope, TrafficScope};
-use past::TrafficPolicySetV1;
-pub(crate) use past::TrafficPolicyV1;
+use past::{TrafficPolicySetV1, TrafficPolicySetV2};
+pub(crate) use past::{TrafficPolicyV1, TrafficPolicyV2};
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 /// Longest connect timeout, in milliseconds: past it an application has given up long ago.
@@ -27,6 +30,12 @@ pub const BUDGET_MIN_PER_SECOND_MAX: u32 = 10_000;
 pub const SLOW_START_MS_MAX: u32 = 900_000;
 /// Bounds of circuit limits. None would be reached above: it is several times what a sidecar holds.
 pub const LIMIT: RangeInclusive<u32> = 1..=1_000_000;
+/// Most subsets of a service: a person can still tell which version runs where.
+pub const SUBSETS_MAX: usize = 8;
+/// Most labels of a subset.
+pub const SUBSET_LABELS_MAX: usize = 4;
+/// Largest weight of a subset: finer than a tenth of a percent nobody can tell.
+pub const WEIGHT_MAX: u16 = 1_000;
 /// Most failures in a row before an endpoint is ejected: more are no pattern any more, but an endpoint that does not work.
 pub const OUTLIER_FAILURES_MAX: u8 = 100;
 /// Bounds of the shortest ejection, in milliseconds: below, it is over before anybody noticed; above, one bad minute costs a day.
@@ -38,7 +47,7 @@ pub const LIFETIME_MS: RangeInclusive<u32> = 100..=2_592_000_000;
 
 event_family! {
     /// What can happen in a `traffic` scope.
-    TrafficEvent { TrafficPolicySet = 2 from [TrafficPolicySetV1], TrafficPolicyDeleted = 1 }
+    TrafficEvent { TrafficPolicySet = 3 from [TrafficPolicySetV1, TrafficPolicySetV2], TrafficPolicyDeleted = 1 }
 }
 
 /// This policy holds from now on.
@@ -55,11 +64,17 @@ pub struct TrafficPolicySet {
 pub struct TrafficPolicyDeleted {}
 
 /// How connections to a service are spread over its endpoints and opened, and how long they last.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrafficPolicy {
     /// How an endpoint is chosen.
     pub balance: Balance,
+    /// Whether endpoints that are near come first.
+    pub locality: LocalityPolicy,
+    /// Parts of the service that get connections by weight; none if it is not parted.
+    pub subsets: Vec<Subset>,
+    /// Whether the subset follows from the source address, and not from whose turn it is.
+    pub sticky_sources: bool,
     /// For how long an endpoint that became eligible, or came back from an ejection, gets less than its share, growing
     /// to the whole of it, in milliseconds; 0 for not at all.
     pub slow_start_ms: u32,
@@ -105,6 +120,64 @@ impl Balance {
             Self::RoundRobin => "round_robin",
             Self::Random => "random",
             Self::Maglev => "maglev",
+        }
+    }
+}
+
+/// A part of a service's instances, such as those of one version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Subset {
+    /// What records call it; unique in its policy.
+    pub name: Name,
+    /// The metadata that its instances have, all of them. An instance belongs to the first subset that it fits.
+    pub labels: BTreeMap<String, String>,
+    /// How many connections it gets of as many as all weights together; 0 for none.
+    pub weight: u16,
+}
+
+/// Whether endpoints near the client come first, and when they are too few for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalityPolicy {
+    /// Which ones are near.
+    pub prefer: Nearness,
+    /// How many of a hundred endpoints of a locality have to be healthy for it to take all connections that are due to it. If fewer
+    /// are, it takes as much less, and the rest goes to the next nearest.
+    pub threshold_percent: u8,
+}
+
+impl Default for LocalityPolicy {
+    /// Seven of ten that take the load of ten have two fifths more to bear each, which most are sized for.
+    fn default() -> Self {
+        Self { prefer: Nearness::Any, threshold_percent: 70 }
+    }
+}
+
+/// Which endpoints are near.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Nearness {
+    /// All are alike.
+    #[default]
+    Any,
+    /// Those in the client's region come first.
+    Region,
+    /// Those in the client's zone come first, then those in its region.
+    Zone,
+}
+
+impl Nearness {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Any, Self::Region, Self::Zone];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Any => "any",
+            Self::Region => "region",
+            Self::Zone => "zone",
         }
     }
 }
@@ -239,7 +312,7 @@ pub fn decide(
         (TrafficCommand::Put(wanted), Some(current)) if wanted == current => Ok(Vec::new()),
         (TrafficCommand::Put(wanted), _) => {
             validate(wanted)?;
-            Ok(vec![TrafficPolicySet { policy: *wanted }.into()])
+            Ok(vec![TrafficPolicySet { policy: wanted.clone() }.into()])
         }
         (TrafficCommand::Delete, Some(_)) => Ok(vec![TrafficPolicyDeleted {}.into()]),
         (TrafficCommand::Delete, None) => Err(Rejection::Absent(Scope::Traffic(scope.clone()))),
@@ -250,7 +323,7 @@ pub fn decide(
 #[must_use]
 pub fn apply(_state: TrafficState, event: &TrafficEvent) -> TrafficState {
     match event {
-        TrafficEvent::TrafficPolicySet(TrafficPolicySet { policy }) => Some(*policy),
+        TrafficEvent::TrafficPolicySet(TrafficPolicySet { policy }) => Some(policy.clone()),
         TrafficEvent::TrafficPolicyDeleted(TrafficPolicyDeleted {}) => None,
     }
 }
@@ -259,7 +332,24 @@ fn validate(policy: &TrafficPolicy) -> Result<(), Rejection> {
     let within = |field: &str, value: u32, bounds: RangeInclusive<u32>, rule: String| {
         if bounds.contains(&value) { Ok(()) } else { Err(Rejection::invalid(field, rule)) }
     };
-    let TrafficPolicy { balance: _, slow_start_ms, connect, limits, outlier_detection, connection } = policy;
+    let TrafficPolicy {
+        balance: _,
+        locality,
+        subsets,
+        sticky_sources,
+        slow_start_ms,
+        connect,
+        limits,
+        outlier_detection,
+        connection,
+    } = policy;
+    validate_subsets(subsets, *sticky_sources)?;
+    within(
+        "locality.threshold_percent",
+        locality.threshold_percent.into(),
+        1..=100,
+        "from 1 to 100".to_owned(),
+    )?;
     let minutes = format!("at most {} min", SLOW_START_MS_MAX / 60_000);
     within("slow_start", *slow_start_ms, 0..=SLOW_START_MS_MAX, minutes)?;
     validate_connect(connect)?;
@@ -279,6 +369,36 @@ fn validate(policy: &TrafficPolicy) -> Result<(), Rejection> {
             let rule = "from 100 ms to 30 days".to_owned();
             within(&format!("connection.{name}"), milliseconds, LIFETIME_MS, rule)?;
         }
+    }
+    Ok(())
+}
+
+fn validate_subsets(subsets: &[Subset], sticky_sources: bool) -> Result<(), Rejection> {
+    if subsets.len() > SUBSETS_MAX {
+        return Err(Rejection::invalid("subsets", format!("at most {SUBSETS_MAX}")));
+    }
+    if sticky_sources && subsets.is_empty() {
+        return Err(Rejection::invalid("sticky_sources", "there are no subsets to stick to"));
+    }
+    let mut names = BTreeSet::new();
+    for (index, Subset { name, labels, weight }) in subsets.iter().enumerate() {
+        let invalid =
+            |field: &str, rule: String| Err(Rejection::invalid(format!("subsets[{index}].{field}"), rule));
+        if !names.insert(name) {
+            return invalid("name", format!("{name} is there twice"));
+        }
+        if labels.is_empty() || labels.len() > SUBSET_LABELS_MAX {
+            return invalid("labels", format!("from 1 to {SUBSET_LABELS_MAX}"));
+        }
+        if membership::check_metadata(labels).is_err() {
+            return invalid("labels", "such as metadata of an instance may be".into());
+        }
+        if *weight > WEIGHT_MAX {
+            return invalid("weight", format!("at most {WEIGHT_MAX}"));
+        }
+    }
+    if !subsets.is_empty() && subsets.iter().all(|subset| subset.weight == 0) {
+        return Err(Rejection::invalid("subsets", "nobody would get a connection: one needs a weight"));
     }
     Ok(())
 }
@@ -335,21 +455,46 @@ mod tests {
     #[test]
     fn a_policy_is_set_kept_replaced_and_deleted() {
         let first = TrafficPolicy::default();
-        let second = TrafficPolicy { balance: Balance::Random, ..first };
-        let put = |policy| TrafficCommand::Put(policy);
-        let set = |policy| vec![TrafficEvent::from(TrafficPolicySet { policy })];
-        assert_eq!(decide(&scope(), &None, &put(first)), Ok(set(first)));
-        assert_eq!(decide(&scope(), &Some(first), &put(first)), Ok(vec![]));
-        assert_eq!(decide(&scope(), &Some(first), &put(second)), Ok(set(second)));
-        let deleted = decide(&scope(), &Some(first), &TrafficCommand::Delete).unwrap();
+        let second = TrafficPolicy { balance: Balance::Random, ..first.clone() };
+        let put = |policy: &TrafficPolicy| TrafficCommand::Put(policy.clone());
+        let set =
+            |policy: &TrafficPolicy| vec![TrafficEvent::from(TrafficPolicySet { policy: policy.clone() })];
+        let before = Some(first.clone());
+        assert_eq!(decide(&scope(), &None, &put(&first)), Ok(set(&first)));
+        assert_eq!(decide(&scope(), &before, &put(&first)), Ok(vec![]));
+        assert_eq!(decide(&scope(), &before, &put(&second)), Ok(set(&second)));
+        let deleted = decide(&scope(), &before, &TrafficCommand::Delete).unwrap();
         assert_eq!(deleted.iter().fold(Some(first), apply), None);
         assert!(decide(&scope(), &None, &TrafficCommand::Delete).is_err());
+    }
+
+    fn subset(name: &str, weight: u16) -> Subset {
+        let labels = [("version".to_owned(), name.to_owned())].into();
+        Subset { name: name.parse().unwrap(), labels, weight }
     }
 
     #[test]
     fn every_value_is_bounded_and_the_rejection_names_it() {
         type Change = fn(&mut TrafficPolicy);
-        let wrong: [(&str, Change); 19] = [
+        let wrong: [(&str, Change); 29] = [
+            ("subsets", |policy| policy.subsets = vec![subset("a", 1); SUBSETS_MAX + 1]),
+            ("subsets", |policy| policy.subsets = vec![subset("a", 0)]),
+            ("subsets[1].name", |policy| policy.subsets = vec![subset("a", 1), subset("a", 1)]),
+            ("subsets[0].weight", |policy| policy.subsets = vec![subset("a", WEIGHT_MAX + 1)]),
+            ("subsets[0].labels", |policy| {
+                policy.subsets = vec![Subset { labels: BTreeMap::new(), ..subset("a", 1) }];
+            }),
+            ("subsets[0].labels", |policy| {
+                let many = (0..=SUBSET_LABELS_MAX).map(|number| (number.to_string(), String::new()));
+                policy.subsets = vec![Subset { labels: many.collect(), ..subset("a", 1) }];
+            }),
+            ("subsets[0].labels", |policy| {
+                let labels = [("version".to_owned(), "\n".to_owned())].into();
+                policy.subsets = vec![Subset { labels, ..subset("a", 1) }];
+            }),
+            ("sticky_sources", |policy| policy.sticky_sources = true),
+            ("locality.threshold_percent", |policy| policy.locality.threshold_percent = 0),
+            ("locality.threshold_percent", |policy| policy.locality.threshold_percent = 101),
             ("slow_start", |policy| policy.slow_start_ms = SLOW_START_MS_MAX + 1),
             ("connect.timeout", |policy| policy.connect.timeout_ms = 0),
             ("connect.timeout", |policy| policy.connect.timeout_ms = CONNECT_TIMEOUT_MS_MAX + 1),
@@ -399,9 +544,15 @@ mod tests {
             connect: ConnectPolicy { timeout_ms: 500, retries: 1, ..ConnectPolicy::default() },
             ..TrafficPolicy::default()
         };
-        assert_eq!(read(1, said), Some(policy));
+        assert_eq!(read(1, said), Some(policy.clone()));
         assert_eq!(read(1, "{}"), Some(TrafficPolicy::default()));
         assert_eq!(read(1, r#"{"balance":"maglev"}"#), None, "nobody could have written that");
-        assert_eq!((read(2, said), read(2, "{}")), (None, None), "all of it is written now");
+        assert_eq!((read(2, said), read(2, "{}")), (None, None), "all of it is written since");
+        let current = serde_json::to_string(&policy).unwrap();
+        assert_eq!((read(3, &current), read(2, &current)), (Some(policy.clone()), None));
+        let newer =
+            r#""locality":{"prefer":"any","threshold_percent":70},"subsets":[],"sticky_sources":false,"#;
+        let without = current.replace(newer, "");
+        assert_eq!((read(2, &without), read(3, &without)), (Some(policy), None));
     }
 }

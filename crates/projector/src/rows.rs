@@ -11,7 +11,7 @@ use std::sync::Arc;
 use weft_model::membership::Upstreams;
 use weft_model::rollout::{Evidence, RolloutAborted, RolloutAdvanced, RolloutState};
 use weft_model::security::{Action, Mode, OnChange, SecurityPolicy};
-use weft_model::traffic::{OutlierPolicy, TrafficPolicy};
+use weft_model::traffic::{Nearness, OutlierPolicy, TrafficPolicy};
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_routing::damping::Damping;
 use weft_routing::projection::{BuiltShard, Class};
@@ -451,7 +451,17 @@ fn variant_name(key: &ShardKey) -> String {
 /// A traffic policy in words, for a table. Of what seldom is said only what is not as it is by default.
 #[must_use]
 pub fn traffic_summary(policy: &TrafficPolicy) -> String {
-    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = policy;
+    let TrafficPolicy {
+        balance,
+        locality,
+        subsets,
+        sticky_sources,
+        slow_start_ms,
+        connect,
+        limits,
+        outlier_detection,
+        connection,
+    } = policy;
     let usual = TrafficPolicy::default();
     let (timeout, retries) = (connect.timeout_ms, connect.retries);
     let mut parts = vec![balance.as_str().to_owned(), format!("connect {timeout} ms, {retries} retries")];
@@ -461,6 +471,20 @@ pub fn traffic_summary(policy: &TrafficPolicy) -> String {
     }
     if connect.backoff_ms != usual.connect.backoff_ms {
         parts.push(format!("backoff {} ms", connect.backoff_ms));
+    }
+    match locality.prefer {
+        Nearness::Any => {}
+        Nearness::Region | Nearness::Zone => parts.push(format!(
+            "prefers its {} down to {} % healthy",
+            locality.prefer.as_str(),
+            locality.threshold_percent
+        )),
+    }
+    if !subsets.is_empty() {
+        let parts_of: Vec<_> =
+            subsets.iter().map(|subset| format!("{} {}", subset.name, subset.weight)).collect();
+        let sticky = if *sticky_sources { " by source" } else { "" };
+        parts.push(format!("subsets {}{sticky}", parts_of.join(", ")));
     }
     if *slow_start_ms != usual.slow_start_ms {
         parts.push(format!("slow start {slow_start_ms} ms"));

@@ -33,7 +33,7 @@ use weft_model::{ConfigVersion, InstanceId, Position};
 
 /// Names what the fold makes of events and how a checkpoint writes it down. Raise it with every change of either: a
 /// checkpoint of another version is not read, and the log is folded from its first event.
-pub const FOLD_VERSION: u32 = 6;
+pub const FOLD_VERSION: u32 = 7;
 
 /// A projection, as far as it cannot be built again.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -167,7 +167,7 @@ impl<'a> BatchView<'a> {
             }
             Command::Health(instance, command) => self.decide_health(instance, command, now),
             Command::Traffic(scope, command) => {
-                let current = state.traffic_policy(scope).and_then(|entry| entry.state);
+                let current = state.traffic_policy(scope).and_then(|entry| entry.state.clone());
                 into_events(traffic::decide(scope, &current, command)?)
             }
             Command::Security(scope, command) => {

@@ -80,10 +80,10 @@ impl RoutingState {
             && let Some((Candidate::Traffic { policy, .. }, source)) =
                 self.tried(&Scope::Traffic(scope.clone()))
         {
-            return policy.map(|policy| ResolvedTraffic { policy, source });
+            return policy.clone().map(|policy| ResolvedTraffic { policy, source });
         }
         let entry = self.traffic_policy(scope)?;
-        entry.state.map(|policy| ResolvedTraffic { policy, source: entry.source })
+        entry.state.clone().map(|policy| ResolvedTraffic { policy, source: entry.source })
     }
 
     /// The traffic scopes for connections to a service from one other.

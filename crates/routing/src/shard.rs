@@ -11,10 +11,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
+use std::sync::LazyLock;
 use weft_model::health::Health;
+use weft_model::membership::Locality;
 use weft_model::security::{Action, SecurityPolicy};
 use weft_model::service::ServicePort;
-use weft_model::traffic::TrafficPolicy;
+use weft_model::traffic::{Nearness, TrafficPolicy};
 use weft_model::{Name, Port, Position, ScopeVersion, SecurityScope, ServiceName, TrustDomain};
 
 /// Names a shard.
@@ -61,6 +63,10 @@ pub struct Endpoint {
     pub health: Health,
     /// The last event that changed this endpoint.
     pub position: Position,
+    /// Where it runs; not said if no policy for the service looks at it.
+    pub locality: Locality,
+    /// Of its metadata those that policies for the service look at.
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Endpoint {
@@ -72,7 +78,7 @@ impl Endpoint {
 }
 
 /// A traffic policy and where it comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedTraffic {
     /// The policy.
     pub policy: TrafficPolicy,
@@ -115,13 +121,25 @@ pub struct TrustShard {
     pub roots_pem: Vec<String>,
 }
 
+impl ResolvedTraffic {
+    pub(crate) fn looks_at_localities(&self) -> bool {
+        self.policy.locality.prefer != Nearness::Any
+    }
+
+    /// The keys of the metadata that subsets go by.
+    pub(crate) fn looks_at(&self) -> impl Iterator<Item = &String> {
+        self.policy.subsets.iter().flat_map(|subset| subset.labels.keys())
+    }
+}
+
 impl EndpointsShard {
     /// The policy for connections from `source`, and where it comes from; the default one comes from nowhere.
     #[must_use]
-    pub fn traffic_for(&self, source: &ServiceName) -> (TrafficPolicy, Option<ScopeVersion>) {
+    pub fn traffic_for(&self, source: &ServiceName) -> (&TrafficPolicy, Option<ScopeVersion>) {
+        static USUAL: LazyLock<TrafficPolicy> = LazyLock::new(TrafficPolicy::default);
         match self.overrides.get(source).or(self.traffic.as_ref()) {
-            Some(resolved) => (resolved.policy, Some(resolved.source)),
-            None => (TrafficPolicy::default(), None),
+            Some(resolved) => (&resolved.policy, Some(resolved.source)),
+            None => (&USUAL, None),
         }
     }
 

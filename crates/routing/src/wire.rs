@@ -60,6 +60,33 @@ pub(crate) struct Endpoint {
     pub(crate) health: i32,
     #[prost(uint64, tag = "5")]
     pub(crate) position: u64,
+    /// Only if a policy for the service looks at them.
+    #[prost(string, tag = "6")]
+    pub(crate) region: String,
+    #[prost(string, tag = "7")]
+    pub(crate) zone: String,
+    /// Metadata, only those whose keys a policy for the service looks at; sorted by key.
+    #[prost(message, repeated, tag = "8")]
+    pub(crate) labels: Vec<Label>,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Label {
+    #[prost(string, tag = "1")]
+    pub(crate) key: String,
+    #[prost(string, tag = "2")]
+    pub(crate) value: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Subset {
+    #[prost(string, tag = "1")]
+    pub(crate) name: String,
+    /// Sorted by key.
+    #[prost(message, repeated, tag = "2")]
+    pub(crate) labels: Vec<Label>,
+    #[prost(uint32, tag = "3")]
+    pub(crate) weight: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
@@ -96,6 +123,28 @@ pub(crate) struct Traffic {
     pub(crate) outliers: Option<Outliers>,
     #[prost(message, optional, tag = "11")]
     pub(crate) lifetime: Option<Lifetime>,
+    #[prost(message, optional, tag = "12")]
+    pub(crate) locality: Option<Locality>,
+    #[prost(message, repeated, tag = "13")]
+    pub(crate) subsets: Vec<Subset>,
+    #[prost(bool, tag = "14")]
+    pub(crate) sticky_sources: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Locality {
+    #[prost(enumeration = "Nearness", tag = "1")]
+    pub(crate) prefer: i32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) threshold_percent: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum Nearness {
+    Any = 0,
+    Region = 1,
+    Zone = 2,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]

@@ -171,11 +171,11 @@ impl Mesh {
         }
         let sources = shard.overrides.iter().map(|(source, resolved)| (source.to_string(), resolved));
         for (source, resolved) in shard.traffic.iter().map(|wide| ("*".into(), wide)).chain(sources) {
-            let policy = resolved.policy;
-            let TrafficPolicy { balance, connect, .. } = policy;
+            let policy = resolved.policy.clone();
+            let TrafficPolicy { balance, connect, .. } = &policy;
             let (ms, retries, by) = (connect.timeout_ms, connect.retries, resolved.source.position);
             let spoken = TrafficPolicy {
-                balance,
+                balance: *balance,
                 connect: ConnectPolicy { timeout_ms: ms, retries, ..ConnectPolicy::default() },
                 ..TrafficPolicy::default()
             };

@@ -13,7 +13,8 @@ use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
-    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand, TrafficPolicy,
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, Nearness, OutlierPolicy, Subset,
+    TrafficCommand, TrafficPolicy,
 };
 use weft_model::{
     Command, ConfigVersion, Epoch, Event, Fact, InstanceId, Name, Namespace, Port, Scope, ScopeVersion,
@@ -507,11 +508,16 @@ fn registration() -> impl Strategy<Value = InstanceRegistered> {
         Just(Upstreams::All),
         prop::collection::btree_set(service(), 0..3).prop_map(Upstreams::Only)
     ];
-    (upstreams, port()).prop_map(|(upstreams, port)| InstanceRegistered {
+    let metadata = prop::collection::btree_map(
+        select(&["region", "zone", "build"][..]).prop_map(str::to_owned),
+        select(&["1", "2"][..]).prop_map(str::to_owned),
+        0..3,
+    );
+    (upstreams, port(), metadata).prop_map(|(upstreams, port, metadata)| InstanceRegistered {
         address: "127.0.0.1".parse().unwrap(),
         port,
         upstreams,
-        metadata: BTreeMap::new(),
+        metadata,
     })
 }
 
@@ -626,6 +632,14 @@ fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
         (time(), time(), time()).prop_map(|(half_open_timeout_ms, idle_timeout_ms, max_age_ms)| {
             ConnectionPolicy { half_open_timeout_ms, idle_timeout_ms, max_age_ms }
         });
+    let locality = (select(&Nearness::ALL[..]), 1..101_u8)
+        .prop_map(|(prefer, threshold_percent)| LocalityPolicy { prefer, threshold_percent });
+    let labels = prop::collection::btree_map(
+        select(&["zone", "build"][..]).prop_map(str::to_owned),
+        select(&["1", "2"][..]).prop_map(str::to_owned),
+        1..3,
+    );
+    let subset = (labels, 1..4_u16);
     // As often as not a part is what it is by default, which is written in another way.
     (
         select(&Balance::ALL[..]),
@@ -634,10 +648,31 @@ fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
         prop_oneof![Just(CircuitLimits::default()), limits],
         prop_oneof![Just(OutlierPolicy::default()), outlier_detection],
         prop_oneof![Just(ConnectionPolicy::default()), connection],
+        prop_oneof![Just(LocalityPolicy::default()), locality],
+        prop::collection::vec(subset, 0..3),
     )
-        .prop_map(|(balance, slow_start_ms, connect, limits, outlier_detection, connection)| {
-            TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection }
-        })
+        .prop_map(
+            |(balance, slow_start_ms, connect, limits, outlier_detection, connection, locality, subsets)| {
+                let named = subsets.into_iter().enumerate().map(|(index, (labels, weight))| Subset {
+                    name: format!("s{index}").parse().unwrap(),
+                    labels,
+                    weight,
+                });
+                let subsets: Vec<_> = named.collect();
+                let sticky_sources = subsets.len() == 2;
+                TrafficPolicy {
+                    balance,
+                    locality,
+                    subsets,
+                    sticky_sources,
+                    slow_start_ms,
+                    connect,
+                    limits,
+                    outlier_detection,
+                    connection,
+                }
+            },
+        )
 }
 
 fn policy() -> impl Strategy<Value = Command> {

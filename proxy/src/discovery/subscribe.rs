@@ -253,7 +253,7 @@ impl Subscriber {
                 port: self.advertised.port().into(),
                 upstreams: upstreams.into_iter().map(ToString::to_string).collect(),
                 all_upstreams: self.config.all_upstreams,
-                metadata: Default::default(),
+                metadata: self.config.metadata.clone().into_iter().collect(),
             }),
         };
         let mut mesh = MeshClient::new(channel.clone());

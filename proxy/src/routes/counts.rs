@@ -2,6 +2,7 @@
 //! changes is atomic; a lock is taken when an attempt fails, or when one of an endpoint that failed before succeeds, and
 //! never while anything is waited for.
 
+use super::TURNS;
 use crate::balance::WARM;
 use crate::balance::ewma::Ewma;
 use crate::budget::Budget;
@@ -89,7 +90,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What is counted of a service, from the first snapshot that has it to the last.
 #[derive(Debug, Default)]
 pub(crate) struct ServiceCount {
-    pub(super) turn: AtomicUsize,
+    /// Of each level of nearness in each subset.
+    pub(super) turns: [AtomicUsize; TURNS],
+    /// Connections that took a turn of a subset.
+    pub(super) picks: AtomicUsize,
+    /// How often an endpoint was ejected or has returned.
+    pub(super) ejections: AtomicU32,
     counted: Counted,
     /// Connections since the budget was asked last.
     begun: AtomicU64,
@@ -335,7 +341,10 @@ impl Load {
         let mut machine = lock(&endpoint.machine);
         let known = machine.get_or_insert_default();
         let step = something(known, &share);
-        endpoint.until.store(known.until().unwrap_or(0), Ordering::Relaxed);
+        let until = known.until().unwrap_or(0);
+        if (endpoint.until.swap(until, Ordering::Relaxed) == 0) != (until == 0) {
+            service.ejections.fetch_add(1, Ordering::Relaxed);
+        }
         endpoint.failed.store(known.hears_successes(), Ordering::Relaxed);
         if known.is_blank(policy, now) {
             *machine = None;

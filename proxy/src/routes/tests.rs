@@ -1,5 +1,8 @@
 //! A service's endpoints under a simulated clock: what is chosen, who is ejected and when it comes back, to the millisecond.
 
+mod nearness;
+mod subsets;
+
 use super::*;
 use crate::outlier::{Cause, Share, State, Step};
 use rand::SeedableRng;
@@ -11,6 +14,8 @@ use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::traffic::{CircuitLimits, OutlierPolicy};
 use weft_model::{Event, Port, Scope};
 use weft_routing::{Projection, fixture};
+
+const HOME: Locality = Locality { region: String::new(), zone: String::new() };
 
 fn own() -> InstanceId {
     "default/api/api-0".parse().unwrap()
@@ -57,7 +62,7 @@ struct World {
 
 impl World {
     fn new(endpoints: usize, policy: TrafficPolicy) -> Self {
-        let routes = Routes::new(&snapshot(endpoints), None, &own());
+        let routes = Routes::new(&snapshot(endpoints), None, &own(), &HOME);
         Self { routes, policy, rng: SmallRng::seed_from_u64(11) }
     }
 
@@ -81,10 +86,10 @@ fn policy(balance: Balance) -> TrafficPolicy {
 #[test]
 fn whose_turn_it_is_outlives_a_snapshot() {
     let instance = "default/web/web-1".parse().unwrap();
-    let first = Routes::new(&Arc::new(fixture::snapshot(&instance)), None, &instance);
-    first.services[&instance.service].service.turn.store(5, Ordering::Relaxed);
-    let second = Routes::new(&Arc::new(fixture::changed_snapshot(&instance)), Some(&first), &instance);
-    assert_eq!(second.services[&instance.service].service.turn.load(Ordering::Relaxed), 5);
+    let first = Routes::new(&Arc::new(fixture::snapshot(&instance)), None, &instance, &HOME);
+    first.services[&instance.service].service.turns[0].store(5, Ordering::Relaxed);
+    let second = Routes::new(&Arc::new(fixture::changed_snapshot(&instance)), Some(&first), &instance, &HOME);
+    assert_eq!(second.services[&instance.service].service.turns[0].load(Ordering::Relaxed), 5);
 }
 
 /// A connection a millisecond, and one endpoint of four that refuses for 25 seconds: three failures, ten seconds without
@@ -233,12 +238,12 @@ async fn ejections_and_slow_starts_outlive_a_snapshot_and_new_endpoints_start_sl
         };
     }
     pass(5_000).await;
-    world.routes = Routes::new(&snapshot(3), Some(&world.routes), &own());
+    world.routes = Routes::new(&snapshot(3), Some(&world.routes), &own(), &HOME);
     assert_eq!(world.routes.ejected(), 1);
     assert_eq!((warmth(&world, 0), warmth(&world, 2)), (balance::WARM, balance::WARM / 10));
     pass(5_000).await;
     assert_eq!(warmth(&world, 2), balance::WARM / 2);
-    world.routes = Routes::new(&snapshot(4), Some(&world.routes), &own());
+    world.routes = Routes::new(&snapshot(4), Some(&world.routes), &own(), &HOME);
     assert_eq!((warmth(&world, 2), warmth(&world, 3)), (balance::WARM / 2, balance::WARM / 10));
 }
 
@@ -261,14 +266,14 @@ async fn news_of_an_endpoint_bring_its_return_forward_and_another_address_has_no
     }
     pass(1_000).await;
     let down = changed(2, |events| events.push(health(1, Health::Unhealthy, 2)));
-    world.routes = Routes::new(&down, Some(&world.routes), &own());
+    world.routes = Routes::new(&down, Some(&world.routes), &own(), &HOME);
     for _ in 0..9 {
         assert_eq!(world.choose(&[]).unwrap().0, 0);
     }
     let up = changed(2, |events| {
         events.extend([health(1, Health::Unhealthy, 2), health(1, Health::Healthy, 3)]);
     });
-    world.routes = Routes::new(&up, Some(&world.routes), &own());
+    world.routes = Routes::new(&up, Some(&world.routes), &own(), &HOME);
     assert_eq!(world.routes.ejected(), 1, "it is not forgiven");
     let loads: Vec<_> = (0..9).map(|_| world.choose(&[]).unwrap()).collect();
     let trials: Vec<_> = loads.iter().filter(|(index, ..)| *index == 1).map(|(_, way, _)| *way).collect();
@@ -286,6 +291,6 @@ async fn news_of_an_endpoint_bring_its_return_forward_and_another_address_has_no
         events.extend([health(1, Health::Unhealthy, 2), health(1, Health::Healthy, 3)]);
         events.push((Scope::Membership(id), Event::Membership(registered.into())));
     });
-    world.routes = Routes::new(&moved, Some(&world.routes), &own());
+    world.routes = Routes::new(&moved, Some(&world.routes), &own(), &HOME);
     assert_eq!(world.routes.ejected(), 0);
 }

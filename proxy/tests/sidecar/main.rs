@@ -12,6 +12,7 @@ mod ends;
 mod faults;
 mod gate;
 mod life;
+mod nearness;
 mod path;
 mod policy;
 mod redirect;

@@ -6,7 +6,7 @@ use weft_model::health::Health;
 use weft_model::membership::{InstanceRegistered, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::security::{Action, Mode, OnChange, Rule, SecurityPolicy};
-use weft_model::traffic::{Balance, TrafficPolicy};
+use weft_model::traffic::{Balance, Nearness, Subset, TrafficPolicy};
 use weft_model::{InstanceId, Scope, SecurityScope, ServiceName, TrafficScope};
 use weft_proto::v1 as pb;
 use weft_proto::v1::resource::Spec;
@@ -117,7 +117,22 @@ const fn action(action: Option<Action>) -> pb::Action {
 }
 
 fn traffic(policy: &TrafficPolicy) -> pb::TrafficPolicy {
-    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = *policy;
+    let TrafficPolicy {
+        balance,
+        locality,
+        subsets,
+        sticky_sources,
+        slow_start_ms,
+        connect,
+        limits,
+        outlier_detection,
+        connection,
+    } = policy;
+    let subset = |subset: &Subset| pb::Subset {
+        name: subset.name.to_string(),
+        labels: subset.labels.clone().into_iter().collect(),
+        weight: subset.weight.into(),
+    };
     let balance = match balance {
         Balance::LeastConnections => pb::Balance::LeastConnections,
         Balance::RoundRobin => pb::Balance::RoundRobin,
@@ -125,11 +140,16 @@ fn traffic(policy: &TrafficPolicy) -> pb::TrafficPolicy {
         Balance::PeakEwma => pb::Balance::PeakEwma,
         Balance::Maglev => pb::Balance::Maglev,
     };
+    let prefer = match locality.prefer {
+        Nearness::Any => pb::Nearness::Unspecified,
+        Nearness::Region => pb::Nearness::Region,
+        Nearness::Zone => pb::Nearness::Zone,
+    };
     pb::TrafficPolicy {
         balance: balance.into(),
         connect_timeout_ms: connect.timeout_ms,
         connect_retries: u32::from(connect.retries),
-        slow_start_ms,
+        slow_start_ms: *slow_start_ms,
         retry: Some(pb::RetryPolicy {
             backoff_ms: connect.backoff_ms,
             budget_percent: u32::from(connect.budget_percent),
@@ -152,6 +172,12 @@ fn traffic(policy: &TrafficPolicy) -> pb::TrafficPolicy {
             half_open_timeout_ms: connection.half_open_timeout_ms.unwrap_or_default(),
             idle_timeout_ms: connection.idle_timeout_ms.unwrap_or_default(),
             max_age_ms: connection.max_age_ms.unwrap_or_default(),
+        }),
+        subsets: subsets.iter().map(subset).collect(),
+        sticky_sources: *sticky_sources,
+        locality: Some(pb::LocalityPreference {
+            prefer: prefer.into(),
+            threshold_percent: locality.threshold_percent.into(),
         }),
     }
 }

@@ -128,7 +128,7 @@ fn table<'r>(kind: Kind, resources: impl Iterator<Item = &'r v1::Resource>, now_
                 ]);
             }
             Some(Spec::TrafficPolicy(put)) => {
-                let policy = put.policy.unwrap_or_default();
+                let policy = put.policy.clone().unwrap_or_default();
                 table.row([
                     put.scope.clone(),
                     document::balance(policy.balance()).to_owned(),

@@ -31,14 +31,20 @@ pub(crate) enum Document {
         scope: String,
         balance: &'static str,
         #[serde(skip_serializing_if = "Option::is_none")]
+        locality: Option<Locality>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        subsets: Vec<Subset>,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        sticky_sources: bool,
+        #[serde(skip_serializing_if = "Option::is_none")]
         slow_start: Option<String>,
         connect: Connect,
         #[serde(skip_serializing_if = "Option::is_none")]
         limits: Option<Limits>,
         #[serde(skip_serializing_if = "Option::is_none")]
-        outlier_detection: Option<OutlierDetection>,
+        outlier_detection: Option<Box<OutlierDetection>>,
         #[serde(skip_serializing_if = "Option::is_none")]
-        connection: Option<Lifetime>,
+        connection: Option<Box<Lifetime>>,
     },
     SecurityPolicy {
         version: u64,
@@ -89,6 +95,19 @@ pub(crate) struct Connect {
     retries: u32,
     #[serde(flatten)]
     retry: Option<Retry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Locality {
+    prefer: &'static str,
+    threshold_percent: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Subset {
+    name: String,
+    labels: BTreeMap<String, String>,
+    weight: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -238,7 +257,7 @@ pub(crate) fn document(resource: &v1::Resource) -> Option<Document> {
                 metadata: registration.metadata.clone().into_iter().collect(),
             }
         }
-        Spec::TrafficPolicy(put) => traffic(version, put.scope.clone(), &put.policy?),
+        Spec::TrafficPolicy(put) => traffic(version, put.scope.clone(), put.policy.as_ref()?),
         Spec::SecurityPolicy(put) => {
             let policy = put.policy.as_ref()?;
             Document::SecurityPolicy {
@@ -282,6 +301,12 @@ fn traffic(version: u64, scope: String, policy: &v1::TrafficPolicy) -> Document 
         version,
         scope,
         balance: balance(policy.balance()),
+        locality: policy.locality.map(|locality| Locality {
+            prefer: nearness(locality.prefer()),
+            threshold_percent: locality.threshold_percent,
+        }),
+        subsets: policy.subsets.iter().map(subset).collect(),
+        sticky_sources: policy.sticky_sources,
         slow_start: some(policy.slow_start_ms).map(written),
         connect: Connect {
             timeout: written(policy.connect_timeout_ms),
@@ -298,17 +323,21 @@ fn traffic(version: u64, scope: String, policy: &v1::TrafficPolicy) -> Document 
             service_connections: some(limits.service_connections),
             service_pending: some(limits.service_pending),
         }),
-        outlier_detection: policy.outlier_detection.map(|outliers| OutlierDetection {
-            enabled: outliers.enabled,
-            failures: outliers.failures,
-            ejection_base: written(outliers.ejection_base_ms),
-            ejection_max: written(outliers.ejection_max_ms),
-            ejected_percent_max: outliers.ejected_percent_max,
+        outlier_detection: policy.outlier_detection.map(|outliers| {
+            Box::new(OutlierDetection {
+                enabled: outliers.enabled,
+                failures: outliers.failures,
+                ejection_base: written(outliers.ejection_base_ms),
+                ejection_max: written(outliers.ejection_max_ms),
+                ejected_percent_max: outliers.ejected_percent_max,
+            })
         }),
-        connection: policy.connection.map(|connection| Lifetime {
-            half_open_timeout: or_off(connection.half_open_timeout_ms),
-            idle_timeout: or_off(connection.idle_timeout_ms),
-            max_age: or_off(connection.max_age_ms),
+        connection: policy.connection.map(|connection| {
+            Box::new(Lifetime {
+                half_open_timeout: or_off(connection.half_open_timeout_ms),
+                idle_timeout: or_off(connection.idle_timeout_ms),
+                max_age: or_off(connection.max_age_ms),
+            })
         }),
     }
 }
@@ -357,6 +386,22 @@ pub(crate) const fn balance(balance: v1::Balance) -> &'static str {
         v1::Balance::Random => "random",
         v1::Balance::PeakEwma => "peak_ewma",
         v1::Balance::Maglev => "maglev",
+    }
+}
+
+fn subset(subset: &v1::Subset) -> Subset {
+    Subset {
+        name: subset.name.clone(),
+        labels: subset.labels.clone().into_iter().collect(),
+        weight: subset.weight,
+    }
+}
+
+const fn nearness(nearness: v1::Nearness) -> &'static str {
+    match nearness {
+        v1::Nearness::Unspecified => "any",
+        v1::Nearness::Region => "region",
+        v1::Nearness::Zone => "zone",
     }
 }
 

@@ -12,8 +12,8 @@ use weft_model::mesh::{self, MeshDefaults};
 use weft_model::security::{self, Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{self, ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::traffic::{
-    self, Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficCommand,
-    TrafficPolicy,
+    self, Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, Nearness, OutlierPolicy,
+    Subset, TrafficCommand, TrafficPolicy,
 };
 use weft_model::{Command, ExpectedVersion, Port, Rejection, Version};
 
@@ -25,6 +25,8 @@ pub(crate) const FIELDS: &[(&str, &[&str])] = &[
     ("Service ports", PORT),
     ("Instance", INSTANCE),
     ("TrafficPolicy", TRAFFIC),
+    ("TrafficPolicy locality", LOCALITY),
+    ("TrafficPolicy subsets", SUBSET),
     ("TrafficPolicy connect", CONNECT),
     ("TrafficPolicy limits", LIMITS),
     ("TrafficPolicy outlier_detection", OUTLIERS),
@@ -43,12 +45,17 @@ const TRAFFIC: &[&str] = &[
     "version",
     "scope",
     "balance",
+    "locality",
+    "subsets",
+    "sticky_sources",
     "slow_start",
     "connect",
     "limits",
     "outlier_detection",
     "connection",
 ];
+const LOCALITY: &[&str] = &["prefer", "threshold_percent"];
+const SUBSET: &[&str] = &["name", "labels", "weight"];
 const CONNECT: &[&str] = &["timeout", "retries", "backoff", "budget_percent", "budget_min_per_second"];
 const LIMITS: &[&str] =
     &["endpoint_connections", "endpoint_pending", "service_connections", "service_pending"];
@@ -71,6 +78,9 @@ const ANY_FIELD: &[&str] = &[
     "upstreams",
     "metadata",
     "balance",
+    "locality",
+    "subsets",
+    "sticky_sources",
     "slow_start",
     "connect",
     "limits",
@@ -98,6 +108,8 @@ const BALANCES: &[(&str, Balance)] = &[
     ("random", Balance::Random),
     ("maglev", Balance::Maglev),
 ];
+const NEARNESSES: &[(&str, Nearness)] =
+    &[("any", Nearness::Any), ("region", Nearness::Region), ("zone", Nearness::Zone)];
 const BOOLEANS: &[(&str, bool)] = &[("true", true), ("false", false)];
 
 impl Resource {
@@ -199,6 +211,15 @@ fn read_traffic(node: &Node) -> Result<Read, FileError> {
     if let Some(field) = fields.optional("balance") {
         policy.balance = field.word(BALANCES)?;
     }
+    if let Some(field) = fields.optional("locality") {
+        policy.locality = read_locality(field)?;
+    }
+    if let Some(field) = fields.optional("subsets") {
+        policy.subsets = field.list()?.into_iter().map(read_subset).collect::<Result<_, _>>()?;
+    }
+    if let Some(field) = fields.optional("sticky_sources") {
+        policy.sticky_sources = field.word(BOOLEANS)?;
+    }
     if let Some(field) = fields.optional("slow_start") {
         policy.slow_start_ms = field.duration_ms()?;
     }
@@ -216,6 +237,30 @@ fn read_traffic(node: &Node) -> Result<Read, FileError> {
     }
     let command = Command::Traffic(scope.clone(), TrafficCommand::Put(policy));
     Ok((scope.to_string(), expected(&fields)?, command))
+}
+
+fn read_locality(field: Field<'_>) -> Result<LocalityPolicy, FileError> {
+    let fields = field.fields(LOCALITY)?;
+    let mut locality = LocalityPolicy::default();
+    if let Some(field) = fields.optional("prefer") {
+        locality.prefer = field.word(NEARNESSES)?;
+    }
+    if let Some(field) = fields.optional("threshold_percent") {
+        locality.threshold_percent = small(&field, 1..=100)?;
+    }
+    Ok(locality)
+}
+
+fn read_subset(field: Field<'_>) -> Result<Subset, FileError> {
+    let fields = field.fields(SUBSET)?;
+    let labels = Fields::entries(&fields.required("labels")?)?.into_iter();
+    let weight = fields.required("weight")?;
+    Ok(Subset {
+        name: fields.required("name")?.parse()?,
+        labels: labels.map(|(key, value)| Ok((key, value.text()?.to_owned()))).collect::<Result<_, _>>()?,
+        weight: u16::try_from(weight.number(0..=u64::from(traffic::WEIGHT_MAX))?)
+            .unwrap_or(traffic::WEIGHT_MAX),
+    })
 }
 
 fn read_connect(field: Field<'_>) -> Result<ConnectPolicy, FileError> {

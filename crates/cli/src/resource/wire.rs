@@ -6,7 +6,7 @@ use weft_model::membership::{InstanceRegistered, MembershipCommand, Upstreams};
 use weft_model::mesh::MeshDefaults;
 use weft_model::security::{Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy};
 use weft_model::service::{ServiceCommand, ServiceDeclared};
-use weft_model::traffic::{Balance, TrafficCommand, TrafficPolicy};
+use weft_model::traffic::{Balance, Nearness, Subset, TrafficCommand, TrafficPolicy};
 use weft_model::{Command, ExpectedVersion};
 use weft_proto::v1;
 use weft_proto::v1::change::Change as Wanted;
@@ -106,7 +106,22 @@ fn instance(instance: String, registration: &InstanceRegistered) -> v1::Register
 }
 
 fn traffic(policy: &TrafficPolicy) -> v1::TrafficPolicy {
-    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } = *policy;
+    let TrafficPolicy {
+        balance,
+        locality,
+        subsets,
+        sticky_sources,
+        slow_start_ms,
+        connect,
+        limits,
+        outlier_detection,
+        connection,
+    } = policy;
+    let subset = |subset: &Subset| v1::Subset {
+        name: subset.name.to_string(),
+        labels: subset.labels.clone().into_iter().collect(),
+        weight: subset.weight.into(),
+    };
     let balance = match balance {
         Balance::LeastConnections => v1::Balance::LeastConnections,
         Balance::RoundRobin => v1::Balance::RoundRobin,
@@ -114,11 +129,16 @@ fn traffic(policy: &TrafficPolicy) -> v1::TrafficPolicy {
         Balance::PeakEwma => v1::Balance::PeakEwma,
         Balance::Maglev => v1::Balance::Maglev,
     };
+    let prefer = match locality.prefer {
+        Nearness::Any => v1::Nearness::Unspecified,
+        Nearness::Region => v1::Nearness::Region,
+        Nearness::Zone => v1::Nearness::Zone,
+    };
     v1::TrafficPolicy {
         balance: balance.into(),
         connect_timeout_ms: connect.timeout_ms,
         connect_retries: u32::from(connect.retries),
-        slow_start_ms,
+        slow_start_ms: *slow_start_ms,
         retry: Some(v1::RetryPolicy {
             backoff_ms: connect.backoff_ms,
             budget_percent: u32::from(connect.budget_percent),
@@ -141,6 +161,12 @@ fn traffic(policy: &TrafficPolicy) -> v1::TrafficPolicy {
             half_open_timeout_ms: connection.half_open_timeout_ms.unwrap_or_default(),
             idle_timeout_ms: connection.idle_timeout_ms.unwrap_or_default(),
             max_age_ms: connection.max_age_ms.unwrap_or_default(),
+        }),
+        subsets: subsets.iter().map(subset).collect(),
+        sticky_sources: *sticky_sources,
+        locality: Some(v1::LocalityPreference {
+            prefer: prefer.into(),
+            threshold_percent: locality.threshold_percent.into(),
         }),
     }
 }

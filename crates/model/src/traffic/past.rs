@@ -1,7 +1,8 @@
 //! Past shapes of events of the `traffic` scope.
 
 use super::{
-    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy, TrafficPolicySet,
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, OutlierPolicy, TrafficPolicy,
+    TrafficPolicySet,
 };
 use serde::Deserialize;
 
@@ -44,13 +45,32 @@ impl Default for ConnectPolicyV1 {
     }
 }
 
-impl From<TrafficPolicySetV1> for TrafficPolicySet {
+/// From before localities and subsets.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TrafficPolicySetV2 {
+    policy: TrafficPolicyV2,
+}
+
+/// A policy of that time.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TrafficPolicyV2 {
+    balance: Balance,
+    slow_start_ms: u32,
+    connect: ConnectPolicy,
+    limits: CircuitLimits,
+    outlier_detection: OutlierPolicy,
+    connection: ConnectionPolicy,
+}
+
+impl From<TrafficPolicySetV1> for TrafficPolicySetV2 {
     fn from(past: TrafficPolicySetV1) -> Self {
         Self { policy: past.policy.into() }
     }
 }
 
-impl From<TrafficPolicyV1> for TrafficPolicy {
+impl From<TrafficPolicyV1> for TrafficPolicyV2 {
     /// What was not said then is what nobody says now.
     fn from(past: TrafficPolicyV1) -> Self {
         let TrafficPolicyV1 { balance, connect: ConnectPolicyV1 { timeout_ms, retries } } = past;
@@ -66,6 +86,30 @@ impl From<TrafficPolicyV1> for TrafficPolicy {
             limits: CircuitLimits::default(),
             outlier_detection: OutlierPolicy::default(),
             connection: ConnectionPolicy::default(),
+        }
+    }
+}
+
+impl From<TrafficPolicySetV2> for TrafficPolicySet {
+    fn from(past: TrafficPolicySetV2) -> Self {
+        Self { policy: past.policy.into() }
+    }
+}
+
+impl From<TrafficPolicyV2> for TrafficPolicy {
+    /// All were alike, as they are now if nobody says otherwise.
+    fn from(past: TrafficPolicyV2) -> Self {
+        let TrafficPolicyV2 { balance, slow_start_ms, connect, limits, outlier_detection, connection } = past;
+        Self {
+            balance,
+            locality: LocalityPolicy::default(),
+            subsets: Vec::new(),
+            sticky_sources: false,
+            slow_start_ms,
+            connect,
+            limits,
+            outlier_detection,
+            connection,
         }
     }
 }

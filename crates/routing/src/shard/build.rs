@@ -1,12 +1,13 @@
 //! Routing state to shards.
 
-use super::{Endpoint, EndpointsShard, InboundShard, ShardKey, TrustShard};
+use super::{Endpoint, EndpointsShard, InboundShard, ResolvedTraffic, ShardKey, TrustShard};
 use crate::damping::guard;
 use crate::rollout::Audience;
 use crate::state::{Instance, RoutingState};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use weft_model::health::Health;
-use weft_model::membership::MembershipState;
+use weft_model::membership::{Locality, MembershipState};
 use weft_model::security::Action;
 use weft_model::service::ServicePort;
 use weft_model::{InstanceId, ScopeVersion, SecurityScope, ServiceName, TrafficScope};
@@ -26,25 +27,36 @@ fn endpoints(state: &RoutingState, service: &ServiceName, audience: Audience) ->
     let declared = state.service(service)?.state.is_some();
     let wide = TrafficScope { source: None, destination: service.clone() };
     let narrow = state.traffic_scopes_to(audience, service);
-    let endpoints = if declared { service_endpoints(state, service) } else { Vec::new() };
+    let traffic = state.traffic_for(audience, &wide);
+    let overrides: BTreeMap<_, _> = narrow
+        .into_iter()
+        .filter_map(|scope| {
+            let resolved = state.traffic_for(audience, scope)?;
+            Some((scope.source.clone()?, resolved))
+        })
+        .collect();
+    // What nobody looks at is not sent: a sidecar of an older version does not know it.
+    let located = traffic.iter().chain(overrides.values()).any(ResolvedTraffic::looks_at_localities);
+    let keys: BTreeSet<_> =
+        traffic.iter().chain(overrides.values()).flat_map(ResolvedTraffic::looks_at).collect();
+    let endpoints = if declared { service_endpoints(state, service, located, &keys) } else { Vec::new() };
     Some(EndpointsShard {
         service: service.clone(),
         address: state.address(service),
         ports: ports(state, service),
         panic: in_panic(&endpoints),
         endpoints,
-        traffic: state.traffic_for(audience, &wide),
-        overrides: narrow
-            .into_iter()
-            .filter_map(|scope| {
-                let resolved = state.traffic_for(audience, scope)?;
-                Some((scope.source.clone()?, resolved))
-            })
-            .collect(),
+        traffic,
+        overrides,
     })
 }
 
-fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoint> {
+fn service_endpoints(
+    state: &RoutingState,
+    service: &ServiceName,
+    located: bool,
+    keys: &BTreeSet<&String>,
+) -> Vec<Endpoint> {
     let endpoint = |(id, instance): (InstanceId, &Instance)| {
         let Instance { membership, seen, .. } = instance;
         let registration = membership.state.registration()?;
@@ -54,9 +66,16 @@ fn service_endpoints(state: &RoutingState, service: &ServiceName) -> Vec<Endpoin
             draining: matches!(membership.state, MembershipState::Draining(_)),
             health: seen.health,
             position: instance.placed.max(seen.source.position),
+            labels: looked_at(&registration.metadata, keys),
+            locality: if located { Locality::of(&registration.metadata) } else { Locality::default() },
         })
     };
     state.live_of(service).filter_map(endpoint).collect()
+}
+
+fn looked_at(metadata: &BTreeMap<String, String>, keys: &BTreeSet<&String>) -> BTreeMap<String, String> {
+    let found = keys.iter().filter_map(|key| metadata.get_key_value(*key));
+    found.map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
 fn in_panic(endpoints: &[Endpoint]) -> bool {

@@ -10,10 +10,12 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 use weft_model::health::Health;
+use weft_model::membership::Locality;
 use weft_model::security::{Action, Mode, OnChange, Rule, SecurityPolicy, Sources};
 use weft_model::service::ServicePort;
 use weft_model::traffic::{
-    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, Nearness, OutlierPolicy, Subset,
+    TrafficPolicy,
 };
 use weft_model::{Port, Position, ScopeVersion, Version};
 
@@ -132,6 +134,8 @@ fn endpoint(shard: &wire::Endpoint) -> Result<Endpoint, ShardError> {
         draining: shard.draining,
         health,
         position: Position(shard.position),
+        locality: Locality { region: shard.region.clone(), zone: shard.zone.clone() },
+        labels: labels(&shard.labels),
     })
 }
 
@@ -158,6 +162,9 @@ fn resolved_traffic(shard: &wire::Traffic) -> Result<ResolvedTraffic, ShardError
         limits: shard.limits.map(circuit).unwrap_or_default(),
         outlier_detection: shard.outliers.map_or_else(|| Ok(OutlierPolicy::default()), outliers)?,
         connection: shard.lifetime.map(lifetime).unwrap_or_default(),
+        locality: shard.locality.map_or_else(|| Ok(LocalityPolicy::default()), locality)?,
+        subsets: shard.subsets.iter().map(subset).collect::<Result<_, _>>()?,
+        sticky_sources: shard.sticky_sources,
     };
     Ok(ResolvedTraffic { policy, source: source(shard.version, shard.position) })
 }
@@ -183,6 +190,33 @@ fn outliers(shard: wire::Outliers) -> Result<OutlierPolicy, ShardError> {
         ejection_max_ms: shard.ejection_max_ms,
         ejected_percent_max: small(shard.ejected_percent_max, "ejected share")?,
     })
+}
+
+fn subset(shard: &wire::Subset) -> Result<Subset, ShardError> {
+    Ok(Subset {
+        name: parse(&shard.name, "subset name")?,
+        labels: labels(&shard.labels),
+        weight: u16::try_from(shard.weight).map_err(|_| ShardError::Field("subset weight"))?,
+    })
+}
+
+fn labels(shard: &[wire::Label]) -> BTreeMap<String, String> {
+    shard.iter().map(|label| (label.key.clone(), label.value.clone())).collect()
+}
+
+fn locality(shard: wire::Locality) -> Result<LocalityPolicy, ShardError> {
+    let prefer = match wire::Nearness::try_from(shard.prefer) {
+        Ok(wire::Nearness::Any) => Nearness::Any,
+        Ok(wire::Nearness::Region) => Nearness::Region,
+        Ok(wire::Nearness::Zone) => Nearness::Zone,
+        Err(_) => return Err(ShardError::Field("locality")),
+    };
+    // What is divided by.
+    let threshold_percent = small(shard.threshold_percent, "locality threshold")?;
+    if threshold_percent == 0 {
+        return Err(ShardError::Field("locality threshold"));
+    }
+    Ok(LocalityPolicy { prefer, threshold_percent })
 }
 
 fn lifetime(shard: wire::Lifetime) -> ConnectionPolicy {

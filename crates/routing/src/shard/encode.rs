@@ -3,12 +3,14 @@
 use super::{Endpoint, EndpointsShard, InboundShard, PolicyLayer, ResolvedTraffic, TrustShard};
 use crate::wire;
 use prost::Message;
+use std::collections::BTreeMap;
 use weft_model::ServiceName;
 use weft_model::health::Health;
 use weft_model::security::{Action, Mode, OnChange, Rule};
 use weft_model::service::ServicePort;
 use weft_model::traffic::{
-    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, OutlierPolicy, TrafficPolicy,
+    Balance, CircuitLimits, ConnectPolicy, ConnectionPolicy, LocalityPolicy, Nearness, OutlierPolicy, Subset,
+    TrafficPolicy,
 };
 
 impl EndpointsShard {
@@ -72,12 +74,24 @@ fn endpoint(endpoint: &Endpoint) -> wire::Endpoint {
         draining: endpoint.draining,
         health: health.into(),
         position: endpoint.position.0,
+        region: endpoint.locality.region.clone(),
+        zone: endpoint.locality.zone.clone(),
+        labels: labels(&endpoint.labels),
     }
 }
 
 fn traffic(source: Option<&ServiceName>, resolved: &ResolvedTraffic) -> wire::Traffic {
-    let TrafficPolicy { balance, slow_start_ms, connect, limits, outlier_detection, connection } =
-        resolved.policy;
+    let TrafficPolicy {
+        balance,
+        locality: near,
+        subsets,
+        sticky_sources,
+        slow_start_ms,
+        connect,
+        limits,
+        outlier_detection,
+        connection,
+    } = &resolved.policy;
     let balance = match balance {
         Balance::LeastConnections => wire::Balance::LeastConnections,
         Balance::RoundRobin => wire::Balance::RoundRobin,
@@ -92,11 +106,14 @@ fn traffic(source: Option<&ServiceName>, resolved: &ResolvedTraffic) -> wire::Tr
         connect_retries: u32::from(connect.retries),
         version: resolved.source.version.0,
         position: resolved.source.position.0,
-        slow_start_ms,
-        retry: unless_default(retry(&connect), &retry(&ConnectPolicy::default())),
-        limits: unless_default(circuit(&limits), &circuit(&CircuitLimits::default())),
-        outliers: unless_default(outliers(&outlier_detection), &outliers(&OutlierPolicy::default())),
-        lifetime: unless_default(lifetime(&connection), &lifetime(&ConnectionPolicy::default())),
+        slow_start_ms: *slow_start_ms,
+        retry: unless_default(retry(connect), &retry(&ConnectPolicy::default())),
+        limits: unless_default(circuit(limits), &circuit(&CircuitLimits::default())),
+        outliers: unless_default(outliers(outlier_detection), &outliers(&OutlierPolicy::default())),
+        lifetime: unless_default(lifetime(connection), &lifetime(&ConnectionPolicy::default())),
+        locality: unless_default(locality(near), &locality(&LocalityPolicy::default())),
+        subsets: subsets.iter().map(subset).collect(),
+        sticky_sources: *sticky_sources,
     }
 }
 
@@ -129,6 +146,27 @@ fn outliers(policy: &OutlierPolicy) -> wire::Outliers {
         ejection_max_ms: policy.ejection_max_ms,
         ejected_percent_max: u32::from(policy.ejected_percent_max),
     }
+}
+
+fn locality(policy: &LocalityPolicy) -> wire::Locality {
+    let prefer = match policy.prefer {
+        Nearness::Any => wire::Nearness::Any,
+        Nearness::Region => wire::Nearness::Region,
+        Nearness::Zone => wire::Nearness::Zone,
+    };
+    wire::Locality { prefer: prefer.into(), threshold_percent: policy.threshold_percent.into() }
+}
+
+fn subset(subset: &Subset) -> wire::Subset {
+    wire::Subset {
+        name: subset.name.to_string(),
+        labels: labels(&subset.labels),
+        weight: subset.weight.into(),
+    }
+}
+
+fn labels(labels: &BTreeMap<String, String>) -> Vec<wire::Label> {
+    labels.iter().map(|(key, value)| wire::Label { key: key.clone(), value: value.clone() }).collect()
 }
 
 fn lifetime(policy: &ConnectionPolicy) -> wire::Lifetime {

@@ -16,7 +16,7 @@ use weft_model::rollout::{Candidate, Evidence, Plan, RolloutCommand, WHOLE_PPM};
 use weft_model::security::{self, Action, Mode, OnChange, Rule, SecurityCommand, SecurityPolicy, Sources};
 use weft_model::service::{ServiceCommand, ServiceDeclared, ServicePort};
 use weft_model::token::{JoinTokenCreated, TokenCommand};
-use weft_model::traffic::{Balance, ConnectPolicy, TrafficCommand, TrafficPolicy};
+use weft_model::traffic::{Balance, ConnectPolicy, LocalityPolicy, Nearness, TrafficCommand, TrafficPolicy};
 use weft_model::{
     Command, Epoch, Event, Fact, InstanceId, Port, Scope, SecurityScope, ServiceName, Timestamp, TokenId,
     TrafficScope,
@@ -211,7 +211,10 @@ impl Life {
             address: Ipv4Addr::new(10, 0, self.rng.random_range(0..2), self.rng.random_range(1..250)).into(),
             port: self.port(),
             upstreams,
-            metadata: BTreeMap::from([("build".into(), (self.tick % 10).to_string())]),
+            metadata: BTreeMap::from([
+                ("build".into(), (self.tick % 10).to_string()),
+                ("zone".into(), (self.tick % 3).to_string()),
+            ]),
         }
     }
 
@@ -246,6 +249,10 @@ impl Life {
         }
         TrafficCommand::Put(TrafficPolicy {
             balance: Balance::ALL[self.rng.random_range(0..Balance::ALL.len())],
+            locality: LocalityPolicy {
+                prefer: Nearness::ALL[self.rng.random_range(0..Nearness::ALL.len())],
+                ..LocalityPolicy::default()
+            },
             connect: ConnectPolicy {
                 timeout_ms: self.rng.random_range(1..5_000),
                 retries: self.rng.random_range(0..4),

@@ -36,6 +36,7 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
         state_dir: dir.join("state"),
         inbound_listen: any,
         advertise: None,
+        metadata: BTreeMap::new(),
         apps: BTreeMap::new(),
         proxy_protocol: false,
         upstreams: Vec::new(),

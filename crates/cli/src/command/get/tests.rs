@@ -48,6 +48,16 @@ fn resources() -> Vec<v1::Resource> {
             scope: "default/web->default/api".into(),
             policy: Some(v1::TrafficPolicy {
                 balance: 2,
+                locality: Some(v1::LocalityPreference {
+                    prefer: v1::Nearness::Zone.into(),
+                    threshold_percent: 55,
+                }),
+                subsets: vec![v1::Subset {
+                    name: "canary".into(),
+                    labels: [("version".to_owned(), "2".to_owned())].into(),
+                    weight: 5,
+                }],
+                sticky_sources: true,
                 connect_timeout_ms: 1_500,
                 connect_retries: 2,
                 slow_start_ms: 30_000,

@@ -299,7 +299,7 @@ impl Mesh for Api {
             } else {
                 Upstreams::Only(wanted.upstreams.iter().map(|name| name.parse().unwrap()).collect())
             },
-            metadata: Default::default(),
+            metadata: wanted.metadata.into_iter().collect(),
         };
         self.state().calls.push(Call::Registered(instance.clone()));
         answer(self, Command::Membership(instance, MembershipCommand::Register(registered)))
