@@ -20,7 +20,6 @@ use weft_model::{ConfigVersion, InstanceId};
 use weft_projector::View;
 use weft_proto::v1 as pb;
 use weft_proto::v1::discovery_server;
-use weft_routing::Hash;
 
 use crate::Context;
 use crate::acks::{Acks, Connected, Said};
@@ -153,7 +152,7 @@ impl Subscription {
             // Before it is looked at: what comes meanwhile is looked at again.
             self.feed.mark_unchanged();
             let (news, feed) = self.view.published(|published| {
-                let news = self.telling.next(published, Instant::now());
+                let news = self.telling.next(published, Instant::now(), self.acks.spread());
                 let feed = published.feed(self.telling.instance());
                 (news, feed.filter(|feed| !feed.same_channel(&self.feed)))
             });
@@ -183,10 +182,7 @@ impl Subscription {
     /// to greet all of them at once.
     fn turn(&self) -> Duration {
         let streams = u32::try_from(self.acks.streams()).unwrap_or(u32::MAX);
-        let spread = LEAVE_EVERY.saturating_mul(streams).min(LEAVE_MAX);
-        // Any number that differs from caller to caller will do.
-        let place = Hash::of(self.telling.instance().to_string().as_bytes()).prefix();
-        spread.mul_f64(f64::from(place) / f64::from(u32::MAX))
+        self.telling.turn(LEAVE_EVERY.saturating_mul(streams).min(LEAVE_MAX))
     }
 }
 

@@ -22,9 +22,11 @@ use crate::pull::{self, header, short_header};
 
 /// When the next notice comes at the latest. Two missed ones tell a sidecar within ten seconds that it is on its own.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// How long a witness of what was told may be late: as long as a sidecar may take to write it down. A notice of a change goes
-/// without, since it would be twice as long.
+/// How long a witness of what was told may be late in a small fleet: as long as a sidecar may take to write it down. A notice of a change
+/// goes without, since it would be twice as long. In a large fleet they come over so many times what its acknowledgements take: the
+/// next change is not to find the controller busy with what somebody else has shown already.
 const WITNESS_WITHIN: Duration = Duration::from_secs(1);
+const WITNESS_SPREAD: u32 = 4;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Telling {
     /// What the caller was last told to run; at first, what it says it runs.
     told: Option<(ConfigVersion, Hash)>,
     next_heartbeat: Instant,
+    /// Where in the fleet's order this one's turn is, from 0 to 1.
+    place: f64,
 }
 
 /// What is to be said.
@@ -50,8 +54,10 @@ pub struct News {
 impl Telling {
     /// To a caller that says it runs `have`. Its first notice is due at once.
     #[must_use]
-    pub const fn new(instance: InstanceId, have: Option<(ConfigVersion, Hash)>, now: Instant) -> Self {
-        Self { instance, told: have, next_heartbeat: now }
+    pub fn new(instance: InstanceId, have: Option<(ConfigVersion, Hash)>, now: Instant) -> Self {
+        // Any number that differs from caller to caller will do.
+        let place = f64::from(Hash::of(instance.to_string().as_bytes()).prefix()) / f64::from(u32::MAX);
+        Self { instance, told: have, next_heartbeat: now, place }
     }
 
     /// Who is told.
@@ -60,14 +66,20 @@ impl Telling {
         &self.instance
     }
 
+    /// This one's share of a time over which a fleet is to be spread: the same each time, and another one for most others.
+    #[must_use]
+    pub fn turn(&self, spread: Duration) -> Duration {
+        spread.mul_f64(self.place)
+    }
+
     /// When there is something to say at the latest.
     #[must_use]
     pub const fn next_heartbeat(&self) -> Instant {
         self.next_heartbeat
     }
 
-    /// What is to be said now; none if there is nothing. Counts as said.
-    pub fn next(&mut self, published: &Published, now: Instant) -> Option<News> {
+    /// What is to be said now; none if there is nothing. Counts as said. `ack_spread` is what the fleet's acknowledgements are spread over.
+    pub fn next(&mut self, published: &Published, now: Instant, ack_spread: Duration) -> Option<News> {
         let wanted = published.wanted(&self.instance);
         let news = wanted.as_ref().map(WantedSnapshot::named);
         let (heartbeat, change) = (now >= self.next_heartbeat, self.told != news);
@@ -78,8 +90,12 @@ impl Telling {
         let rollout = wanted.as_ref().and_then(|wanted| wanted.class.rollout);
         let patch = wanted.zip(base).and_then(|(wanted, base)| published.patch(wanted.class, base));
         self.told = news;
-        self.next_heartbeat =
-            if heartbeat { now + HEARTBEAT } else { self.next_heartbeat.min(now + WITNESS_WITHIN) };
+        self.next_heartbeat = if heartbeat {
+            now + HEARTBEAT
+        } else {
+            let within = WITNESS_WITHIN + self.turn(ack_spread.saturating_mul(WITNESS_SPREAD));
+            self.next_heartbeat.min(now + within)
+        };
         let witness = published.point().filter(|_| heartbeat);
         Some(News { head: published.version(), wanted: news, rollout, patch, witness })
     }
@@ -134,7 +150,9 @@ mod tests {
         };
         let began = Instant::now();
         let mut telling = Telling::new(web(), None, began);
-        let mut next = |after: Duration| view.published(|published| telling.next(published, began + after));
+        let mut next = |after: Duration| {
+            view.published(|published| telling.next(published, began + after, Duration::ZERO))
+        };
         publish(&facts[..2]);
         let first = next(Duration::ZERO).unwrap().notice(Bytes::new(), Duration::ZERO);
         assert_eq!((first.wanted, first.head.unwrap().position), (None, 2));
@@ -148,5 +166,26 @@ mod tests {
         assert_eq!(next(Duration::from_secs(2)).unwrap().wanted, change.wanted);
         assert!(next(Duration::from_millis(6_999)).is_none());
         assert!(next(Duration::from_secs(7)).is_some());
+    }
+    #[test]
+    fn in_a_large_fleet_witnesses_of_a_change_come_one_after_the_other() {
+        let spread = Duration::from_secs(1);
+        let began = Instant::now();
+        let mut due: Vec<_> = (0..100)
+            .map(|number| {
+                let instance = format!("default/web/web-{number}").parse().unwrap();
+                let mut telling =
+                    Telling::new(instance, Some((ConfigVersion::default(), Hash::of(b"x"))), began);
+                // A heartbeat, and a change behind it: nobody of whom nothing is published is wanted to run anything.
+                telling.next_heartbeat = began + HEARTBEAT;
+                View::new().published(|published| telling.next(published, began, spread)).unwrap();
+                telling.next_heartbeat() - began
+            })
+            .collect();
+        due.sort_unstable();
+        assert!(due[0] >= WITNESS_WITHIN && due[99] <= HEARTBEAT);
+        // A tenth of the time never has more than a fourth of them.
+        let tenth = spread * WITNESS_SPREAD / 10;
+        assert!(due.windows(26).all(|some| some[25] - some[0] > tenth), "{due:?}");
     }
 }

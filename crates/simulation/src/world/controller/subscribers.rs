@@ -158,7 +158,7 @@ impl World {
             let Some(stream) = it.streams.get_mut(&id) else { return };
             stream.feed.mark_unchanged();
             let (news, feed) = it.view.published(|published| {
-                let news = stream.telling.next(published, now);
+                let news = stream.telling.next(published, now, Duration::ZERO);
                 let feed = published.feed(stream.telling.instance());
                 (news, feed.filter(|feed| !feed.same_channel(&stream.feed)))
             });
