@@ -7,6 +7,7 @@
 //!
 //! - [`smoke`]: the promises, tried one after the other on one mesh; the program `weft-smoke` runs it.
 //! - [`crowd`]: thousands of live connections whose policy changes; the program `weft-crowd` runs it.
+//! - [`protocols`]: servers and clients that people use, through every way in.
 //! - [`partition`]: sidecars out of touch for as long as wanted; the program `weft-partition` runs it.
 //! - `tests/stories.rs`: what needs a mesh of its own, or a broken one.
 //!
@@ -18,10 +19,12 @@ pub mod crowd;
 pub mod footprint;
 pub mod http;
 pub mod mesh;
+pub mod network;
 pub mod partition;
 pub mod payload;
 pub mod postgres;
 pub mod programs;
+pub mod protocols;
 pub mod records;
 pub mod report;
 pub mod sidecar;

@@ -26,7 +26,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Starts the program that follows and ends it when its own input ends. So a sidecar does not outlive a test, even one
 /// that is killed.
-const LEASH: &str = "\"$@\" </dev/null & read -r _; kill $! 2>/dev/null; wait $!";
+pub(crate) const LEASH: &str = "\"$@\" </dev/null & read -r _; kill $! 2>/dev/null; wait $!";
 
 /// The same with so few files.
 fn leash_with_files(files: u32) -> String {
@@ -57,6 +57,8 @@ pub enum Place {
         /// Where connections are taken for it.
         listen: SocketAddr,
     },
+    /// It is told what is for it, as on a command line.
+    Told(Vec<String>),
 }
 
 /// A running sidecar.
@@ -151,6 +153,7 @@ impl OwnSidecar {
             Place::Towards { upstream, listen } => {
                 command.args(["--upstream", &format!("{upstream}={listen}")])
             }
+            Place::Told(args) => command.args(args),
         };
         command.args(["--probe-interval", "1s", "--drain-deadline", "3s"]);
         command.arg("--connection-log").arg(&records);

@@ -11,6 +11,7 @@ mod stories {
     mod crowd;
     mod database;
     mod demand;
+    mod protocols;
     mod rollout;
     mod smoke;
     mod up;

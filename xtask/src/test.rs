@@ -23,6 +23,7 @@ pub(crate) struct Test {
 impl Test {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         tools::provide()?;
+        tools::provide_servers();
         let (own_server, url) = match self.database.given() {
             Some(url) => (None, url.to_owned()),
             None => {

@@ -6,12 +6,11 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use nix::sched::{CloneFlags, unshare};
 use tokio::process::Command;
 use tokio::time::timeout;
 use weft_tests::mesh::Mesh;
-use weft_tests::programs;
-use weft_tests::weft::{program, run};
+use weft_tests::weft::program;
+use weft_tests::{network, programs};
 
 /// In the order in which they are run: the preparation first.
 const PAGES: [(&str, &str); 6] = [
@@ -29,27 +28,13 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn the_pages_do_what_they_say() -> anyhow::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNET)
-        .context("this test makes a network namespace, which needs root (CAP_SYS_ADMIN): run it with sudo")?;
+    network::leave()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(pages())
 }
 
 async fn pages() -> anyhow::Result<()> {
-    // A network with a way out, at whose end is nobody.
-    for line in [
-        "link set lo up",
-        "link add weft-out type veth peer name weft-end",
-        "link set weft-end up",
-        "addr add 192.0.2.10/24 dev weft-out",
-        "link set weft-out up",
-        "route add default dev weft-out",
-    ] {
-        let mut ip = program("ip");
-        ip.args(line.split(' '));
-        let said = run(ip).await.context("`ip` (iproute2) is needed")?;
-        ensure!(said.status == Some(0), "{said}");
-    }
+    network::with_a_way_out().await?;
     let dir = tempfile::Builder::new().prefix("weft-story-").tempdir()?;
     std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
     let programs = programs::built()?;
