@@ -206,6 +206,10 @@ pub(crate) async fn copy(
                 Poll::Ready(Ended::Broken(app_is.other(), error))
             }
             (false, true) => {
+                // It may have come together with the END.
+                if !(tunnel.received.is_empty() && tunnel.plain.is_empty()) {
+                    return Poll::Ready(Ended::Broken(app_is.other(), malformed(FrameError::AfterEnd)));
+                }
                 let read = ready!(nonblocking::poll_read(cx, &tunnel.socket, &mut [0]));
                 Poll::Ready(Ended::Broken(app_is.other(), after_end(read)))
             }

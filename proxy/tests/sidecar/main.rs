@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot run fails")]
 
+mod closes;
 mod config;
 mod demand;
 mod dns;
