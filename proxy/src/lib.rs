@@ -34,6 +34,8 @@ mod demand;
 mod discovery;
 mod dns;
 mod drain;
+#[cfg(test)]
+mod fuzz;
 mod health;
 mod inbound;
 mod lifetime;

@@ -6,6 +6,7 @@
 mod bench;
 mod cargo;
 mod check;
+mod fuzz;
 mod simulate;
 mod test;
 mod tools;
@@ -33,6 +34,8 @@ enum Task {
     Test(test::Test),
     /// Break things on purpose, and prove that nothing was lost
     Torture(torture::Torture),
+    /// Give the sidecar's parsers what nobody would send
+    Fuzz(fuzz::Fuzz),
     /// Run the control plane's decisions in one thread with one seed, under faults, and check every invariant
     #[command(disable_help_flag = true)]
     Simulate(simulate::Simulate),
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Task::Up(up) => up.run(),
         Task::Test(test) => test.run(),
         Task::Torture(torture) => torture.run(),
+        Task::Fuzz(fuzz) => fuzz.run(),
         Task::Simulate(simulate) => simulate.run(),
         Task::Check(check) => check.run(),
         Task::Bench(bench) => bench.run(),

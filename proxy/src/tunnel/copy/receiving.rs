@@ -221,3 +221,6 @@ fn poll_fill(cx: &mut Context<'_>, tunnel: &mut Tunnel, bytes: &mut [u8]) -> Pol
     tunnel.received = Vec::new();
     Poll::Ready(Ok(filled))
 }
+
+#[cfg(test)]
+mod fuzz;
