@@ -6,6 +6,7 @@
 //! of, so that single processes can be killed and started again; `weft up` itself has stories of its own.
 //!
 //! - [`smoke`]: the promises, tried one after the other on one mesh; the program `weft-smoke` runs it.
+//! - [`bytes`]: much on one connection and little on many, over a rough line; the program `weft-bytes` runs it.
 //! - [`crowd`]: thousands of live connections whose policy changes; the program `weft-crowd` runs it.
 //! - [`protocols`]: servers and clients that people use, through every way in.
 //! - [`partition`]: sidecars out of touch for as long as wanted; the program `weft-partition` runs it.
@@ -15,6 +16,7 @@
 
 pub mod app;
 pub mod blob;
+pub mod bytes;
 pub mod crowd;
 pub mod footprint;
 pub mod http;

@@ -102,6 +102,11 @@ impl Record {
         self.0.get(field).and_then(Value::as_u64)
     }
 
+    /// Whether a field says yes.
+    pub fn flag(&self, field: &str) -> bool {
+        self.0.get(field).and_then(Value::as_bool).unwrap_or_default()
+    }
+
     /// Whether these fields hold these texts.
     pub fn is(&self, fields: &[(&str, &str)]) -> bool {
         fields.iter().all(|(field, text)| self.text(field) == *text)

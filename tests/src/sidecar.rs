@@ -66,6 +66,7 @@ pub enum Place {
 pub struct OwnSidecar {
     leash: Child,
     hold: ChildStdin,
+    inbound: SocketAddr,
     admin: SocketAddr,
     records: Records,
     log: PathBuf,
@@ -168,7 +169,7 @@ impl OwnSidecar {
             Ok(())
         });
         ready.await.with_context(|| format!("the end of {}:\n{}\n", log.display(), tail(&log)))?;
-        Ok(Self { leash, hold, admin, records: Records::of(records), log })
+        Ok(Self { leash, hold, inbound, admin, records: Records::of(records), log })
     }
 
     /// Its log so far.
@@ -187,6 +188,11 @@ impl OwnSidecar {
     /// It does not answer.
     pub async fn config(&self) -> anyhow::Result<SidecarConfig> {
         SidecarConfig::ask(self.admin).await
+    }
+
+    /// Where other sidecars connect to it, unless it was told to say otherwise.
+    pub fn inbound(&self) -> SocketAddr {
+        self.inbound
     }
 
     /// Its connection records.

@@ -7,6 +7,7 @@ mod stories {
     mod answers;
     mod archive;
     mod bad_input;
+    mod bytes;
     mod controllers;
     mod crowd;
     mod database;

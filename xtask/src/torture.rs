@@ -11,7 +11,7 @@ use crate::{postgres, say};
 
 /// What is run; `weft-torture` finds the controller beside itself, and brings its own PostgreSQL.
 const PROGRAMS: &[&str] = &["weft-torture", "weft-controller"];
-/// The same for `weft-partition` and `weft-crowd`, which start a whole mesh.
+/// The same for `weft-partition`, `weft-crowd` and `weft-bytes`, which start a whole mesh.
 const MESH: &[&str] = &["weft-tests", "weft-cli", "weft-controller", "weft-proxy"];
 
 #[derive(Debug, clap::Args)]
@@ -43,6 +43,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<OsString>,
     },
+    /// Much on one connection and little on thousands, over a line that cuts and delays it: every byte arrives, once and in its stream
+    #[command(disable_help_flag = true)]
+    Bytes {
+        /// Passed to weft-bytes; see them with --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// Thousands of connections live while their policy changes at random: what is denied is cut, and nothing else
     #[command(disable_help_flag = true)]
     Crowd {
@@ -66,6 +73,7 @@ impl Torture {
             What::Leader { args } => (PROGRAMS, &["weft-torture", "leader"][..], args),
             What::Log { args } => (PROGRAMS, &["weft-torture", "log"][..], args),
             What::Partition { args } => (MESH, &["weft-partition"][..], args),
+            What::Bytes { args } => (MESH, &["weft-bytes"][..], args),
             What::Crowd { args } => (MESH, &["weft-crowd"][..], args),
         };
         postgres()?;

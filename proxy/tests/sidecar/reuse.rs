@@ -6,18 +6,17 @@ use crate::support::tunnel::{self, Frame, Opened, end};
 use crate::support::{App, Controller, LIMIT, Sidecar};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tokio_util::task::TaskTracker;
 use weft_identity::tls::{ClientAuth, ExpectedPeer, TlsIdentity};
-use weft_testkit::wait_until;
+use weft_testkit::{RoughLine, wait_until};
 
 /// `web` may connect to `db`, whose sidecar is not there yet.
 fn mesh() -> Controller {
@@ -145,48 +144,6 @@ async fn a_tunnel_that_is_of_no_use_any_more_costs_no_connection() {
     }
 }
 
-/// Passes connections on in pieces of any size with pauses between them, as a network does.
-async fn chaos(to: SocketAddr, seed: u64) -> (SocketAddr, AbortOnDropHandle<()>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let tasks = TaskTracker::new();
-    let passing = tasks.clone();
-    let accept = async move {
-        let mut seeds = SmallRng::seed_from_u64(seed);
-        while let Ok((near, _)) = listener.accept().await {
-            let far = TcpStream::connect(to).await.unwrap();
-            let (near_read, near_write) = near.into_split();
-            let (far_read, far_write) = far.into_split();
-            let mut rng = || SmallRng::seed_from_u64(seeds.random());
-            passing.spawn(pass(near_read, far_write, rng()));
-            passing.spawn(pass(far_read, near_write, rng()));
-        }
-    };
-    (address, AbortOnDropHandle::new(tasks.spawn(accept)))
-}
-
-async fn pass(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut rng: SmallRng,
-) {
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let most = rng.random_range(1..buffer.len());
-        match from.read(&mut buffer[..most]).await {
-            Ok(0) | Err(_) => return,
-            Ok(bytes) => {
-                if to.write_all(&buffer[..bytes]).await.is_err() {
-                    return;
-                }
-            }
-        }
-        if rng.random_ratio(1, 8) {
-            tokio::time::sleep(Duration::from_micros(rng.random_range(1..500))).await;
-        }
-    }
-}
-
 /// Says random words in random pieces and hears them again. Both ends may end first.
 async fn converse(mut client: TcpStream, rng: &mut SmallRng) {
     let length = if rng.random_ratio(1, 8) { rng.random_range(0..400_000) } else { rng.random_range(0..600) };
@@ -216,14 +173,13 @@ async fn streams_of_one_tunnel_stay_apart_whatever_the_network_does() {
     let controller = mesh();
     let app = App::echo().await;
     // What peers are told is not where this sidecar listens.
-    let inbound = SocketAddr::from(([127, 0, 0, 1], weft_testkit::reserve_loopback_port()));
-    let (between, _passing) = chaos(inbound, 7).await;
+    let between = RoughLine::listen(7, 8).await;
     let db = Sidecar::start(&controller, "default/db/db-1", |config| {
         config.apps.insert(weft_model::Port::new(5432).unwrap(), app.address);
-        config.inbound_listen = inbound;
-        config.advertise = Some(between);
+        config.advertise = Some(between.address());
     });
     let db = db.await;
+    between.leads_to(db.inbound);
     db.ready().await;
     let web = calling(&controller).await;
     let web = Arc::new(web);
