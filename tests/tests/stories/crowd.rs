@@ -3,6 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 use weft_tests::app::App;
 use weft_tests::crowd::{self, Outcome, Plan};
 use weft_tests::mesh::{Mesh, local};
@@ -15,6 +19,10 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Files that the caller's sidecar may open: more than it needs for itself and fewer than there are connections.
 const FILES: u32 = 400;
+
+/// Attempts to connect while there is no room, so many at a time: what a fleet of clients does that tries again without a pause.
+const ATTEMPTS: usize = 20_000;
+const AT_A_TIME: usize = 50;
 
 /// A service, one that may call it, and the policy that lets it.
 const MESH: &str = "kind: Service
@@ -73,6 +81,20 @@ async fn a_sidecar_without_files_refuses_the_newest_and_recovers() -> anyhow::Re
     })
     .await?;
     ensure!(records.iter().all(|record| record.text("close_reason") == "overload"), "{records:?}");
+    let began = Instant::now();
+    let mut storm = JoinSet::new();
+    for _ in 0..AT_A_TIME {
+        storm.spawn(async move {
+            for _ in 0..ATTEMPTS / AT_A_TIME {
+                // Refused while connecting, or right after.
+                let Ok(mut client) = TcpStream::connect(listen).await else { continue };
+                let heard =
+                    timeout(LIMIT, client.read(&mut [0])).await.context("an attempt is left waiting")?;
+                ensure!(heard.is_err(), "an attempt was not refused: {heard:?}");
+            }
+            Ok(())
+        });
+    }
     for pair in &mut open {
         pair.ping().await.context("a connection that was there before")?;
     }
@@ -88,6 +110,13 @@ async fn a_sidecar_without_files_refuses_the_newest_and_recovers() -> anyhow::Re
         Ok(())
     })
     .await?;
+    while let Some(attempts) = storm.join_next().await {
+        attempts??;
+    }
+    eprintln!("{ATTEMPTS} attempts refused in {:.1} s", began.elapsed().as_secs_f32());
+    for pair in &mut open {
+        pair.ping().await.context("a connection that was there before all of them")?;
+    }
 
     open.truncate(1);
     until("a new connection to pass", LIMIT, async || app.open(listen).await?.ping().await).await?;
