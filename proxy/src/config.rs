@@ -168,6 +168,13 @@ struct Args {
     /// none
     #[arg(long, env = "WEFT_TUNNELS_IDLE_MAX", value_name = "N", default_value_t = TUNNELS_IDLE)]
     tunnels_idle_max: usize,
+    /// Take the place of the sidecar that runs with the same state directory: its listening sockets come over with what waits in them, no
+    /// connection is refused, and it drains; if none runs, just start
+    #[arg(long)]
+    upgrade: bool,
+    /// Where a service manager is told that this process is the sidecar now
+    #[arg(long, env = "NOTIFY_SOCKET", value_name = "PATH", hide = true)]
+    notify_socket: Option<PathBuf>,
     /// Threads that forward connections [default: one per core]
     #[arg(long, env = "WEFT_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -314,6 +321,10 @@ pub struct Config {
     pub drain_deadline: Duration,
     /// How many tunnels may wait for their next stream, in each direction.
     pub tunnels_idle_max: usize,
+    /// Whether to take the place of the sidecar that runs with the same state directory.
+    pub upgrade: bool,
+    /// The socket of the service manager, which is told when this process has taken another one's place.
+    pub notify_socket: Option<PathBuf>,
     /// How many threads forward connections.
     pub threads: NonZeroUsize,
 }
@@ -377,6 +388,8 @@ impl Cli {
             drain_deadline: args.drain_deadline,
             tunnels_idle_max: args.tunnels_idle_max,
             proxy_protocol: args.proxy_protocol,
+            upgrade: args.upgrade,
+            notify_socket: args.notify_socket.filter(|path| !path.as_os_str().is_empty()),
             threads: args.threads.unwrap_or(cores),
         };
         config.validate()?;

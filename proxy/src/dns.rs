@@ -17,6 +17,8 @@ use crate::metrics;
 use crate::shared::Shared;
 use crate::socket::{self, ListenError};
 use crate::status::Status;
+use crate::upgrade::inherited::Inherited;
+use crate::upgrade::offers::{Offers, Way};
 use answer::{Asked, Question};
 use forward::Forwarder;
 use std::io;
@@ -30,6 +32,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 /// Connections at once. Resolvers use TCP for what does not fit into a datagram, which is rare, and for one query.
 const CONNECTIONS_MAX: usize = 64;
@@ -53,15 +56,32 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 #[derive(Debug)]
 pub(crate) struct Bound {
     pub(crate) address: SocketAddr,
-    udp: UdpSocket,
-    tcp: TcpListener,
+    udp: Arc<UdpSocket>,
+    tcp: Arc<TcpListener>,
 }
 
-/// Binds UDP and TCP on one address. Port 0 picks a port that is free for both.
+impl Bound {
+    /// Lets the sockets be handed over.
+    pub(crate) fn offer(&self, asked: SocketAddr, offers: &Offers) {
+        offers.add(way(asked), &self.udp);
+        offers.add(way(asked), &self.tcp);
+    }
+}
+
+fn way(asked: SocketAddr) -> Way {
+    Way { purpose: "dns".to_owned(), asked }
+}
+
+/// The sockets that were inherited; else binds UDP and TCP on one address. Port 0 picks a port that is free for both.
 ///
 /// # Errors
 /// If one of them is used, or the address is not this machine's.
-pub(crate) fn bind(address: SocketAddr) -> Result<Bound, ListenError> {
+pub(crate) fn bind(address: SocketAddr, inherited: &mut Inherited) -> Result<Bound, ListenError> {
+    let way = way(address);
+    if let (Some(udp), Some(tcp)) = (inherited.udp(&way).pop(), inherited.tcp(&way).pop()) {
+        let error = |source| ListenError::Io { address, source };
+        return ready(tcp, udp).map_err(error);
+    }
     let mut tries = if address.port() == 0 { PORTS_TRIED } else { 1 };
     loop {
         tries -= 1;
@@ -82,8 +102,13 @@ fn bind_both(address: SocketAddr) -> Result<Bound, ListenError> {
         _ => ListenError::Io { address: bound, source },
     })?;
     udp.set_nonblocking(true).map_err(error)?;
-    let udp = UdpSocket::from_std(udp).map_err(error)?;
-    Ok(Bound { address: bound, udp, tcp: TcpListener::from_std(tcp).map_err(error)? })
+    ready(tcp, udp).map_err(error)
+}
+
+fn ready(tcp: std::net::TcpListener, udp: std::net::UdpSocket) -> io::Result<Bound> {
+    let address = tcp.local_addr()?;
+    let (udp, tcp) = (UdpSocket::from_std(udp)?, TcpListener::from_std(tcp)?);
+    Ok(Bound { address, udp: Arc::new(udp), tcp: Arc::new(tcp) })
 }
 
 /// The nameservers to forward to: those given, else the machine's, the responder itself left out.
@@ -130,7 +155,7 @@ impl Transport {
 }
 
 impl Responder {
-    /// Serves until it is dropped. `status` tells which addresses are somebody else's; none if connections to them are redirected and
+    /// Serves until `close`, and then what was asked before. `status` tells which addresses are somebody else's; none if connections to them are redirected and
     /// it does not matter.
     pub(crate) async fn run(
         shared: Arc<Shared>,
@@ -138,17 +163,18 @@ impl Responder {
         reach: Reach,
         upstreams: Vec<SocketAddr>,
         bound: Bound,
+        close: CancellationToken,
     ) {
         let Bound { address: own, udp, tcp } = bound;
         tracing::info!(address = %own, ?upstreams, "answering DNS queries");
         let responder = Arc::new(Self { shared, status, reach, forwarder: Forwarder::new(upstreams), own });
-        let udp = Arc::new(udp);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         // Ended with this future, however it ends.
         let mut work = JoinSet::new();
         let mut buffer = vec![0; MESSAGE_MAX];
         loop {
             tokio::select! {
+                () = close.cancelled() => break,
                 Some(_) = work.join_next() => {}
                 received = udp.recv_from(&mut buffer) => match received {
                     Ok((length, client)) => responder.datagram(&buffer[..length], client, &udp, &mut work),
@@ -160,6 +186,8 @@ impl Responder {
                 },
             }
         }
+        drop(tcp);
+        while work.join_next().await.is_some() {}
     }
 
     /// Whether a client is on this machine. Who can reach a loopback address is; and the kernel lets nobody else use this machine's own

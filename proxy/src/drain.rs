@@ -6,13 +6,16 @@
 //! 3. When nothing inbound is left, the local addresses are closed too. What is still live at the deadline is cut,
 //!    what is accepted later is refused.
 //! 4. The instance leaves the mesh.
+//!
+//! A process whose place another one has taken ([`crate::upgrade`]) only drains: all its addresses are closed at once, since the other
+//! one accepts on the same sockets, and the mesh is told nothing.
 
+use crate::app::Stops;
 use crate::connections::Close;
 use crate::discovery::Sessions;
 use crate::shared::Shared;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tokio_util::sync::CancellationToken;
 use weft_client::{CallError, command};
 use weft_model::CloseReason;
 use weft_proto::v1;
@@ -30,32 +33,51 @@ const CUT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often it is looked whether connections are left.
 const POLL: Duration = Duration::from_millis(20);
 
+/// What is left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// The instance leaves.
+    Mesh,
+    /// Another process is the instance's sidecar.
+    Place,
+}
+
 /// Stops taking connections, lets the live ones end, and cuts those that do not.
 pub(crate) async fn drain(
     shared: &Shared,
     sessions: &Sessions,
-    inbound: &CancellationToken,
-    outbound: &CancellationToken,
+    stops: &Stops,
     limit: Duration,
+    leaving: Leaving,
 ) {
     let deadline = Instant::now() + limit;
     shared.start_draining();
     tracing::info!(live = shared.connections.live(), ?limit, "stopping");
-    let withdrawn = timeout_at(deadline, withdraw(shared, sessions)).await.unwrap_or(false);
-    if withdrawn && !shared.apps.is_empty() {
-        // Without an app nobody was ever sent here.
-        sleep(WITHDRAWAL.min(limit / 2)).await;
+    match leaving {
+        Leaving::Mesh => {
+            let withdrawn = timeout_at(deadline, withdraw(shared, sessions)).await.unwrap_or(false);
+            if withdrawn && !shared.apps.is_empty() {
+                // Without an app nobody was ever sent here.
+                sleep(WITHDRAWAL.min(limit / 2)).await;
+            }
+        }
+        Leaving::Place => {
+            stops.pages.cancel();
+            stops.outbound.cancel();
+        }
     }
-    inbound.cancel();
+    stops.inbound.cancel();
     shared.retire.cancel();
     let _ = timeout_at(deadline, until(|| shared.connections.live_inbound() == 0)).await;
-    outbound.cancel();
+    stops.outbound.cancel();
     let _ = timeout_at(deadline, until(|| shared.connections.live() == 0)).await;
     let late = format!("still open {limit:?} after the stop began");
     let cut = shared.connections.close(&Close::local(CloseReason::DrainDeadline, late));
     // Before it leaves: a peer shall see the cut, not an endpoint that vanished.
     let _ = timeout(CUT_TIMEOUT, until(|| shared.connections.live() == 0)).await;
-    leave(shared, sessions).await;
+    if leaving == Leaving::Mesh {
+        leave(shared, sessions).await;
+    }
     tracing::info!(cut, "stopped");
 }
 

@@ -7,6 +7,8 @@
 //! Other ways in than a listener of its own: the kernel redirects ([`redirect`]), and names lead to addresses ([`dns`]). An app waits
 //! at the [`gate`] until there is something behind them.
 //!
+//! Another process takes its place without a connection refused: [`upgrade`].
+//!
 //! Data path and control are apart. Data-plane threads ([`worker`]) read the snapshot through an atomic pointer
 //! ([`shared`]); they take no lock that control tasks hold for long and ask nobody. Control tasks ([`discovery`],
 //! [`health`], [`admin`], [`drain`]) run on the caller's runtime, and the data path goes on when all of them fail.
@@ -53,6 +55,7 @@ mod status;
 mod tally;
 mod tls;
 mod tunnel;
+mod upgrade;
 mod worker;
 
 pub use app::{Proxy, StartError};
@@ -60,3 +63,4 @@ pub use config::{Cli, Config};
 pub use discovery::join::JoinError;
 pub use redirect::rules;
 pub use socket::ListenError;
+pub use upgrade::UpgradeError;

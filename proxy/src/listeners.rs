@@ -9,6 +9,8 @@ use crate::metrics;
 use crate::outbound::Target;
 use crate::socket::{self, ListenError};
 use crate::status::Status;
+use crate::upgrade::inherited::Inherited;
+use crate::upgrade::offers::Way;
 use crate::worker::{Listener, Purpose};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,11 +35,12 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Bound {
     pub(crate) address: SocketAddr,
+    way: Way,
     purpose: Purpose,
     sockets: Vec<TcpListener>,
 }
 
-/// Binds an address for every thread.
+/// Binds an address for every thread, with the sockets that were inherited for it if there are any.
 ///
 /// # Errors
 /// If it is used, or not this machine's.
@@ -45,8 +48,12 @@ pub(crate) fn bind(
     address: SocketAddr,
     purpose: Purpose,
     threads: NonZeroUsize,
+    inherited: &mut Inherited,
 ) -> Result<Bound, ListenError> {
-    let sockets = socket::listen(address, threads)?;
+    let way = Way { purpose: purpose.to_string(), asked: address };
+    let handed = inherited.tcp(&way);
+    let sockets =
+        if handed.is_empty() { socket::listen(address, threads)? } else { socket::adopt(handed, threads)? };
     for listener in &sockets {
         // Who connects to a loopback address is on this machine.
         socket::prepare(listener, address.ip());
@@ -55,13 +62,15 @@ pub(crate) fn bind(
         }
     }
     let bound = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(address);
-    Ok(Bound { address: bound, purpose, sockets })
+    Ok(Bound { address: bound, way, purpose, sockets })
 }
 
 /// Gives a bound address to the threads.
 pub(crate) async fn hand_over(bound: Bound, threads: &[mpsc::Sender<Listener>], stop: &CancellationToken) {
-    for (socket, thread) in bound.sockets.into_iter().zip(threads) {
-        let listener = Listener { socket, purpose: bound.purpose.clone(), stop: stop.clone() };
+    // Inherited ones may be more than there are threads.
+    for (socket, thread) in bound.sockets.into_iter().zip(threads.iter().cycle()) {
+        let (way, purpose) = (bound.way.clone(), bound.purpose.clone());
+        let listener = Listener { socket, way, purpose, stop: stop.clone() };
         if thread.send(listener).await.is_err() {
             tracing::error!(address = %bound.address, "a data-plane thread is gone");
         }
@@ -105,12 +114,14 @@ pub(crate) struct Loopback {
     pub(crate) threads: Vec<mpsc::Sender<Listener>>,
     pub(crate) count: NonZeroUsize,
     pub(crate) status: Arc<Status>,
+    /// Sockets of an earlier process, for the first addresses that are wanted.
+    pub(crate) inherited: Inherited,
 }
 
 impl Loopback {
     /// Follows the snapshots until `stop`, which also closes every address.
     pub(crate) async fn run(
-        self,
+        mut self,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         stop: CancellationToken,
     ) {
@@ -119,7 +130,10 @@ impl Loopback {
             let snapshot = snapshots.borrow_and_update().clone();
             let mut failed = false;
             if let Some(snapshot) = snapshot {
-                let failures = self.follow(&mut open, self.wanted(&snapshot), &stop).await;
+                let wanted = self.wanted(&snapshot);
+                let failures = self.follow(&mut open, wanted, &stop).await;
+                // What is left is wanted no more; kept open, it would hold connections that nobody accepts.
+                self.inherited = Inherited::default();
                 failed = !failures.is_empty();
                 self.report(&open, failures);
             }
@@ -133,7 +147,7 @@ impl Loopback {
 
     /// Closes what is not wanted any more and opens what is. Says what could not be opened, and why.
     async fn follow(
-        &self,
+        &mut self,
         open: &mut Open,
         wanted: BTreeMap<SocketAddr, Target>,
         stop: &CancellationToken,
@@ -161,12 +175,13 @@ impl Loopback {
     }
 
     async fn open(
-        &self,
+        &mut self,
         address: SocketAddr,
         target: &Target,
         stop: &CancellationToken,
     ) -> Result<CancellationToken, ListenError> {
-        let bound = bind(address, Purpose::Outbound(Arc::new(target.clone())), self.count)?;
+        let bound =
+            bind(address, Purpose::Outbound(Arc::new(target.clone())), self.count, &mut self.inherited)?;
         let close = stop.child_token();
         hand_over(bound, &self.threads, &close).await;
         tracing::info!(%address, service = %target.service, port = %target.port, "listening for an upstream service");

@@ -11,6 +11,7 @@ use crate::routes::Routes;
 use crate::standing::Standing;
 use crate::tally::Tally;
 use crate::tls::Tls;
+use crate::upgrade::offers::Offers;
 use arc_swap::{ArcSwapOption, Guard};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) retire: CancellationToken,
     /// The newest version that a peer said it runs.
     pub(crate) seen: watch::Sender<ConfigVersion>,
+    /// What a process that takes this one's place is given.
+    pub(crate) offers: Offers,
     routes: ArcSwapOption<Routes>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     /// When the next grace of a live connection ends; perhaps earlier.
@@ -74,6 +77,7 @@ impl Shared {
             idle_tunnels: Semaphore::new(limits.idle_tunnels),
             retire: CancellationToken::new(),
             seen: watch::Sender::new(ConfigVersion::default()),
+            offers: Offers::default(),
             routes: ArcSwapOption::empty(),
             snapshots: watch::Sender::new(None),
             graces: watch::Sender::new(None),

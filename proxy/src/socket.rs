@@ -78,6 +78,29 @@ pub(crate) fn listen(address: SocketAddr, count: NonZeroUsize) -> Result<Vec<Tcp
     Ok(sockets)
 }
 
+/// Sockets that another process listened on, brought to `count` if they are fewer. More are all kept: connections wait in each of them.
+///
+/// # Errors
+/// If a sibling is refused.
+pub(crate) fn adopt(
+    mut sockets: Vec<TcpListener>,
+    count: NonZeroUsize,
+) -> Result<Vec<TcpListener>, ListenError> {
+    let Some(first) = sockets.first() else { return Ok(sockets) };
+    let Ok(address) = first.local_addr() else { return Ok(sockets) };
+    let error = |source| ListenError::Io { address, source };
+    let missing = count.get().saturating_sub(sockets.len());
+    if missing > 0 {
+        SockRef::from(first).set_reuse_port(true).map_err(error)?;
+    }
+    for _ in 0..missing {
+        let socket = bound(address, true).map_err(error)?;
+        socket.listen(BACKLOG).map_err(error)?;
+        sockets.push(socket.into());
+    }
+    Ok(sockets)
+}
+
 fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // Connections of an earlier life that are still closing do not keep the address.
@@ -152,6 +175,18 @@ mod tests {
         assert!(error.to_string().starts_with(&format!("address {address} is already used; ")), "{error}");
         drop(listeners);
         assert!(listen(address, TWO).is_ok());
+    }
+
+    #[test]
+    fn adopted_sockets_are_enough_for_every_thread_and_none_is_closed() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        for (had, want, get) in [(1, 3, 3), (3, 1, 3), (2, 2, 2)] {
+            let old = listen(any, NonZeroUsize::new(had).unwrap()).unwrap();
+            let address = old[0].local_addr().unwrap();
+            let adopted = adopt(old, NonZeroUsize::new(want).unwrap()).unwrap();
+            assert_eq!(adopted.len(), get);
+            assert!(adopted.iter().all(|socket| socket.local_addr().unwrap() == address));
+        }
     }
 
     #[test]

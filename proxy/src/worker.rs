@@ -11,9 +11,11 @@ use crate::redirect::{self, Redirect};
 use crate::shared::Shared;
 use crate::tls::Connectors;
 use crate::tunnel::pool::{self, Pool};
+use crate::upgrade::offers::Way;
 use futures_util::FutureExt;
 use rand::RngExt;
 use rand::rngs::SmallRng;
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,10 +49,23 @@ pub(crate) enum Purpose {
     Redirected(Arc<Redirect>),
 }
 
+/// As the processes of an upgrade name it to one another.
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inbound => f.write_str("inbound"),
+            Self::Outbound(target) => write!(f, "upstream {}:{}", target.service, target.port),
+            Self::Redirected(_) => f.write_str("redirect"),
+        }
+    }
+}
+
 /// A listening socket for one thread.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) socket: std::net::TcpListener,
+    /// What it is handed over as.
+    pub(crate) way: Way,
     pub(crate) purpose: Purpose,
     /// Closes it.
     pub(crate) stop: CancellationToken,
@@ -141,9 +156,11 @@ impl Worker {
     }
 
     fn listen(self: &Arc<Self>, listener: Listener) {
-        let Listener { socket, purpose, stop } = listener;
+        let Listener { socket, way, purpose, stop } = listener;
         match TcpListener::from_std(socket) {
             Ok(socket) => {
+                let socket = Arc::new(socket);
+                self.shared.offers.add(way, &socket);
                 let worker = Arc::clone(self);
                 self.tasks.spawn(worker.accept(socket, purpose, stop));
             }
@@ -151,7 +168,7 @@ impl Worker {
         }
     }
 
-    async fn accept(self: Arc<Self>, listener: TcpListener, purpose: Purpose, stop: CancellationToken) {
+    async fn accept(self: Arc<Self>, listener: Arc<TcpListener>, purpose: Purpose, stop: CancellationToken) {
         let mut failing = false;
         loop {
             let accepted = tokio::select! {

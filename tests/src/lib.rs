@@ -10,6 +10,7 @@
 //! - [`crowd`]: thousands of live connections whose policy changes; the program `weft-crowd` runs it.
 //! - [`protocols`]: servers and clients that people use, through every way in.
 //! - [`partition`]: sidecars out of touch for as long as wanted; the program `weft-partition` runs it.
+//! - [`restarts`]: sidecars stopped, started and upgraded under load; the program `weft-restarts` runs it.
 //! - `tests/stories.rs`: what needs a mesh of its own, or a broken one.
 //!
 //! Waiting is on conditions and bounded ([`wait::until`]); times are printed, never asserted.
@@ -29,6 +30,7 @@ pub mod programs;
 pub mod protocols;
 pub mod records;
 pub mod report;
+pub mod restarts;
 pub mod sidecar;
 pub mod smoke;
 pub mod sql;

@@ -1,6 +1,6 @@
 //! A sidecar of the test's own, joined as an operator joins one: a token from `weft`, then `weft-proxy`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,10 @@ use crate::weft::program;
 
 /// How long a sidecar may take to join and to be ready.
 const READY_LIMIT: Duration = Duration::from_secs(20);
+/// How long a sidecar lets connections end when it stops.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
+/// What the log says of one that has taken another one's place.
+const TOOK_PLACE: &str = "this process is the sidecar now";
 /// How long it may take to end: its drain, and room.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -70,6 +74,8 @@ pub struct OwnSidecar {
     admin: SocketAddr,
     records: Records,
     log: PathBuf,
+    /// How it was started.
+    line: Vec<OsString>,
 }
 
 impl OwnSidecar {
@@ -156,9 +162,11 @@ impl OwnSidecar {
             }
             Place::Told(args) => command.args(args),
         };
-        command.args(["--probe-interval", "1s", "--drain-deadline", "3s"]);
+        let deadline = format!("{}s", DRAIN_DEADLINE.as_secs());
+        command.args(["--probe-interval", "1s", "--drain-deadline", &deadline]);
         command.arg("--connection-log").arg(&records);
         command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output).process_group(0);
+        let line = command.as_std().get_args().map(OsStr::to_owned).collect();
         let mut leash = command.spawn().context("/bin/sh could not be run")?;
         let hold = leash.stdin.take().context("the sidecar has no leash")?;
 
@@ -169,7 +177,7 @@ impl OwnSidecar {
             Ok(())
         });
         ready.await.with_context(|| format!("the end of {}:\n{}\n", log.display(), tail(&log)))?;
-        Ok(Self { leash, hold, inbound, admin, records: Records::of(records), log })
+        Ok(Self { leash, hold, inbound, admin, records: Records::of(records), log, line })
     }
 
     /// Its log so far.
@@ -200,15 +208,46 @@ impl OwnSidecar {
         &self.records
     }
 
+    /// Lets a new process of the same kind take its place, and waits until the old one has drained and ended.
+    ///
+    /// # Errors
+    ///
+    /// The new one does not take over, or the old one does not end in time.
+    pub async fn upgraded(self) -> anyhow::Result<Self> {
+        let Self { leash: old, hold: old_hold, admin, records, log, line, inbound } = self;
+        let taken = fs::read_to_string(&log)?.matches(TOOK_PLACE).count();
+        let output = fs::OpenOptions::new().append(true).open(&log)?;
+        let mut command = program("/bin/sh");
+        command.args(&line);
+        command.arg("--upgrade");
+        command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output).process_group(0);
+        let mut leash = command.spawn().context("/bin/sh could not be run")?;
+        let hold = leash.stdin.take().context("the sidecar has no leash")?;
+        let took = until("the new process to take over", READY_LIMIT, async || {
+            let said = fs::read_to_string(&log)?.matches(TOOK_PLACE).count();
+            anyhow::ensure!(said > taken, "{}", tail(&log));
+            Ok(())
+        });
+        took.await?;
+        // The shell of the old one waits for its end after this; it drains already, and a second word changes nothing.
+        let new = Self { leash, hold, inbound, admin, records, log, line };
+        Self::end(old, old_hold, &new.log).await?;
+        Ok(new)
+    }
+
     /// Stops it, and waits for its end.
     ///
     /// # Errors
     ///
     /// It does not end in time.
-    pub async fn stop(mut self) -> anyhow::Result<()> {
-        drop(self.hold);
-        let ended = timeout(STOP_LIMIT, self.leash.wait()).await;
-        ended.with_context(|| format!("it did not stop; see {}", self.log.display()))??;
+    pub async fn stop(self) -> anyhow::Result<()> {
+        Self::end(self.leash, self.hold, &self.log).await
+    }
+
+    async fn end(mut leash: Child, hold: ChildStdin, log: &Path) -> anyhow::Result<()> {
+        drop(hold);
+        let ended = timeout(STOP_LIMIT, leash.wait()).await;
+        ended.with_context(|| format!("it did not stop; see {}", log.display()))??;
         Ok(())
     }
 }

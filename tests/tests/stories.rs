@@ -13,6 +13,7 @@ mod stories {
     mod database;
     mod demand;
     mod protocols;
+    mod restarts;
     mod rollout;
     mod smoke;
     mod up;

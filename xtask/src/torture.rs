@@ -11,7 +11,7 @@ use crate::{postgres, say};
 
 /// What is run; `weft-torture` finds the controller beside itself, and brings its own PostgreSQL.
 const PROGRAMS: &[&str] = &["weft-torture", "weft-controller"];
-/// The same for `weft-partition`, `weft-crowd` and `weft-bytes`, which start a whole mesh.
+/// The same for `weft-partition`, `weft-crowd`, `weft-bytes` and `weft-restarts`, which start a whole mesh.
 const MESH: &[&str] = &["weft-tests", "weft-cli", "weft-controller", "weft-proxy"];
 
 #[derive(Debug, clap::Args)]
@@ -57,6 +57,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<OsString>,
     },
+    /// Sidecars are restarted, drained and upgraded in place under 500 new connections a second, of which none may fail
+    #[command(disable_help_flag = true)]
+    Restarts {
+        /// Passed to weft-restarts; see them with --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// The event log: kills, cuts, full disks, hostile edits; crates/torture/README.md says how
     #[command(disable_help_flag = true)]
     Log {
@@ -74,6 +81,7 @@ impl Torture {
             What::Log { args } => (PROGRAMS, &["weft-torture", "log"][..], args),
             What::Partition { args } => (MESH, &["weft-partition"][..], args),
             What::Bytes { args } => (MESH, &["weft-bytes"][..], args),
+            What::Restarts { args } => (MESH, &["weft-restarts"][..], args),
             What::Crowd { args } => (MESH, &["weft-crowd"][..], args),
         };
         postgres()?;

@@ -6,7 +6,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use weft_client::stored::{self, StoredError};
 use weft_model::InstanceId;
@@ -62,6 +62,13 @@ pub(crate) fn load(dir: &Path, instance: &InstanceId) -> Result<Option<Snapshot>
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(DiskError::Io("read", path, error)),
     }
+}
+
+/// What tells one stored snapshot from the next; none if there is none.
+pub(crate) fn stamp(dir: &Path) -> Option<(u64, i64, i64)> {
+    // Each is a new file.
+    let metadata = fs::metadata(dir.join(FILE)).ok()?;
+    Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
 }
 
 #[cfg(test)]

@@ -116,6 +116,16 @@ pub(crate) async fn obtain(config: &Config, rng: &mut impl Rng) -> Result<Creden
     }
 }
 
+/// The identity on disk.
+///
+/// # Errors
+/// If there is none, or it is another instance's.
+pub(crate) fn stored(config: &Config) -> Result<Credential, JoinError> {
+    let credential = Credential::load(&identity_dir(config))?;
+    check_name(&credential, config)?;
+    Ok(credential)
+}
+
 /// Whether the token's authority is one that the credential believes. It is not, if the mesh was made anew.
 fn knows(credential: &Credential, token: &JoinToken) -> bool {
     credential.roots().iter().any(|root| Fingerprint::of_certificate(root) == token.root())

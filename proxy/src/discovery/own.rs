@@ -70,6 +70,15 @@ impl Own {
         Ok(true)
     }
 
+    /// Waits until nothing is being written.
+    pub(crate) async fn written(&self) {
+        let writing = Arc::clone(&self.writing);
+        let wait = move || drop(writing.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = spawn_blocking(wait).await {
+            tracing::error!(%error, "it is not known whether the identity is on disk");
+        }
+    }
+
     /// Writes what is in use at that moment: who writes last writes the newest.
     async fn save(&self) {
         let (tls, dir, writing) = (self.tls.clone(), self.dir.clone(), Arc::clone(&self.writing));

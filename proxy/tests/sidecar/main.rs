@@ -21,4 +21,5 @@ mod reuse;
 mod standard;
 mod support;
 mod trust;
+mod upgrade;
 mod witness;

@@ -57,6 +57,8 @@ pub(crate) fn config(controller: &Controller, instance: &str, dir: &Path) -> Con
         },
         drain_deadline: Duration::from_secs(5),
         tunnels_idle_max: 64,
+        upgrade: false,
+        notify_socket: None,
         threads: NonZeroUsize::new(2).unwrap(),
     }
 }
@@ -148,6 +150,15 @@ impl Sidecar {
         let mut config = self.config.clone();
         change(&mut config);
         Self::start_in(Arc::clone(&self.dir), config).await
+    }
+
+    /// Another process' sidecar for the same instance, which is to take this one's place.
+    pub(crate) async fn upgraded(&self) -> Self {
+        self.again_with(|config| {
+            config.join_token = None;
+            config.upgrade = true;
+        })
+        .await
     }
 
     pub(crate) fn state_dir(&self) -> &Path {
